@@ -1,0 +1,84 @@
+# make demo    install into .venv, run the VLM-in-the-loop experiment on generated scenes, draw its learning curve
+# make test    install into .venv, run every notebook and every test (make test-all: the slow tests as well)
+# make lint    ruff on notebooks and tests, mypy on the library
+# make sync    write vlm_itl/*.py, cleaned notebooks and README.md anew from the notebooks (make export: only the modules)
+# make check   what CI runs: in sync, lint, test
+# make clean   remove caches; make distclean: .venv as well. Neither touches runs/
+#
+# PYTHON=python3.12 chooses the interpreter (3.11 or newer), VENV=... the folder of the environment,
+# ARGS='-p seed 1' adds parameters to the demo.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+NBDEV_TEST_SECONDS ?= 900
+PYTEST_SECONDS ?= 900
+PYTEST_ARGS ?= -m "not slow"
+
+BIN := $(abspath $(VENV))/bin
+# The stamp carries a checksum of what the installation depends on, so that neither a fresh checkout nor nbdev rewriting
+# pyproject.toml with the same content installs again.
+INPUTS := settings.ini setup.py pyproject.toml constraints.txt
+SUM := $(shell { echo '$(CURDIR)'; cat $(INPUTS); } | cksum | cut -d' ' -f1)
+STAMP := $(VENV)/.installed-$(SUM)
+
+.PHONY: help setup demo test test-all export sync check-sync lint check clean distclean hooks
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+setup: $(STAMP)
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "installing into $(VENV) (once, a few minutes)"
+	@$(PYTHON) -m venv $(VENV) || { echo "no venv here (on Debian: apt install python3-venv)"; exit 1; }
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/vlm_itl_run nbs/run_al.ipynb -p mode vlm $(ARGS)
+
+# One thread per notebook, since nbdev_test runs one notebook per core. A fresh cache, so that no generated data of an
+# older version is read. pytest comes last, and its closing line is the last one.
+test: $(STAMP)
+	@set -e; \
+	cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; \
+	export VLM_ITL_CACHE="$$cache" VLM_ITL_PROGRESS=0 HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true; \
+	export MPLBACKEND=agg TOKENIZERS_PARALLELISM=false PATH="$(BIN):$$PATH"; \
+	echo "notebooks"; \
+	OMP_NUM_THREADS=1 timeout $(NBDEV_TEST_SECONDS) nbdev_test --timing </dev/null; \
+	timeout $(PYTEST_SECONDS) python -m pytest $(PYTEST_ARGS) </dev/null
+
+test-all:
+	@$(MAKE) --no-print-directory test PYTEST_ARGS= PYTEST_SECONDS=3600
+
+export: $(STAMP)
+	@PATH="$(BIN):$$PATH" nbdev_export
+
+sync: $(STAMP)
+	@PATH="$(BIN):$$PATH" tools/sync.sh
+
+check-sync: $(STAMP)
+	@PATH="$(BIN):$$PATH" tools/check_sync.sh
+
+lint: $(STAMP)
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+check:
+	@.ci/run
+
+# Once a clone: notebooks are cleaned when Jupyter saves them, and git merges them cell by cell.
+hooks: $(STAMP)
+	@PATH="$(BIN):$$PATH" nbdev_install_hooks
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis _proc _docs
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	@rm -rf $(VENV)

@@ -1,0 +1,445 @@
+"""Reports from run folders alone: folders made up here, with known numbers, in every state a run can be in."""
+
+import json
+import math
+import shutil
+import warnings
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import stats
+
+from vlm_itl.core import ConfigError, RunError, write_json, write_text
+from vlm_itl.report import (
+    COLORS,
+    aubc,
+    compare,
+    gallery_items,
+    holm,
+    list_runs,
+    paired_interval,
+    plot_class_iou,
+    plot_compare,
+    plot_gallery,
+    plot_judge,
+    plot_learning_curve,
+    read_run,
+    round_table,
+    save_figures,
+    summary_table,
+)
+
+NAMES = ["background", "cat", "dog"]
+
+
+def metrics(level, dog=True):
+    iou = {"background": level, "cat": level / 2, "dog": level / 4 if dog else None}
+    present = [v for v in iou.values() if v is not None]
+    mean = sum(present) / len(present)
+    return {"mean_iou": mean, "mean_iou_in_truth": mean, "pixel_accuracy": level, "per_class_iou": iou}
+
+
+def gallery(folder, truth=True, verdict=None):
+    folder.mkdir(parents=True)
+    mask = np.zeros((12, 16), np.uint8)
+    mask[2:8, 3:9], mask[9:11, 9:12] = 1, 2
+    void = mask.copy()
+    void[2, :] = 255
+    Image.fromarray(np.full((12, 16, 3), 200, np.uint8)).save(folder / "0_image.jpg")
+    for name, values in [("prediction", mask), ("truth", void)]:
+        picture = Image.fromarray(values).convert("P")
+        palette = np.zeros((256, 3), np.uint8)
+        palette[:3], palette[255] = [[0, 0, 0], [128, 0, 0], [0, 128, 0]], [224, 224, 192]
+        picture.putpalette(palette.tobytes())
+        picture.save(folder / f"0_{name}.png")
+    entry = {"id": "a/b", "image": "0_image.jpg", "truth": "0_truth.png" if truth else None, "split": "pool"}
+    entry |= {"prediction": "0_prediction.png", "verdict": verdict, "p_yes": None, "iou": 0.5}
+    write_json(folder / "index.json", [entry])
+
+
+def write_run(path, levels=(0.4, 0.6, 0.8), finished=True, mode="al", strategy="random", seed=0, tests=True, **more):
+    "A run folder whose validation IoU of the background is `levels`, and on test .1 less."
+    (path / "figures").mkdir(parents=True)
+    config = {"mode": mode, "strategy": strategy, "seed": seed, "steps": 10, "judge": "mock", "policy": "pseudo"}
+    write_json(path / "config.json", config | {"output_dir": str(path)} | more)
+    write_json(path / "data.json", {"labels": NAMES})
+    lines = []
+    for index, level in enumerate(levels):
+        share = 1.0 if mode == "baseline" else 0.1 * (index + 1)
+        record = {"index": index, "labelled": round(100 * share), "labelled_share": share, "pseudo": 0}
+        record |= {"budget": {"images": 20 + round(100 * share), "human_seconds": 3600.0, "judge_usd": None}}
+        record |= {"metrics": {"val": metrics(level, dog=False)}, "judge": None, "selection": {"ids": []}}
+        record |= {"start_ids": [f"start-{seed}"] if index == 0 else [], "seconds": {"total": 1.5}}
+        if mode == "vlm":
+            record["pseudo"] = 5 * index
+            record["judge"] = {"n": 10, "accepted": 4, "agreement_rate": 0.8, "balanced_accuracy": 0.7}
+            record["judge"] |= {"sensitivity": 0.9, "specificity": None, "coverage": 1.0, "accepted_label_miou": None}
+        write_json(make(path / f"round_{index:03d}") / "record.json", record)
+        lines.append(json.dumps(record) + "\n")
+        if finished and tests:
+            write_json(path / f"test_{index:03d}.json", metrics(level - 0.1))
+    write_text(path / "rounds.jsonl", "".join(lines))
+    if finished:
+        summary = {"mode": mode, "finished": True, "simulated": mode == "vlm", "labels": NAMES}
+        write_json(path / "summary.json", summary | {"test": metrics(levels[-1] - 0.1)})
+    return path
+
+
+def make(folder):
+    folder.mkdir()
+    return folder
+
+
+def study(path, seeds=range(5), gain=0.05, **more):
+    for seed in seeds:
+        luck = 0.01 * seed
+        write_run(path / f"random-{seed}", (0.4 + luck, 0.5 + luck, 0.6 + luck), seed=seed, **more)
+        own = gain + 0.002 * seed
+        write_run(path / f"entropy-{seed}", (0.4 + luck, 0.5 + luck + own, 0.6 + luck + own), seed=seed,
+                  strategy="entropy", **more)
+    return list_runs(path)
+
+
+# ---- reading
+
+
+def test_reads_a_finished_run(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    assert run.finished and run.mode == "al" and run.label == "random" and run.labels == NAMES
+    table = round_table(run)
+    assert table["val_mean_iou"].tolist() == pytest.approx([0.3, 0.45, 0.6])
+    assert table["test_mean_iou"].tolist() == pytest.approx([7 / 12 * v for v in (0.3, 0.5, 0.7)])
+    assert table["human_hours"].tolist() == [1.0] * 3 and math.isnan(table["judge_usd"][0])
+    assert "agreement_rate" not in table
+
+
+def test_unfinished_run(tmp_path):
+    run = read_run(write_run(tmp_path / "run", finished=False))
+    assert not run.finished and run.summary is None and run.labels == NAMES
+    table = round_table(run)
+    assert table["test_mean_iou"].isna().all() and table["val_mean_iou"].notna().all()
+    assert [p.name for p in save_figures(run.path)] == ["learning_curve.png", "class_iou.png"]
+    assert summary_table(run)["aubc_on"].tolist() == ["val"]
+    (axes,) = plot_learning_curve(run).axes
+    assert axes.get_ylabel() == "mean IoU (val)"
+
+
+def test_labels_and_curve_from_what_there_is(tmp_path):
+    path = write_run(tmp_path / "run", tests=False)
+    (path / "data.json").unlink()
+    summary = json.loads((path / "summary.json").read_text())
+    del summary["labels"]
+    write_json(path / "summary.json", summary | {"curve": {"test_mean_iou": [0.1, None, 0.3]}})
+    run = read_run(path)
+    assert run.labels == NAMES
+    test = round_table(run)["test_mean_iou"].tolist()
+    assert test[0] == 0.1 and math.isnan(test[1]) and test[2] == pytest.approx(7 / 12 * 0.7)
+
+
+def test_last_line_cut_off_is_left_out_with_a_warning(tmp_path):
+    path = write_run(tmp_path / "run", finished=False)
+    text = (path / "rounds.jsonl").read_text()
+    (path / "rounds.jsonl").write_text(text[:-40])
+    with pytest.warns(UserWarning, match="last line is cut off"):
+        run = read_run(path)
+    assert len(run.rounds) == 2
+
+
+def test_broken_line_in_the_middle_is_an_error(tmp_path):
+    path = write_run(tmp_path / "run", finished=False)
+    first, *rest = (path / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (path / "rounds.jsonl").write_text(first[:-9] + "\n" + "".join(rest))
+    with pytest.raises(RunError, match="line 1, is not a round"):
+        read_run(path)
+
+
+def test_round_folders_stand_in_for_a_missing_index(tmp_path):
+    path = write_run(tmp_path / "run")
+    (path / "rounds.jsonl").unlink()
+    assert len(read_run(path).rounds) == 3
+
+
+def test_no_run_is_one_clear_line(tmp_path):
+    with pytest.raises(RunError, match="holds no run") as caught:
+        read_run(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RunError, match="is no folder"):
+        read_run(tmp_path / "missing")
+    with pytest.raises(RunError, match="is no folder"):
+        list_runs(tmp_path / "missing")
+    assert list_runs(tmp_path) == []
+    with pytest.raises(RunError, match="no runs were given"):
+        summary_table([])
+    write_json(tmp_path / "config.json", {"mode": "al"})
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(RunError, match="summary.json is not readable"):
+        read_run(tmp_path)
+
+
+def test_run_without_rounds_draws_nothing(tmp_path):
+    path = write_run(tmp_path / "run", levels=(), finished=False)
+    run = read_run(path)
+    assert run.rounds == [] and round_table(run).empty and summary_table(run)["rounds"].tolist() == [0]
+    for draw in (plot_learning_curve, plot_class_iou, plot_judge, save_figures):
+        with pytest.raises(RunError, match="no finished round"):
+            draw(run)
+
+
+def test_list_runs_goes_deep_but_not_into_runs(tmp_path):
+    inner = write_run(tmp_path / "a" / "b" / "run")
+    model = make(inner / "round_000" / "model")
+    write_json(model / "config.json", {"mode": "a model's own", "model_type": "segformer"})
+    write_json(make(tmp_path / "checkpoint") / "config.json", {"model_type": "segformer"})
+    assert [run.path for run in list_runs(tmp_path)] == [inner]
+    assert [run.path for run in list_runs(inner)] == [inner]
+
+
+# ---- figures
+
+
+def test_figures_of_every_kind_of_run(tmp_path):
+    for mode, wanted in [("al", []), ("vlm", ["judge"]), ("baseline", [])]:
+        path = write_run(tmp_path / mode, mode=mode, levels=(0.7,) if mode == "baseline" else (0.4, 0.6, 0.8))
+        gallery(path / "round_000" / "gallery", truth=mode != "vlm", verdict="no" if mode == "vlm" else None)
+        names = [p.stem for p in save_figures(path)]
+        assert names == ["learning_curve", "class_iou", "gallery", *wanted]
+        for name in names:
+            with Image.open(path / "figures" / f"{name}.png") as picture:
+                assert min(picture.size) > 150
+    assert not plt.get_fignums()
+
+
+def test_judge_figure_needs_a_judge(tmp_path):
+    with pytest.raises(RunError, match="no judge's answers"):
+        plot_judge(write_run(tmp_path / "al"))
+
+
+def test_figures_with_nothing_measured(tmp_path):
+    path = write_run(tmp_path / "run", finished=False)
+    lines = [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["metrics"]["val"] = None
+    write_text(path / "rounds.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    assert save_figures(path) == []
+
+
+def test_learning_curve_groups_seeds_and_draws_full_supervision(tmp_path):
+    runs = study(tmp_path / "study")
+    runs.append(read_run(write_run(tmp_path / "full", mode="baseline", levels=(0.9,))))
+    (axes,) = plot_learning_curve(runs).axes
+    names = axes.get_legend_handles_labels()[1]
+    assert names == [f"full supervision: {7 / 12 * 0.8:.3f}", "entropy (5 seeds)", "random (5 seeds)"]
+    line = next(one for one in axes.get_lines() if one.get_label().startswith("random"))
+    assert line.get_color() == COLORS[1]
+    np.testing.assert_allclose(line.get_ydata(), [7 / 12 * (v - 0.1 + 0.02) for v in (0.4, 0.5, 0.6)])
+    with pytest.raises(ConfigError, match="against"):
+        plot_learning_curve(runs, against="time")
+    with pytest.raises(ConfigError, match="metric"):
+        plot_learning_curve(runs, metrics=["loss"])
+
+
+def test_learning_curve_marks_pseudo_labels_and_recipes(tmp_path):
+    vlm = write_run(tmp_path / "vlm", mode="vlm")
+    (axes,) = plot_learning_curve(vlm).axes
+    names = axes.get_legend_handles_labels()[1]
+    assert names == ["test", "images learnt from, pseudo-labels included", "val"]
+    assert axes.get_title(loc="left") == "random, mock judge (pseudo)"
+    other = write_run(tmp_path / "longer", mode="vlm", steps=20)
+    (axes,) = plot_learning_curve([vlm, other]).axes
+    names = [name for name in axes.get_legend_handles_labels()[1] if "learnt" not in name]
+    assert names == ["random, mock judge (pseudo); steps=10", "random, mock judge (pseudo); steps=20"]
+
+
+def test_learning_curve_of_runs_of_unequal_length(tmp_path):
+    long = write_run(tmp_path / "long", seed=0)
+    short = write_run(tmp_path / "short", seed=1, levels=(0.4, 0.6), finished=False)
+    (axes,) = plot_learning_curve([long, short]).axes
+    assert len(axes.get_lines()[0].get_xdata()) == 2  # means are over the same runs everywhere
+
+
+def test_class_iou_keeps_absent_classes_grey(tmp_path):
+    figure = plot_class_iou(write_run(tmp_path / "run"))
+    axes = figure.axes[0]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == NAMES
+    values = axes.collections[0].get_array().reshape(3, 4)
+    assert values.mask[2].tolist() == [True, True, True, False]
+    assert [tick.get_text() for tick in axes.get_xticklabels()][-1] == "test"
+
+
+def test_class_iou_of_many_rounds_and_classes(tmp_path):
+    path = write_run(tmp_path / "run", levels=np.linspace(0.1, 0.9, 40).tolist())
+    figure = plot_class_iou(path)
+    assert len(figure.axes[0].get_xticks()) < 20
+
+
+def test_gallery_draws_void_grey_and_misses_no_truth(tmp_path):
+    path = write_run(tmp_path / "run")
+    gallery(path / "round_001" / "gallery", verdict="abstain")
+    figure = plot_gallery(path)
+    truth = figure.axes[1].get_images()[0].get_array()
+    assert (truth[2] == 128).all() and (truth[5, 5] == [128, 0, 0]).all()
+    overlay = figure.axes[3].get_images()[0].get_array()
+    assert np.abs(overlay[0, 0].astype(int) - 200).max() <= 2  # background shows the image
+    assert figure.axes[3].get_xlabel() == "abstain, IoU 0.50"
+    assert gallery_items(path, round=0) == [] and len(gallery_items(path, round=1)) == 1
+    with pytest.raises(RunError, match="no pictures of round 0"):
+        plot_gallery(path, round=0)
+    (path / "round_001" / "gallery" / "0_image.jpg").write_bytes(b"not a picture")
+    with pytest.raises(RunError, match="0_image.jpg is not a readable picture"):
+        plot_gallery(path)
+
+
+def test_moved_run_folder_still_draws(tmp_path):
+    path = write_run(tmp_path / "run", mode="vlm")
+    gallery(path / "round_002" / "gallery", verdict="yes")
+    shutil.move(path, tmp_path / "elsewhere")
+    assert len(save_figures(tmp_path / "elsewhere")) == 4
+
+
+# ---- statistics
+
+
+def test_aubc():
+    assert aubc([0.1, 0.2, 0.4], [0.5, 0.5, 0.5]) == pytest.approx(0.5)
+    assert aubc([0.1, 0.2, 0.4], [0.0, 1.0, 0.0]) == pytest.approx(0.5)
+    assert aubc([0.0, 1.0], [0.0, 1.0], low=0.5, high=1.0) == pytest.approx(0.75)
+    assert aubc([0.1, 0.2, 0.3], [0.2, None, 0.4]) == pytest.approx(0.3)
+    assert math.isnan(aubc([0.1], [0.2])) and math.isnan(aubc([0.1, 0.1], [0.2, 0.3]))
+    assert math.isnan(aubc([0.1, 0.2], [0.2, 0.3], low=0.0))
+
+
+def test_holm_against_the_definition():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p = rng.random(6) ** 3
+        order = np.argsort(p)
+        expected = np.empty(6)
+        expected[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(6, 0, -1)))
+        np.testing.assert_allclose(holm(p.tolist()), expected)
+    assert math.isnan(holm([math.nan, 0.2])[0]) and holm([math.nan, 0.2])[1] == 0.2 and holm([]) == []
+
+
+def test_interval_equals_scipy():
+    differences = np.random.default_rng(1).normal(0.02, 0.01, 12)
+    ours = paired_interval(differences, resamples=20_000)
+    theirs = stats.bootstrap((differences,), np.mean, n_resamples=20_000, method="percentile", rng=2)
+    np.testing.assert_allclose(ours, theirs.confidence_interval, atol=3e-4)
+    assert all(math.isnan(v) for v in paired_interval([0.1]))
+
+
+def test_compare_finds_the_planted_difference(tmp_path):
+    runs = study(tmp_path)
+    result = compare(runs)
+    row = result.table.iloc[0]
+    scale = 7 / 12 * (0.05 / 2 + 0.05) / 2  # mean of the three classes; trapezoids over 0, g, g
+    planted = [scale * (0.05 + 0.002 * s) / 0.05 for s in range(5)]
+    assert row["strategy"] == "entropy" and row["n"] == 5 and row["wins"] == 5
+    np.testing.assert_allclose(sorted(result.pairs["difference"]), planted, atol=1e-12)
+    assert row["low"] <= row["difference"] <= row["high"] and row["low"] > 0
+    peer = stats.ttest_rel(result.pairs["value"], result.pairs["baseline_value"])
+    assert row["p"] == row["p_holm"] == pytest.approx(peer.pvalue)
+    assert result.notes == [] and "entropy" in str(result) and "<table" in result._repr_html_()
+    again = compare([run.path for run in reversed(runs)])
+    assert again.table.equals(result.table)
+
+
+def test_compare_pairs_by_seed_not_by_order(tmp_path):
+    runs = study(tmp_path)
+    shuffled = [runs[i] for i in np.random.default_rng(0).permutation(len(runs))]
+    ours = compare(runs).pairs.sort_values("seed")["difference"].to_numpy()
+    np.testing.assert_allclose(compare(shuffled).pairs.sort_values("seed")["difference"].to_numpy(), ours)
+
+
+def test_compare_names_what_is_left_out(tmp_path):
+    runs = study(tmp_path / "study")
+    runs = [run for run in runs if run.name not in ("random-1", "entropy-2")]
+    runs.append(read_run(write_run(tmp_path / "going-on", strategy="entropy", seed=7, finished=False)))
+    runs.append(read_run(write_run(tmp_path / "full", mode="baseline", levels=(0.9,))))
+    result = compare(runs)
+    assert result.pairs["seed"].tolist() == [0, 3, 4]
+    notes = " ".join(result.notes)
+    assert "going-on is not finished" in notes and "full supervision" in notes
+    assert "random has no run of seed 1" in notes and "entropy has no run of seed 2" in notes
+    assert "fewer than 5" in notes
+
+
+def test_compare_one_seed_has_no_interval(tmp_path):
+    result = compare(study(tmp_path, seeds=[3]))
+    row = result.table.iloc[0]
+    assert math.isnan(row["low"]) and math.isnan(row["p"]) and row["difference"] > 0
+    assert plot_compare(result).axes[0].get_yticklabels()[0].get_text() == "entropy (n = 1)"
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"steps": 99}, "differ in steps: 10 and 99"),
+    ({"image_size": 64}, "differ in image_size"),
+])
+def test_compare_refuses_other_recipes(tmp_path, change, says):
+    runs = study(tmp_path / "study", seeds=range(2))
+    odd = read_run(write_run(tmp_path / "odd", strategy="margin", seed=0, **change))
+    with pytest.raises(RunError, match=says):
+        compare([*runs, odd])
+
+
+def test_compare_refuses_what_is_no_pair(tmp_path):
+    runs = study(tmp_path / "study", seeds=range(2))
+    with pytest.raises(RunError, match="both 'entropy' with seed 0"):
+        compare([*runs, runs[0]])
+    with pytest.raises(RunError, match="none of the runs is 'coreset'"):
+        compare(runs, baseline="coreset")
+    with pytest.raises(RunError, match="no run shares a seed"):
+        compare([run for run in runs if run.name in ("random-0", "entropy-1")])
+    runs[0].rounds[0]["start_ids"] = ["another image"]
+    with pytest.raises(RunError, match="other start images"):
+        compare(runs)
+    with pytest.raises(RunError, match="no finished runs"):
+        compare(write_run(tmp_path / "x", finished=False))
+
+
+def test_compare_without_test_metrics_points_to_val(tmp_path):
+    runs = study(tmp_path, seeds=range(2), tests=False)
+    with pytest.raises(RunError, match="metric='val'"):
+        compare(runs)
+    assert compare(runs, metric="val").metric == "val_mean_iou"
+    assert compare(runs, metric="test", measure="final").measure == "final"
+
+
+def test_compare_judges_and_policies(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"al-{seed}", seed=seed)
+        for policy in ("observe", "pseudo"):
+            write_run(tmp_path / f"{policy}-{seed}", (0.5, 0.7, 0.9), mode="vlm", seed=seed, policy=policy,
+                      judge_options={"accuracy": 0.9})
+    result = compare(list_runs(tmp_path))
+    assert result.baseline == "random"
+    assert set(result.table["strategy"]) == {"random, mock judge (observe)", "random, mock judge (pseudo)"}
+
+
+def test_compare_over_the_common_budget(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / f"a-{seed}", (0.4, 0.4, 0.4), seed=seed)
+        write_run(tmp_path / f"b-{seed}", (0.4, 0.4, 0.4, 0.9), seed=seed, strategy="margin")
+    result = compare(list_runs(tmp_path))
+    assert result.table["difference"][0] == pytest.approx(0.0) and result.table["p"][0] == 1.0
+    assert "common range, 10.0% to 30.0%" in result.notes[0]
+
+
+def test_compare_wilcoxon_and_final(tmp_path):
+    runs = study(tmp_path)
+    assert compare(runs, test="wilcoxon").table["p"][0] == pytest.approx(0.0625)
+    final = compare(runs, measure="final").pairs["difference"]
+    np.testing.assert_allclose(final, [7 / 12 * (0.05 + 0.002 * s) for s in range(5)])
+    with pytest.raises(ConfigError, match="measure"):
+        compare(runs, measure="best")
+
+
+def test_no_warnings_on_the_way(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        runs = study(tmp_path / "study")
+        plot_compare(compare(runs)).savefig(tmp_path / "x.png")
+        for run in runs[:1]:
+            save_figures(run)
+        plot_learning_curve(runs).savefig(tmp_path / "y.png")
