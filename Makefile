@@ -29,6 +29,7 @@ help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
 
 setup: $(STAMP)
+	@:
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -40,7 +41,7 @@ $(STAMP):
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/vlm_itl_run nbs/run_al.ipynb -p mode vlm $(ARGS)
+	@$(BIN)/vlm_itl_run nbs/run_al.ipynb -p mode vlm $(ARGS) </dev/null
 
 # One thread per notebook, since nbdev_test runs one notebook per core. A fresh cache, so that no generated data of an
 # older version is read. pytest comes last, and its closing line is the last one.

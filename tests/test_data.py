@@ -294,7 +294,7 @@ def test_datasets_folder(form: str, tmp_path: Path) -> None:
             rows.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
     data = load_data(str(folder), val_share=2, cache_dir=tmp_path / "cache")
     assert [len(rows) for rows in data.splits.values()] == [10, 2, 3]
-    name = "val" if form == "save_to_disk" else "validation"  # as `datasets` names what a file called val-*.parquet holds
+    name = "val" if form == "save_to_disk" else "validation"  # `datasets` names the split of val-*.parquet so
     assert all_ids(data)["test"] == [f"{name}-00000", f"{name}-00001", f"{name}-00002"]
     for row in data.train:
         index = int(row["id"].split("-")[1])

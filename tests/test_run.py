@@ -160,6 +160,23 @@ def test_output_names_do_not_collide(home: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "kind", "read"),
+    [("40", "float", 40), (40, "float", 40), ("1.0", "float", 1.0), (0.5, "float", 0.5), ("None", "str", "None")],
+)
+def test_typed_value_keeps_counts_and_shares_apart(value: object, kind: str, read: object) -> None:
+    got = run.typed_value("initial", value, kind)
+    assert got == read and type(got) is type(read)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [("1.0", "int"), (True, "float"), ("True", "int"), ("None", "int"), ([1], "float"), ("", "int")]
+)
+def test_typed_value_refuses(value: object, kind: str) -> None:
+    with pytest.raises(ConfigError, match="initial"):
+        run.typed_value("initial", value, kind)
+
+
+@pytest.mark.parametrize(
     ("text", "value"),
     [("4", 4), ("-4", -4), ("0.5", 0.5), ("6e-5", 6e-5), ("True", True), ("None", None), ("true", "true"), ("", "")],
 )

@@ -8,12 +8,17 @@ __all__ = ['VlmItlError', 'ConfigError', 'DataError', 'RunError', 'JudgeError', 
            'resolve_path', 'write_bytes', 'write_text', 'plain', 'to_json', 'write_json', 'read_json', 'RunFolder',
            'progress']
 
+# %% ../nbs/00_core.ipynb #core-threads-import
+import os
+
+# %% ../nbs/00_core.ipynb #core-threads
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # %% ../nbs/00_core.ipynb #core-imports
 import difflib
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -79,7 +84,9 @@ def check_number(
 ) -> Any:  # the value, unchanged
     "Return `value` if it is a finite number inside [low, high]; `ConfigError` otherwise."
     kind = "a whole number" if integer else "a number"
-    right_type = isinstance(value, (int, np.integer) if integer else (int, float, np.number)) and not isinstance(value, bool)
+    right_type = isinstance(value, (int, np.integer) if integer else (int, float, np.number)) and not isinstance(
+        value, bool
+    )
     low_text = "" if low is None else f" >= {low:g}"
     high_text = "" if high is None else f" <= {high:g}"
     wanted = f"{name} must be {kind}{low_text}{' and' if low_text and high_text else ''}{high_text}"
@@ -297,7 +304,9 @@ class RunFolder:
             try:
                 run.path.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise RunError(f"cannot create the run folder {path}: {error.strerror}. Choose another output_dir.") from error
+                raise RunError(
+                    f"cannot create the run folder {path}: {error.strerror}. Choose another output_dir."
+                ) from error
             write_json(run.path / "config.json", config)
         run.figures.mkdir(exist_ok=True)
         return run
@@ -354,7 +363,7 @@ class RunFolder:
     def write_round(
         self,
         index: int,  # round number; all earlier ones must be whole
-    ) -> Iterator[Path]:  # a folder to write into; `record.json` must be among what is written
+    ) -> Iterator[Path]:  # a folder to write into; `record.json` must be written
         "Write a round whole or not at all: the folder is renamed and `rounds.jsonl` rewritten when the block ends well."
         aside = self.path / f".round_{index:03d}.tmp"
         shutil.rmtree(aside, ignore_errors=True)

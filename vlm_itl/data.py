@@ -37,7 +37,7 @@ class SegData:
     val: Dataset  # carved from train, paid for, and what stops and certifies
     test: Dataset  # read by evaluation only
     labels: LabelSpace  # what the masks mean
-    name: str  # where it came from
+    name: str  # of the source, its folder, or its Hub id
     binary: bool = False  # all foreground classes merged
 
     @property
@@ -61,9 +61,10 @@ def _png(pixels: np.ndarray) -> dict[str, Any]:
 
 
 def toy_images(
-    size: int = 8,  # side in pixels, even
+    size: int = 8,  # side in pixels; an odd one loses a pixel
 ) -> SegData:  # train toy-0..3, val toy-4, test toy-5; classes background, red, blue
     "Six images one can count: four quarters each, of one class each; toy-5 has a void column, the last."
+    check_number("size", size, low=4, integer=True)
     labels = LabelSpace(("background", "red", "blue"), palette=[(0, 0, 0), (200, 40, 40), (40, 60, 200)])
     paint = np.array([(150, 150, 150), (220, 30, 30), (30, 60, 220)], dtype=np.uint8)
     images, masks = [], []
@@ -124,7 +125,7 @@ def register_source(
 
     return add
 
-
+# %% ../nbs/01_data.ipynb #data-arrange
 _ALIASES = {"training": "train", "validation": "val", "valid": "val", "dev": "val", "testing": "test"}
 
 
@@ -183,7 +184,7 @@ def scenes_source(
     "Generated scenes, written once to the cache, read back as VOC."
     return voc_source(str(make_scenes(cache_dir=cache_dir, **(options or {}))), seed)
 
-# %% ../nbs/01_data.ipynb #data-sources-voc
+# %% ../nbs/01_data.ipynb #data-files
 _VOC_PARTS = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
 
@@ -209,13 +210,13 @@ def _files(folder: Path) -> dict[str, Path]:  # path below the folder, without s
             found[key] = path
     return found
 
-
+# %% ../nbs/01_data.ipynb #data-lists
 def _read_list(path: Path) -> list[str]:
     "The names in a list file, one a line; `DataError` if it is missing, empty or repeats a name."
     if not path.is_file():
         there = ", ".join(sorted(other.name for other in path.parent.glob("*.txt"))) or "no list at all"
         raise DataError(f"{path}: no such list; the folder holds {there}")
-    names = [line.split()[0] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     names = [str(Path(name).with_suffix("")) if name.lower().endswith(_SUFFIXES) else name for name in names]
     if not names:
         raise DataError(f"{path}: the list is empty")
@@ -234,7 +235,7 @@ def _pair(names: Sequence[str], images: Mapping[str, Path], masks: Mapping[str, 
     ids = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) for name in names]
     return make_rows(ids, [images[name] for name in names], [masks[name] for name in names])
 
-
+# %% ../nbs/01_data.ipynb #data-sources-voc
 @register_source("voc")
 def voc_source(
     source: str, seed: int = 0, cache_dir: Any = None, options: Mapping[str, Any] | None = None
@@ -293,7 +294,7 @@ def folder_source(
     named = {split: _pair(names, images, masks, str(root)) for split, names in _split_names(root, list(images)).items()}
     return _arrange(named, _labels(options or {}, root), str(root), seed)
 
-# %% ../nbs/01_data.ipynb #data-sources-hub
+# %% ../nbs/01_data.ipynb #data-hub-fetch
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
 _MASK_COLUMNS = ("mask", "label", "annotation", "segmentation_mask", "labels", "seg_map")
 
@@ -323,7 +324,7 @@ _KINDS = (
     "a folder that `datasets` reads."
 )
 
-
+# %% ../nbs/01_data.ipynb #data-hub-rows
 def _pick(features: Features, given: str | None, usual: Sequence[str], what: str) -> str:
     "The name of the image or mask column."
     name = given or next((name for name in usual if name in features), None)
@@ -359,7 +360,7 @@ def _hub_rows(rows: Dataset, split: str, options: Mapping[str, Any]) -> Dataset:
         ids = [f"{split}-{index:05d}" for index in range(len(rows))]
     return rows.add_column("id", ids).select_columns(["id", "image", "mask"])
 
-
+# %% ../nbs/01_data.ipynb #data-sources-hub
 @register_source("hub")
 def hub_source(
     source: str, seed: int = 0, cache_dir: Any = None, options: Mapping[str, Any] | None = None
@@ -384,7 +385,7 @@ def hub_source(
             named[split] = rows.remove_columns("id").add_column("id", numbers).select_columns(["id", "image", "mask"])
     return _arrange(named, _labels(options), source, seed)
 
-# %% ../nbs/01_data.ipynb #data-load
+# %% ../nbs/01_data.ipynb #data-kind
 def _kind(source: str) -> str:
     "Which entry of `SOURCES` reads this; `DataError` where nothing can."
     if source in SOURCES and source not in ("voc", "folder", "hub"):
@@ -410,7 +411,7 @@ def _limited(rows: Dataset, count: int | None, seed: int, purpose: str) -> Datas
     check_number(purpose, count, low=2 if purpose == "max_train" else 1, integer=True)
     return rows if count >= len(rows) else carve(rows, count, seed, purpose)[1]
 
-
+# %% ../nbs/01_data.ipynb #data-load
 def load_data(
     source: str = "scenes",  # a name in `SOURCES`, a folder, or a Hub id
     *,
@@ -441,7 +442,8 @@ def load_data(
         check_headers(rows, split)
     labels = splits.labels.binary() if binary else splits.labels
     decoded = {split: rows.with_transform(DecodeRows(labels)) for split, rows in parts.items()}
-    return SegData(**decoded, labels=labels, name=source, binary=binary)
+    name = resolve_path(source).name if resolve_path(source).is_dir() and source not in SOURCES else source
+    return SegData(**decoded, labels=labels, name=name, binary=binary)
 
 # %% ../nbs/01_data.ipynb #data-check
 def check_data(

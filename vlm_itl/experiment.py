@@ -9,7 +9,6 @@ __all__ = ['MODES', 'POLICIES', 'ACCEPTANCES', 'KEEP_MODELS', 'FREE_SETTINGS', '
 
 # %% ../nbs/08_experiment.ipynb #experiment-imports
 import importlib.metadata
-import json
 import math
 import shutil
 import time
@@ -18,14 +17,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import yaml
 from PIL import Image
 
 from vlm_itl.core import (
     ConfigError,
-    DataError,
     RunFolder,
     check_choice,
     check_number,
@@ -41,11 +38,11 @@ from vlm_itl.core import (
     write_text,
 )
 from .data import SegData, load_data
-from .report import save_figures
 from .judge import verdict_metrics
 from .metrics import image_iou
 from .model import Segmenter, load_model, save_model
 from .pool import FULL_MASK_SECONDS, Ledger, Oracle, Pool, budget_schedule, mask_pixels, training_rows
+from .report import save_figures
 from .sampler import Sampler, parse_strategy
 from .tracking import Tracker, make_tracker
 from .train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
@@ -74,11 +71,11 @@ class Config:
     strategy: str = "entropy"  # score-aggregate-select, or a short name
     judge: str = "mock"  # the VLM handler (mode vlm)
     judge_options: dict[str, Any] = field(default_factory=dict)  # e.g. {"accuracy": 0.9}
-    judge_limit: int = 0  # images judged in a round; 0 = all unlabelled ones
+    judge_limit: int = 0  # images judged in a round; 0: all unlabelled ones
     question: str = "quality"  # what the judge is asked
     policy: str = "pseudo"  # observe, pseudo, triage
-    acceptance: str = "verdict"  # accept on verdict "yes", or on p_yes >= judge_threshold ("threshold")
-    judge_threshold: float = 0.5  # for acceptance="threshold"
+    acceptance: str = "verdict"  # accept on verdict "yes", or on p_yes reaching judge_threshold (threshold)
+    judge_threshold: float = 0.5  # for acceptance threshold
     tau: float = 0.7  # a mask is good if its mean IoU reaches this
     seed: int = 0  # of everything random
     initial: float | int = 0.1  # labelled before round 0: share (float up to 1.0) or count
@@ -87,12 +84,12 @@ class Config:
     image_size: int = 128  # training crop and long side in evaluation, pixels
     resize: str = "keep"  # evaluation: keep the aspect and pad, or stretch to a square
     augment: dict[str, Any] = field(default_factory=dict)  # options of TrainTransform, e.g. {"scale": [0.5, 2.0]}
-    steps: int = 300  # optimizer steps a round; 0 = only evaluate
-    epochs: float = 0.0  # > 0 replaces steps
+    steps: int = 300  # optimizer steps a round; 0: only evaluate
+    epochs: float = 0.0  # above 0 replaces steps
     batch_size: int = 8  # images a step
     eval_batch_size: int = 8  # images at once when not training
-    learning_rate: float = 0.0  # of the encoder; 0 = 2e-3 from scratch, 1e-4 pretrained
-    head_scale: float = 0.0  # the head's learning rate is this much larger; 0 = 1 from scratch, 10 pretrained
+    learning_rate: float = 0.0  # of the encoder; 0: 2e-3 from scratch, 1e-4 pretrained
+    head_scale: float = 0.0  # the head's learning rate is this much larger; 0: 1 from scratch, 10 pretrained
     weight_decay: float = 0.01  # AdamW
     scheduler: str = "polynomial"  # polynomial, linear, cosine, constant, constant_with_warmup
     scheduler_power: float = 1.0  # of the polynomial
@@ -100,8 +97,8 @@ class Config:
     max_grad_norm: float = 1.0  # gradient clipping
     precision: str = "fp32"  # fp32, bf16, fp16 (GPU only)
     batch_norm: str = "auto"  # auto, train, freeze_encoder, freeze
-    eval_every: int = 0  # steps between looks at the validation images; 0 = never
-    early_stopping: int = 0  # stop after this many looks without progress; 0 = never
+    eval_every: int = 0  # steps between looks at the validation images; 0: never
+    early_stopping: int = 0  # stop after this many looks without progress; 0: never
     early_stopping_threshold: float = 0.0  # progress is more than this (mean IoU)
     warm_start: bool = False  # go on from the last round's weights instead of the initial ones
     mask_seconds: float = FULL_MASK_SECONDS  # human seconds for one mask
@@ -112,7 +109,7 @@ class Config:
     log_with: str = "none"  # none, wandb, tensorboard
     project: str = "vlm_itl"  # wandb project
     keep_models: str = "last"  # which rounds' weights stay on disk: last, all, none
-    output_dir: str = ""  # the run folder; "" = a name of its own under runs/
+    output_dir: str = ""  # the run folder; empty: a name of its own under runs/
 
     def __post_init__(self) -> None:
         "Raise `ConfigError` for impossible values."
@@ -247,7 +244,8 @@ class Round:
         text += f" | val mIoU {val['mean_iou']:.3f}" if val else ""
         if self.judge and self.judge.get("n"):
             rate = self.judge["agreement_rate"]
-            text += f" | judge agrees {'-' if rate is None else f'{rate:.0%}'}, accepts {self.judge['accepted']} of {self.judge['n']}"
+            text += f" | judge agrees {'-' if rate is None else f'{rate:.0%}'}"
+            text += f", accepts {self.judge['accepted']} of {self.judge['n']}"
         return text + f" | {self.seconds['total']:.0f} s"
 
 # %% ../nbs/08_experiment.ipynb #experiment-judge
@@ -358,7 +356,11 @@ def _save_example(
     "Write image, truth and prediction, made small; the names of the files."
     scale = min(1.0, GALLERY_SIDE / max(image.size))
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    names: dict[str, str | None] = {"image": f"{number}_image.jpg", "truth": None, "prediction": f"{number}_prediction.png"}
+    names: dict[str, str | None] = {
+        "image": f"{number}_image.jpg",
+        "truth": None,
+        "prediction": f"{number}_prediction.png",
+    }
     image.resize(size, Image.Resampling.BILINEAR).save(folder / f"{number}_image.jpg", quality=88)
     store = MaskStore(folder, labels)
     for kind, mask in (("truth", truth), ("prediction", prediction)):
@@ -370,7 +372,12 @@ def _save_example(
 
 def _instructive(judgements: Sequence[Judgement], ious: dict[str, float], tau: float, count: int) -> list[Judgement]:
     "Accepted but bad, rejected but good, then agreeing answers, taken in turn."
-    kinds: dict[tuple[str, bool], list[Judgement]] = {("yes", False): [], ("no", True): [], ("yes", True): [], ("no", False): []}
+    kinds: dict[tuple[str, bool], list[Judgement]] = {
+        ("yes", False): [],
+        ("no", True): [],
+        ("yes", True): [],
+        ("no", False): [],
+    }
     for judgement in sorted(judgements, key=lambda j: str(j.id)):
         kinds.get((judgement.verdict, ious[str(judgement.id)] >= tau), []).append(judgement)
     picked: list[Judgement] = []
@@ -424,7 +431,11 @@ class Experiment:
         self.sampler = Sampler(parse_strategy(config.strategy))
         self.handler = self._make_handler()
         self.data = load_data(
-            config.dataset, seed=config.seed, val_share=config.val_share, binary=config.binary, options=config.data_options
+            config.dataset,
+            seed=config.seed,
+            val_share=config.val_share,
+            binary=config.binary,
+            options=config.data_options,
         )
         baseline = config.mode == "baseline"
         amounts = (1.0, 1.0, 1.0) if baseline else (config.initial, config.increment, config.max_labelled)
@@ -605,7 +616,9 @@ class Experiment:
         "Charge the answers that were not taken from a cache."
         fresh = [j for j in judgements if not j.cached]
         prices = [j.usd for j in fresh]
-        self.ledger.pay_judge(len(fresh), None if any(p is None for p in prices) else float(sum(p or 0.0 for p in prices)))
+        self.ledger.pay_judge(
+            len(fresh), None if any(p is None for p in prices) else float(sum(p or 0.0 for p in prices))
+        )
 
     def _write_judgements(self, here: Path, judgements: Sequence[Judgement], ious: dict[str, float]) -> None:
         "One line an answer."
@@ -711,7 +724,12 @@ def _tracker(experiment: Experiment) -> Tracker:
     config, folder = experiment.config, experiment.folder.path
     labels = experiment.data.labels
     return make_tracker(
-        config.log_with, project=config.project, group=folder.name, run_dir=folder, config=config.to_dict(), labels=labels
+        config.log_with,
+        project=config.project,
+        group=folder.name,
+        run_dir=folder,
+        config=config.to_dict(),
+        labels=labels,
     )
 
 
@@ -724,6 +742,8 @@ def run_experiment(
     if experiment.finished and experiment.folder.summary is not None:
         return
     with _tracker(experiment) as tracker:
+        for record in experiment.rounds:  # a killed run may have left its last round untold; telling twice is harmless
+            tracker.log_round(asdict(record), experiment.folder.round_path(record.index))
         while not experiment.finished:
             record = experiment.run_round()
             tracker.log_round(asdict(record), experiment.folder.round_path(record.index))

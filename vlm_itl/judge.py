@@ -115,6 +115,7 @@ def certify(
     for name, value in (("alpha", alpha), ("delta", delta)):
         check_number(name, value, 1e-9, 1 - 1e-9)
     check_number("min_share", min_share, 0, 1)
+    # of thresholds that accept the same images the strictest is kept: any that passed may be chosen
     result: dict[str, Any] = {"threshold": None, "accepted": 0, "bad": 0, "bound": None, "n": len(scores)}
     for threshold in np.sort(np.asarray(CERTIFY_GRID if grid is None else grid, dtype=float))[::-1]:
         above = scores >= threshold
@@ -124,5 +125,6 @@ def certify(
         bound = clopper_pearson_upper(bad, accepted, delta)
         if bound > alpha:
             break
-        result.update(threshold=float(threshold), accepted=accepted, bad=bad, bound=bound)
+        if accepted > result["accepted"]:
+            result.update(threshold=float(threshold), accepted=accepted, bad=bad, bound=bound)
     return result

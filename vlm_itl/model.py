@@ -39,6 +39,9 @@ class Normalisation:
 class Segmenter(nn.Module):
     "A Hugging Face segmentation network that takes uint8 pixels and gives float32 logits."
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(
         self,
         net: nn.Module,  # takes pixel_values, gives .logits (B, C, h, w) and .hidden_states
@@ -82,7 +85,9 @@ class Segmenter(nn.Module):
     def __repr__(self) -> str:
         "Name, size and notes in one line each."
         millions = sum(p.numel() for p in self.parameters()) / 1e6
-        lines = [f"Segmenter({self.name}, {type(self.net).__name__}, {millions:.2f}M parameters, {len(self.labels)} classes)"]
+        lines = [
+            f"Segmenter({self.name}, {type(self.net).__name__}, {millions:.2f}M parameters, {len(self.labels)} classes)"
+        ]
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
 
@@ -113,6 +118,7 @@ def segformer_nano(
     labels: LabelSpace,  # gives the number of classes and their names
 ) -> nn.Module:
     "A SegFormer of under 1M parameters, for 96-160 px images on a CPU."
+    options: dict[str, Any] = {"num_labels": len(labels), "id2label": labels.id2label, "label2id": labels.label2id}
     config = SegformerConfig(
         depths=[1, 1, 1, 1],
         hidden_sizes=[16, 32, 64, 128],
@@ -123,9 +129,7 @@ def segformer_nano(
         decoder_hidden_size=64,
         drop_path_rate=0.0,
         classifier_dropout_prob=0.1,
-        num_labels=len(labels),
-        id2label=labels.id2label,
-        label2id=labels.label2id,
+        **options,
     )
     return SegformerForSemanticSegmentation(config)
 
@@ -210,7 +214,9 @@ def _load_checkpoint(name: str, labels: LabelSpace, options: dict[str, Any]) -> 
     settings = {**defaults, **options}
     unknown = [k for k in options if not hasattr(config, k)]
     if unknown:
-        raise ConfigError(f"model_options: {config.model_type} has no setting {unknown[0]!r}.{closest(unknown[0], config.to_dict())}")
+        raise ConfigError(
+            f"model_options: {config.model_type} has no setting {unknown[0]!r}.{closest(unknown[0], config.to_dict())}"
+        )
     names = {"num_labels": len(labels), "id2label": labels.id2label, "label2id": labels.label2id}
     kept_head = is_segmenter and config.num_labels == len(labels)
     notes = []
@@ -219,10 +225,17 @@ def _load_checkpoint(name: str, labels: LabelSpace, options: dict[str, Any]) -> 
     try:
         with _quiet():
             net, info = AutoModelForSemanticSegmentation.from_pretrained(
-                name, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **names, **settings
+                name,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **names,
+                **settings,
             )
     except (OSError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"model {name!r} cannot be loaded as a segmenter: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(
+            f"model {name!r} cannot be loaded as a segmenter: {str(error).strip().splitlines()[0]}"
+        ) from error
     notes += _loading_notes(info)
     mended = fix_batchnorm(net)
     if mended:
@@ -266,9 +279,10 @@ def save_model(
 ) -> Path:  # the folder
     "Save as a Hugging Face model folder."
     folder = Path(folder)
+    net: Any = model.net
     try:
         with _quiet():
-            model.net.save_pretrained(folder)
+            net.save_pretrained(folder)
     except OSError as error:
         raise RunError(f"cannot save the model to {folder}: {error}") from error
     write_json(

@@ -98,13 +98,10 @@ def typed_value(
         return value
     if kind == "bool" and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
-    try:
-        if kind == "int" and isinstance(value, (int, str)) and not isinstance(value, bool):
-            return int(value)
-        if kind == "float" and not isinstance(value, bool):
-            return float(value)
-    except (TypeError, ValueError):
-        pass
+    number = guess_value(value) if isinstance(value, str) else value
+    wanted = {"int": (int,), "float": (int, float)}.get(kind, ())
+    if isinstance(number, wanted) and not isinstance(number, bool):
+        return number
     hint = " Put it in quotes." if kind == "str" else ""
     raise ConfigError(f"{name}={value!r} does not fit: the notebook wants {name}: {kind}.{hint}")
 

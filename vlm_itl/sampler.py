@@ -143,7 +143,7 @@ class ScoreRow:
     per_pixel: bool  # True: needs an aggregate
     function: Callable[[PoolView], np.ndarray] | None = None  # per image: view -> (N,)
     needs: tuple[str, ...] = ()  # arrays of the scoring pass that the function reads, e.g. ("class_hist",)
-    reason: str = ""  # per image: wording of the reason, "{value:.3f}" allowed
+    reason: str = ""  # wording of the reason with {value:.3f}; empty: the name and the value
 
 
 SCORES: dict[str, ScoreRow] = {}
@@ -187,8 +187,10 @@ def register_aggregate(
 
 # %% ../nbs/05_sampler.ipynb #sampler-score-register
 register_score("entropy", "entropy of the class probabilities over ln C, in [0, 1]", per_pixel=True)(None)
-register_score("margin", "1 - (largest - second largest probability)", per_pixel=True)(None)
-register_score("least_confidence", "1 - largest probability", per_pixel=True)(None)
+register_score("margin", "1 - (largest - second largest probability)", per_pixel=True, reason="1 - margin {value:.3f}")(
+    None
+)
+register_score("least_confidence", "1 - largest probability", per_pixel=True, reason="1 - confidence {value:.3f}")(None)
 register_aggregate("mean", "mean over the valid pixels of the image")
 register_aggregate("none", "for scores that are per image already")
 

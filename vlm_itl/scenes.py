@@ -88,12 +88,12 @@ _LOOKS = {
     "boat": _Look(
         ((0, ((-1, 0.3), (1, 0.3), (0.7, 0.85), (-0.7, 0.85))), (1, ((-0.05, 0.2), (-0.05, -1), (0.75, 0.2))),
          (1, ((-0.15, 0.2), (-0.15, -0.8), (-0.7, 0.2)))),
-        (0.03, 0.75, 0.6), (0.15, 0.1, 0.95), "stripes",
+        (0.88, 0.8, 0.45), (0.15, 0.1, 0.95), "stripes",
     ),
     "bottle": _Look(
         ((0, _box(-0.35, -0.2, 0.35, 1)), (0, ((-0.35, -0.2), (-0.13, -0.6), (0.13, -0.6), (0.35, -0.2))),
          (1, _box(-0.14, -1, 0.14, -0.6)), (1, _box(-0.35, 0.15, 0.35, 0.55))),
-        (0.38, 0.85, 0.45), (0.13, 0.5, 0.9), "plain",
+        (0.4, 0.9, 0.4), (0.13, 0.5, 0.9), "plain",
     ),
     "bus": _Look(
         ((0, _box(-1, -0.6, 1, 0.55)), (1, _box(-0.85, -0.4, 0.85, -0.05)), (1, _oval(-0.55, 0.6, 0.2, 0.2)),
@@ -118,12 +118,12 @@ _LOOKS = {
     ),
     "cow": _Look(
         ((0, _box(-0.75, -0.4, 0.6, 0.4)), (1, _oval(0.75, -0.35, 0.25, 0.3)), *_legs(-0.6, -0.25, 0.2, 0.48)),
-        (0.0, 0.0, 0.92), (0.0, 0.25, 0.35), "spots",
+        (0.0, 0.0, 0.92), (0.97, 0.5, 0.9), "spots",
     ),
     "diningtable": _Look(
         ((0, ((-0.8, -0.45), (0.8, -0.45), (1, -0.1), (-1, -0.1))), (1, _box(-0.85, -0.1, -0.65, 0.8)),
          (1, _box(0.65, -0.1, 0.85, 0.8)), (0, _box(-1, -0.1, 1, 0.12))),
-        (0.06, 0.75, 0.55), (0.06, 0.7, 0.35), "checks",
+        (0.17, 0.65, 0.6), (0.17, 0.7, 0.35), "checks",
     ),
     "dog": _Look(
         ((0, _oval(0, 0.1, 0.55, 0.75)), (1, _oval(-0.6, 0.05, 0.2, 0.6)), (1, _oval(0.6, 0.05, 0.2, 0.6)),
@@ -134,7 +134,7 @@ _LOOKS = {
         ((0, _oval(-0.1, 0, 0.7, 0.33)), (0, ((0.3, -0.1), (0.6, -0.9), (0.9, -0.8), (0.6, 0.1))),
          (0, _oval(0.8, -0.72, 0.22, 0.14)), (1, ((-0.75, -0.2), (-1, 0.5), (-0.8, 0.5), (-0.65, 0))),
          *_legs(-0.6, -0.3, 0.25, 0.5, width=0.09)),
-        (0.04, 0.75, 0.4), (0.08, 0.6, 0.15), "plain",
+        (0.7, 0.35, 0.55), (0.7, 0.5, 0.2), "plain",
     ),
     "motorbike": _Look(
         ((1, _oval(-0.6, 0.45, 0.38, 0.38)), (1, _oval(0.6, 0.45, 0.38, 0.38)),
@@ -149,7 +149,7 @@ _LOOKS = {
     "pottedplant": _Look(
         ((1, ((-0.4, 0.35), (0.4, 0.35), (0.28, 1), (-0.28, 1))), (0, ((0, 0.4), (-0.9, -0.3), (-0.3, -0.1))),
          (0, ((0, 0.4), (0.9, -0.3), (0.3, -0.1))), (0, ((-0.3, 0.4), (0, -1), (0.3, 0.4)))),
-        (0.3, 0.8, 0.6), (0.05, 0.8, 0.7), "waves",
+        (0.31, 0.85, 0.6), (0.05, 0.8, 0.7), "waves",
     ),
     "sheep": _Look(
         ((0, _oval(-0.4, -0.1, 0.42, 0.42)), (0, _oval(0, -0.25, 0.42, 0.42)),
@@ -165,7 +165,7 @@ _LOOKS = {
     "train": _Look(
         ((0, ((-1, -0.4), (0.6, -0.4), (1, 0.1), (1, 0.4), (-1, 0.4))), (1, _box(-0.9, -0.25, 0.5, 0)),
          (1, _box(-1, 0.4, 0.9, 0.55))),
-        (0.27, 0.75, 0.8), (0.6, 0.3, 0.25), "stripes",
+        (0.21, 0.8, 0.9), (0.6, 0.3, 0.25), "stripes",
     ),
     "tvmonitor": _Look(
         ((0, _box(-0.9, -0.7, 0.9, 0.45)), (1, _box(-0.75, -0.57, 0.75, 0.32)),
@@ -335,11 +335,11 @@ class SceneOptions:
         check_number("n_train", self.n_train, low=1, integer=True)
         check_number("n_test", self.n_test, low=1, integer=True)
         check_number("seed", self.seed, integer=True)
-        if len(tuple(self.size)) != 2:
-            raise ConfigError(f"size: two sides, shortest and longest, such as (96, 160); got {self.size!r}")
-        object.__setattr__(self, "size", tuple(int(side) for side in self.size))
-        check_number("size[0]", self.size[0], low=32)
-        check_number("size[1]", self.size[1], low=self.size[0], high=1024)
+        if not isinstance(self.size, (tuple, list)) or len(self.size) != 2:
+            raise ConfigError(f"size must be two sides, shortest and longest, such as (96, 160), not {self.size!r}.")
+        object.__setattr__(self, "size", tuple(self.size))  # YAML and JSON know lists only
+        check_number("size[0]", self.size[0], low=32, integer=True)
+        check_number("size[1]", self.size[1], low=self.size[0], high=1024, integer=True)
         check_number("redundancy", self.redundancy, low=0, high=1)
         check_number("frames", self.frames, low=2, integer=True)
         check_number("tail", self.tail, low=0, high=5)
@@ -419,10 +419,10 @@ def draw_scene(
         things = _things(rng, None, tail[:4], (1.0,), (0.3, 0.45))
     elif split == "train":
         rng = make_rng(options.seed, "scenes", split, index)
-        things = _things(rng, None, tail, (0.1, 0.3, 0.35, 0.25), (0.2, 0.45))
+        things = _things(rng, None, tail, (0.1, 0.35, 0.35, 0.2), (0.25, 0.48))
     else:
         rng = make_rng(options.seed, "scenes", split, index)
-        things = _things(rng, 1 + index % 20, np.ones(20), (0.3, 0.4, 0.3), (0.22, 0.45))
+        things = _things(rng, 1 + index % 20, np.ones(20), (0.3, 0.4, 0.3), (0.25, 0.48))
     short, long = options.size
     height, width = int(rng.integers(short, long + 1)), int(rng.integers(short, long + 1))
     if height == width:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
@@ -32,7 +32,16 @@ from transformers import (
     TrainingArguments,
 )
 
-from .core import ConfigError, DataError, RunError, check_choice, check_number, derive_seed, progress, seed_everything
+from vlm_itl.core import (
+    ConfigError,
+    DataError,
+    RunError,
+    check_choice,
+    check_number,
+    derive_seed,
+    progress,
+    seed_everything,
+)
 from .labels import LabelSpace
 from .metrics import ConfusionMatrix
 from .model import Segmenter, freeze_batchnorm, load_model, parameter_groups
@@ -192,12 +201,21 @@ class TrainSettings:
         check_number("batch_size", self.batch_size, low=1, integer=True)
         for name in ("eval_every", "early_stopping", "num_workers"):
             check_number(name, getattr(self, name), low=0, integer=True)
-        for name in ("epochs", "learning_rate", "head_scale", "weight_decay", "early_stopping_threshold", "max_grad_norm"):
+        for name in (
+            "epochs",
+            "learning_rate",
+            "head_scale",
+            "weight_decay",
+            "early_stopping_threshold",
+            "max_grad_norm",
+        ):
             check_number(name, getattr(self, name), low=0)
         check_number("warmup", self.warmup, low=0, high=1)
         check_number("scheduler_power", self.scheduler_power, low=0)
         if self.early_stopping and not self.eval_every:
-            raise ConfigError("early_stopping looks at the validation images: set eval_every (steps between two looks) too.")
+            raise ConfigError(
+                "early_stopping looks at the validation images: set eval_every (steps between two looks) too."
+            )
         return self
 
     def total_steps(
@@ -236,10 +254,6 @@ class _SegTrainer(Trainer):
         self.segmenter, self.settings, self.view = model, settings, view
         super().__init__(model=model, data_collator=collate, **kwargs)
 
-    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> SequentialSampler:
-        "The order is already in the data set."
-        return SequentialSampler(self.train_dataset)
-
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         "AdamW over encoder and head groups."
         if self.optimizer is None:
@@ -249,7 +263,11 @@ class _SegTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         "Pixel cross-entropy in float32; the network in the chosen precision."
         freeze_batchnorm(self.segmenter, self.settings.batch_norm)  # Trainer calls .train() before every step
@@ -328,6 +346,7 @@ def _arguments(model: Segmenter, settings: TrainSettings, steps: int, folder: st
         dataloader_num_workers=settings.num_workers,
         dataloader_persistent_workers=settings.num_workers > 0,
         dataloader_pin_memory=pick_device(settings.device).type == "cuda",
+        train_sampling_strategy="sequential",  # the order is already in the data set
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
@@ -408,7 +427,7 @@ def uncertainty_maps(
 def valid_cells(
     boxes: Sequence[tuple[int, int]],  # (h, w) of the image inside the padded square, pixels
     image_size: int,  # side of the padded square, pixels
-    shape: tuple[int, int],  # (h', w') of the map
+    shape: Sequence[int],  # (h', w') of the map
 ) -> torch.Tensor:  # (B, h', w') bool, at least one cell True
     "Which cells of a feature or logit map lie inside the image."
     rows = (torch.arange(shape[0]) + 0.5) * image_size / shape[0]

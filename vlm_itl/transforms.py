@@ -56,16 +56,35 @@ def _color_matrix(
     offset = 128 * (1 - contrast)
     return tuple(float(number) for row in matrix for number in (*row, offset))
 
-# %% ../nbs/01a_transforms.ipynb #transforms-train
+# %% ../nbs/01a_transforms.ipynb #transforms-cut
 _PAD = 128  # grey around the image; its labels are void
 _TRIES = 10  # a window without a single labelled pixel teaches nothing (its loss is 0 / 0): draw another
+
+
+def _cut(
+    mask: Image.Image,  # class indices, original size
+    size: int,  # side of the output, pixels
+    scale: tuple[float, float],  # 1 = the long side becomes `size`
+    rng: np.random.Generator,  # decides
+) -> tuple[tuple[float, float, float, float], tuple[slice, slice], np.ndarray]:  # window, its place, the mask in it
+    "Draw a window: the box in the original, the place in the output it fills, and what the mask shows there."
+    for _ in range(_TRIES):
+        zoom, across, down = rng.uniform(size=3)
+        factor = size / max(mask.size) * scale[0] * (scale[1] / scale[0]) ** zoom
+        left, right, x0, x1 = _window(mask.width, size, factor, across)
+        top, bottom, y0, y1 = _window(mask.height, size, factor, down)
+        box = (left, top, right, bottom)
+        seen = np.asarray(mask.resize((x1 - x0, y1 - y0), Image.Resampling.NEAREST, box=box))
+        if (seen != VOID).any():
+            break
+    return box, (slice(y0, y1), slice(x0, x1)), seen
 
 
 def _as_tensor(pixels: np.ndarray) -> torch.Tensor:  # uint8 (3, H, W)
     "Height, width, colour to colour, height, width."
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
-
+# %% ../nbs/01a_transforms.ipynb #transforms-train
 class TrainTransform:
     "Random scale, crop, flip and colour jitter: a row becomes `pixel_values` and `labels` of one size."
 
@@ -113,22 +132,14 @@ class TrainTransform:
         same_size(name, image.size, mask.size)
         mirror = rng.uniform()
         brightness, contrast, saturation, hue = (1 + self.jitter * rng.uniform(-1, 1, size=4)).tolist()
-        for _ in range(_TRIES):
-            zoom, across, down = rng.uniform(size=3)
-            factor = size / max(image.size) * self.scale[0] * (self.scale[1] / self.scale[0]) ** zoom
-            left, right, x0, x1 = _window(image.width, size, factor, across)
-            top, bottom, y0, y1 = _window(image.height, size, factor, down)
-            box, shown = (left, top, right, bottom), (x1 - x0, y1 - y0)
-            seen = np.asarray(mask.resize(shown, Image.Resampling.NEAREST, box=box))
-            if (seen != VOID).any():
-                break
-        image = image.resize(shown, Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
+        box, place, seen = _cut(mask, size, self.scale, rng)
+        image = image.resize(seen.shape[::-1], Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
         if self.jitter:
             image = image.convert("RGB", _color_matrix(brightness, contrast, saturation, math.radians(30) * (hue - 1)))
         pixels = np.full((size, size, 3), _PAD, dtype=np.uint8)
         labels = np.full((size, size), VOID, dtype=np.uint8)
-        pixels[y0:y1, x0:x1] = np.asarray(image)
-        labels[y0:y1, x0:x1] = seen
+        pixels[place] = np.asarray(image)
+        labels[place] = seen
         if mirror < self.flip:
             pixels, labels = pixels[:, ::-1], labels[:, ::-1]
         return {"pixel_values": _as_tensor(pixels), "labels": torch.from_numpy(np.ascontiguousarray(labels))}

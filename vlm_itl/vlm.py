@@ -139,37 +139,16 @@ class JudgeQuery:
         return image.convert("RGB")
 
 # %% ../nbs/06_vlm.ipynb #vlm-legend
-_COLOR_NAMES: dict[str, tuple[int, int, int]] = {
-    "black": (0, 0, 0),
-    "maroon": (128, 0, 0),
-    "green": (0, 128, 0),
-    "olive": (128, 128, 0),
-    "navy": (0, 0, 128),
-    "purple": (128, 0, 128),
-    "teal": (0, 128, 128),
-    "grey": (128, 128, 128),
-    "dark brown": (64, 0, 0),
-    "red": (192, 0, 0),
-    "light green": (64, 128, 0),
-    "orange": (192, 128, 0),
-    "indigo": (64, 0, 128),
-    "pink": (192, 0, 128),
-    "slate": (64, 128, 128),
-    "rose": (192, 128, 128),
-    "dark green": (0, 64, 0),
-    "brown": (128, 64, 0),
-    "bright green": (0, 192, 0),
-    "yellow-green": (128, 192, 0),
-    "blue": (0, 64, 128),
-    "white": (255, 255, 255),
-    "bright red": (255, 0, 0),
-    "lime": (0, 255, 0),
-    "bright blue": (0, 0, 255),
-    "yellow": (255, 255, 0),
-    "cyan": (0, 255, 255),
-    "magenta": (255, 0, 255),
-    "cream": (224, 224, 192),
-}  # VOC's own 21 colours and the corners of the cube
+_COLOR_TABLE = """
+black 000000  maroon 800000  green 008000  olive 808000  navy 000080  purple 800080  teal 008080
+grey 808080  dark_brown 400000  red c00000  light_green 408000  orange c08000  indigo 400080  pink c00080
+slate 408080  rose c08080  dark_green 004000  brown 804000  bright_green 00c000  yellow-green 80c000
+blue 004080  white ffffff  bright_red ff0000  lime 00ff00  bright_blue 0000ff  yellow ffff00  cyan 00ffff
+magenta ff00ff  cream e0e0c0
+"""  # VOC's own 21 colours and the corners of the cube
+_COLOR_NAMES = {
+    name.replace("_", " "): tuple(bytes.fromhex(code)) for name, code in re.findall(r"(\S+) (\S+)", _COLOR_TABLE)
+}
 
 
 def color_name(
@@ -285,6 +264,10 @@ def check_query(
     "Why a query cannot be judged."
     if not isinstance(query, JudgeQuery):
         return f"a JudgeQuery is needed, not {type(query).__name__}"
+    if not isinstance(query.labels, LabelSpace):
+        return f"labels must be a LabelSpace, not {type(query.labels).__name__}"
+    if not all(isinstance(c, (int, np.integer)) for c in query.class_ids):
+        return f"class_ids must be whole numbers, not {query.class_ids!r}"
     mask, size = query.mask, len(query.labels)
     if not isinstance(mask, np.ndarray) or mask.dtype != np.uint8 or mask.ndim != 2:
         found = f"{mask.dtype} {mask.shape}" if isinstance(mask, np.ndarray) else type(mask).__name__

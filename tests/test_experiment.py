@@ -1,0 +1,308 @@
+"""The loop of rounds: truth is paid for, runs repeat and resume, bad input is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import papermill
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from vlm_itl.core import ConfigError, DataError, RunError, make_rng, project_root
+from vlm_itl.data import load_data, toy_images
+from vlm_itl.experiment import Config, choose, make_config, run_al, run_baseline, run_path
+from vlm_itl.metrics import image_iou
+from vlm_itl.model import load_model
+from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
+from vlm_itl.sampler import Sampler
+from vlm_itl.scenes import make_scenes
+from vlm_itl.train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
+
+TINY = {
+    "steps": 6,
+    "batch_size": 4,
+    "image_size": 48,
+    "initial": 6,
+    "increment": 6,
+    "max_labelled": 18,
+    "gallery": 2,
+    "val_share": 4,
+    "keep_models": "all",
+}
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """A small VOC folder of generated scenes that tests may copy and spoil."""
+    return make_scenes(tmp_path_factory.mktemp("scenes") / "voc", n_train=34, n_test=4, seed=3)
+
+
+def run(folder, out, **settings):
+    return list(run_al(make_config({**TINY, "dataset": str(folder), "output_dir": str(out), **settings})))
+
+
+def lines_without_clock(out):
+    records = [json.loads(line) for line in (Path(out) / "rounds.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in record.items() if k != "seconds"} for record in records]
+
+
+def weights(out, index):
+    return load_file(Path(out) / f"round_{index:03d}" / "model" / "model.safetensors")
+
+
+def spoil_unpaid(folder, copy, paid, seed=0):
+    """Copy a VOC folder and replace the masks of unpaid training images by random classes."""
+    shutil.copytree(folder, copy)
+    rng = np.random.default_rng(seed)
+    spoilt = 0
+    for name in (copy / "ImageSets/Segmentation/train.txt").read_text().split():
+        if name not in paid:
+            path = copy / "SegmentationClass" / f"{name}.png"
+            with Image.open(path) as old:
+                size, palette = old.size, old.getpalette()
+            new = Image.fromarray(rng.integers(0, 21, size[::-1], dtype=np.uint8))
+            new.putpalette(palette)
+            new.save(path)
+            spoilt += 1
+    return spoilt
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"mode": "al", "strategy": "entropy"},
+        {"mode": "al", "strategy": "coreset"},
+        {"mode": "vlm", "judge": "always_yes", "policy": "pseudo", "strategy": "margin"},
+        {"mode": "vlm", "judge": "always_no", "policy": "triage", "strategy": "least_confidence"},
+    ],
+    ids=lambda s: "-".join(s.values()),
+)
+def test_truth_is_paid_for(scenes, tmp_path, settings):
+    first = run(scenes, tmp_path / "a", **settings)
+    paid = set(first[0].start_ids) | {i for r in first for i in r.selection["ids"]}
+    data = load_data(str(scenes), seed=0, val_share=4)
+    paid |= set(data.val.with_format(None)["id"][:])
+    assert spoil_unpaid(scenes, tmp_path / "spoilt", paid) > 5
+    second = run(tmp_path / "spoilt", tmp_path / "b", **settings)
+    assert [r.start_ids for r in second] == [r.start_ids for r in first]
+    assert [r.selection for r in second] == [r.selection for r in first]
+    assert [r.pseudo_ids for r in second] == [r.pseudo_ids for r in first]
+    assert [r.metrics for r in second] == [r.metrics for r in first]
+    for index in range(3):
+        one, two = weights(tmp_path / "a", index), weights(tmp_path / "b", index)
+        assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_same_seed_same_bytes(scenes, tmp_path):
+    for name in ("a", "b"):
+        run(scenes, tmp_path / name, mode="vlm", judge_options={"accuracy": 0.8})
+    assert lines_without_clock(tmp_path / "a") == lines_without_clock(tmp_path / "b")
+    run(scenes, tmp_path / "c", mode="vlm", judge_options={"accuracy": 0.8}, seed=1)
+    assert lines_without_clock(tmp_path / "a") != lines_without_clock(tmp_path / "c")
+
+
+def test_strategies_share_start_and_first_weights(scenes, tmp_path):
+    for name in ("random", "entropy"):
+        run(scenes, tmp_path / name, strategy=name)
+    one, two = lines_without_clock(tmp_path / "random"), lines_without_clock(tmp_path / "entropy")
+    assert one[0]["start_ids"] == two[0]["start_ids"] and one[0]["metrics"] == two[0]["metrics"]
+    a, b = weights(tmp_path / "random", 0), weights(tmp_path / "entropy", 0)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_resume_equals_undisturbed(scenes, tmp_path, warm):
+    settings = {"mode": "vlm", "judge_options": {"accuracy": 0.8}, "warm_start": warm}
+    run(scenes, tmp_path / "whole", **settings)
+    config = make_config({**TINY, "dataset": str(scenes), "output_dir": str(tmp_path / "cut"), **settings})
+    rounds = run_al(config)
+    next(rounds)
+    rounds.close()
+    assert not (tmp_path / "cut" / "summary.json").exists()
+    assert len(list(run_al(config))) == 3
+    assert lines_without_clock(tmp_path / "whole") == lines_without_clock(tmp_path / "cut")
+    assert (tmp_path / "cut" / "summary.json").exists()
+
+
+def test_accepted_images_train_on_the_predicted_mask(scenes, tmp_path):
+    data = load_data(str(scenes), val_share=4)
+    oracle, pool = Oracle(data, Ledger()), Pool([])
+    pool = Pool(oracle.ids)
+    oracle.label(oracle.ids[:3])
+    pool.add_human(oracle.ids[:3])
+    model = load_model("segformer-nano", data.labels)
+    masks = MaskStore(tmp_path, data.labels)
+    score_pool(model, oracle.images, Inference(image_size=48), masks=masks)
+    pool.set_pseudo({i: masks.path(i) for i in oracle.ids[2:6]})
+    rows = training_rows(pool, oracle)
+    assert rows.with_format(None)["id"][:] == oracle.ids[:6]  # a human mask wins over a pseudo-label
+    for row in rows:
+        truth = oracle.peek_for_simulation(row["id"])
+        expected = truth if row["id"] in pool.human else masks[row["id"]]
+        assert np.array_equal(row["mask"], expected)
+        assert row["id"] in pool.human or image_iou(row["mask"], truth, 21) < 1
+
+
+def made_up_scores(n=12):
+    ids = [f"i{k:02d}" for k in range(n)]
+    rng = np.random.default_rng(0)
+    scores = {"entropy-mean": rng.random(n).astype(np.float32)}
+    embedding = rng.random((n, 4)).astype(np.float32)
+    return PoolScores(ids, scores, embedding, np.full((n, 2), 0.5, np.float32))
+
+
+def test_policies_decide_who_is_next():
+    scores = made_up_scores()
+    ids = scores.ids
+    verdicts = {i: v for i, v in zip(ids, ["yes"] * 4 + ["no"] * 3 + ["abstain"] * 5, strict=True)}
+    accepted = [i for i in ids if verdicts[i] == "yes"]
+    sampler = Sampler("entropy")
+
+    def pick(policy, k):
+        return choose(sampler, scores, Pool(ids), k, verdicts, accepted, policy, make_rng(0, policy))[0]
+
+    assert set(pick("triage", 3)) == set(ids[4:7])
+    assert set(pick("triage", 5)[:3]) == set(ids[4:7]) and set(pick("triage", 5)[3:]) <= set(ids[7:])
+    assert not set(pick("pseudo", 8)) & set(accepted)
+    assert set(pick("pseudo", 10)) >= set(ids[4:])
+    top = [ids[i] for i in np.argsort(-scores.scores["entropy-mean"])[:4]]
+    assert pick("observe", 4) == top
+
+
+def test_vlm_rounds_hold_every_measure(scenes, tmp_path):
+    rounds = run(scenes, tmp_path / "r", mode="vlm", policy="observe", judge_options={"accuracy": 0.9}, tau=0.2)
+    wanted = {"agreement_rate", "balanced_accuracy", "sensitivity", "specificity", "kappa", "coverage"}
+    for record in rounds:
+        assert wanted | {"accepted", "accepted_label_miou", "n"} <= record.judge.keys()
+        assert record.judge["n"] == 30 - record.labelled
+        assert record.pseudo == 0 and record.pseudo_ids == []
+    summary = json.loads((tmp_path / "r" / "summary.json").read_text())
+    assert summary["simulated"] and len(summary["curve"]["agreement_rate"]) == 3
+    assert summary["budget"]["images"] == 18 + 4 and summary["budget"]["judge_calls"] == 24 + 18 + 12
+    for name in ("learning_curve", "class_iou", "gallery", "judge"):
+        assert (tmp_path / "r" / "figures" / f"{name}.png").stat().st_size > 3000
+
+
+def test_baseline_and_evaluation_only(scenes, tmp_path):
+    base = {k: v for k, v in TINY.items() if k not in ("initial", "increment", "max_labelled")}
+    config = make_config(base, dataset=str(scenes), output_dir=str(tmp_path / "b"))
+    (record,) = run_baseline(config)
+    assert record.labelled == 30 and record.labelled_share == 1 and record.judge is None
+    saved = tmp_path / "b" / "round_000" / "model"
+    again = make_config(base, dataset=str(scenes), output_dir=str(tmp_path / "e"), model=str(saved), steps=0)
+    (evaluated,) = run_baseline(again)
+    assert evaluated.metrics["val"] == record.metrics["val"] and evaluated.metrics["steps"] == 0
+
+
+def test_early_stopping_keeps_the_best(scenes):
+    data = load_data(str(scenes), val_share=6)
+    model = load_model("segformer-nano", data.labels)
+    view = Inference(image_size=48)
+    settings = TrainSettings(steps=12, batch_size=4, eval_every=2, early_stopping=2, learning_rate=0.3, warmup=0.0)
+    result = fit(model, data.train, settings, view, validation=data.val)
+    looks = {h["step"]: h["eval_mean_iou"] for h in result.history if "eval_mean_iou" in h}
+    assert result.best_step == max(looks, key=lambda s: (looks[s], -s)) and result.steps <= 12
+    assert evaluate(model, data.val, view)["mean_iou"] == pytest.approx(max(looks.values()), abs=1e-9)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_precisions_train(precision):
+    toy = toy_images()
+    model = load_model("segformer-nano", toy.labels)
+    result = fit(model, toy.train, TrainSettings(steps=4, precision=precision), Inference(64, precision=precision))
+    assert np.isfinite(result.train_loss)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_workers_change_nothing(scenes, tmp_path):
+    run(scenes, tmp_path / "w0")
+    run(scenes, tmp_path / "w2", num_workers=2)
+    assert lines_without_clock(tmp_path / "w0") == lines_without_clock(tmp_path / "w2")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "active"}, "Allowed: 'baseline', 'al', 'vlm'"),
+        ({"strategy": "entropi"}, "entropy"),
+        ({"judge": "gpt", "mode": "vlm"}, "mock"),
+        ({"judge_options": {"acuracy": 1}, "mode": "vlm"}, "accuracy"),
+        ({"policy": "all"}, "observe"),
+        ({"initial": 100}, "more images than the pool"),
+        ({"max_labelled": 3}, "less than initial"),
+        ({"initial": 0.001}, "at least one"),
+        ({"model": "no-such-model"}, "segformer-nano"),
+        ({"model_options": {"x": 1}}, "takes none"),
+        ({"image_size": 0}, "image_size"),
+        ({"batch_size": 2.5}, "batch_size"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"early_stopping": 3}, "eval_every"),
+        ({"device": "tpu"}, "tpu"),
+        ({"precision": "fp16"}, "GPU"),
+        ({"log_with": "mlflow"}, "wandb"),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_bad_settings_get_one_clear_line(scenes, tmp_path, settings, message):
+    with pytest.raises(ConfigError) as caught:
+        run(scenes, tmp_path / "r", **settings)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_folder_of_another_run_is_left_alone(scenes, tmp_path):
+    run(scenes, tmp_path / "r")
+    before = {p: p.read_bytes() for p in (tmp_path / "r").rglob("*.json*")}
+    with pytest.raises(RunError, match="seed: 0 there, 5 now"):
+        run(scenes, tmp_path / "r", seed=5)
+    assert before == {p: p.read_bytes() for p in (tmp_path / "r").rglob("*.json*")}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(RunError, match="holds no run"):
+        run(scenes, tmp_path / "other")
+    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+def test_a_broken_file_in_the_middle_loses_nothing(scenes, tmp_path):
+    copy = tmp_path / "voc"
+    shutil.copytree(scenes, copy)
+    whole = run(scenes, tmp_path / "whole")
+    late = whole[1].selection["ids"][0]  # paid for after round 1, trained on in round 2
+    path = copy / "JPEGImages" / f"{late}.jpg"
+    data = path.read_bytes()
+    train = [n for n in (copy / "ImageSets/Segmentation/train.txt").read_text().split() if n != late]
+    assert train
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match=late):
+        run(copy, tmp_path / "r")
+    path.write_bytes(data)
+    run(copy, tmp_path / "r")
+    assert lines_without_clock(tmp_path / "r") == lines_without_clock(tmp_path / "whole")
+
+
+def test_a_diverging_training_says_so(scenes, tmp_path):
+    with pytest.raises((RunError, DataError), match="diverged|not finite"):
+        run(scenes, tmp_path / "r", learning_rate=1e30, max_grad_norm=0, warmup=0.0)
+
+
+def test_run_notebooks_offer_every_setting():
+    defaults = Config()
+    for name in ("run_al", "run_baseline"):
+        found = papermill.inspect_notebook(str(project_root() / "nbs" / f"{name}.ipynb"))
+        unknown = set(found) - set(defaults.to_dict())
+        assert not unknown
+        if name == "run_al":
+            assert set(found) == set(defaults.to_dict())
+        for parameter in found.values():
+            assert parameter["help"], parameter["name"]
+
+
+def test_worked_yaml_files():
+    files = sorted((project_root() / "configs").glob("*.yaml"))
+    assert {f.stem for f in files} >= {"voc_baseline", "voc_al", "voc_vlm"}
+    for path in files:
+        config = make_config(yaml.safe_load(path.read_text()))
+        assert config.model.startswith("nvidia/") and run_path(config)
