@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'POLICIES', 'ACCEPTANCES', 'KEEP_MODELS', 'FREE_SETTINGS', 'JUDGE_CHUNK', 'GALLERY_SIDE', 'Config',
            'make_config', 'notebook_settings', 'run_path', 'Round', 'judge_pool', 'accepts', 'measure_judge', 'choose',
-           'write_gallery', 'Experiment', 'area_under_curve', 'summarise', 'run_experiment', 'run_baseline', 'run_al']
+           'write_gallery', 'Experiment', 'summarise', 'run_experiment', 'run_baseline', 'run_al']
 
 # %% ../nbs/08_experiment.ipynb #experiment-imports
 import importlib.metadata
@@ -42,11 +42,11 @@ from .judge import verdict_metrics
 from .metrics import image_iou
 from .model import Segmenter, load_model, save_model
 from .pool import FULL_MASK_SECONDS, Ledger, Oracle, Pool, budget_schedule, mask_pixels, training_rows
-from .report import save_figures
+from .report import aubc, save_figures
 from .sampler import Sampler, parse_strategy
 from .tracking import Tracker, make_tracker
 from .train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
-from .vlm import Judgement, JudgeQuery, VLMHandler, make_handler
+from .vlm import Judgement, JudgeQuery, VLMHandler, check_question, make_handler
 
 # %% ../nbs/08_experiment.ipynb #experiment-config
 MODES = ("baseline", "al", "vlm")
@@ -81,14 +81,15 @@ class Config:
     initial: float | int = 0.1  # labelled before round 0: share (float up to 1.0) or count
     increment: float | int = 0.1  # labelled more each round
     max_labelled: float | int = 0.5  # the last round's labelled share or count
-    image_size: int = 128  # training crop and long side in evaluation, pixels
+    image_size: int = 128  # long side in evaluation, pixels
+    crop: float = 0.75  # side of the training crop as a share of image_size
     resize: str = "keep"  # evaluation: keep the aspect and pad, or stretch to a square
     augment: dict[str, Any] = field(default_factory=dict)  # options of TrainTransform, e.g. {"scale": [0.5, 2.0]}
     steps: int = 300  # optimizer steps a round; 0: only evaluate
     epochs: float = 0.0  # above 0 replaces steps
-    batch_size: int = 8  # images a step
+    batch_size: int = 12  # images a step
     eval_batch_size: int = 8  # images at once when not training
-    learning_rate: float = 0.0  # of the encoder; 0: 2e-3 from scratch, 1e-4 pretrained
+    learning_rate: float = 0.0  # of the encoder; 0: 5e-3 from scratch, 1e-4 pretrained
     head_scale: float = 0.0  # the head's learning rate is this much larger; 0: 1 from scratch, 10 pretrained
     weight_decay: float = 0.01  # AdamW
     scheduler: str = "polynomial"  # polynomial, linear, cosine, constant, constant_with_warmup
@@ -131,6 +132,7 @@ class Config:
         for name in ("data_options", "model_options", "judge_options", "augment"):
             if not isinstance(getattr(self, name), dict):
                 raise ConfigError(f"{name} must be a dictionary, e.g. {{'name': value}}, not {getattr(self, name)!r}.")
+        check_question(self.question)
         self.train_settings.check()
 
     @property
@@ -269,13 +271,11 @@ def judge_pool(
             rows = oracle.rows(chunk)
             queries = []
             for image_id, row in zip(chunk, rows, strict=True):
-                mask = masks[image_id]
-                present = tuple(int(c) for c in np.unique(mask) if c not in (0, labels.ignore_index))
 
                 def read(row: int = row) -> Image.Image:
                     return oracle.images[row]["image"]
 
-                queries.append(JudgeQuery(image_id, read, mask, present, question=question, labels=labels))
+                queries.append(JudgeQuery(image_id, read, masks[image_id], question=question, labels=labels))
             judgements += handler.judge(queries)
             bar.update(len(chunk))
     return judgements
@@ -520,7 +520,6 @@ class Experiment:
             validation=self.data.val,
             seed=self.config.seed,
             desc=f"round {index}: training",
-            augment=self.config.augment,
         )
         return {"train_loss": result.train_loss, "steps": result.steps, "best_step": result.best_step}, result.history
 
@@ -672,18 +671,6 @@ class _Clock:
         return {**self.laps, "total": round(time.perf_counter() - self.start, 3)}
 
 # %% ../nbs/08_experiment.ipynb #experiment-summary
-def area_under_curve(
-    share: Sequence[float],  # labelled share of each round, rising
-    value: Sequence[float | None],  # what was measured there
-) -> float | None:  # mean height of the curve; None with fewer than two points
-    "Trapezoidal area under a budget curve divided by the budget's range."
-    points = [(x, y) for x, y in zip(share, value, strict=True) if y is not None]
-    if len(points) < 2 or points[-1][0] == points[0][0]:
-        return None
-    x, y = np.array(points, dtype=float).T
-    return float(np.trapezoid(y, x) / (x[-1] - x[0]))
-
-
 def summarise(
     config: Config,  # the settings
     name: str,  # of the run
@@ -713,7 +700,7 @@ def summarise(
         "labels": list(names),
         "curve": curve,
         "test": tests.get(len(rounds) - 1),
-        "aubc": area_under_curve(share, test if len(tests) > 1 else val),
+        "aubc": aubc(share, test if len(tests) > 1 else val) if len(share) > 1 else None,
         "budget": rounds[-1].budget,
         "config": config.to_dict(),
     }

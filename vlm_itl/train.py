@@ -178,7 +178,7 @@ class TrainSettings:
     steps: int = 300  # optimizer steps
     epochs: float = 0.0  # passes over the labelled images; > 0 replaces `steps`
     batch_size: int = 8  # images a step
-    learning_rate: float = 0.0  # of the encoder; 0 = 2e-3 from scratch, 1e-4 pretrained
+    learning_rate: float = 0.0  # of the encoder; 0 = 5e-3 from scratch, 1e-4 pretrained
     head_scale: float = 0.0  # the head's learning rate is this much larger; 0 = 1 from scratch, 10 pretrained
     weight_decay: float = 0.01  # AdamW
     scheduler: str = "polynomial"  # see SCHEDULERS
@@ -187,6 +187,8 @@ class TrainSettings:
     max_grad_norm: float = 1.0  # gradient clipping
     precision: str = "fp32"  # fp32, bf16, fp16
     batch_norm: str = "auto"  # auto, train, freeze_encoder, freeze
+    crop: float = 0.75  # side of the training crop as a share of the size of evaluation
+    augment: dict[str, Any] = field(default_factory=dict)  # options of `TrainTransform`, e.g. {"scale": (0.75, 1.5)}
     eval_every: int = 0  # steps between looks at the validation images; 0 = never
     early_stopping: int = 0  # stop after this many looks without progress; 0 = never
     early_stopping_threshold: float = 0.0  # progress is more than this (mean IoU)
@@ -211,6 +213,7 @@ class TrainSettings:
         ):
             check_number(name, getattr(self, name), low=0)
         check_number("warmup", self.warmup, low=0, high=1)
+        check_number("crop", self.crop, low=0.1, high=4)
         check_number("scheduler_power", self.scheduler_power, low=0)
         if self.early_stopping and not self.eval_every:
             raise ConfigError(
@@ -225,12 +228,26 @@ class TrainSettings:
         "Optimizer steps of a training on `n_images`."
         return math.ceil(self.epochs * n_images / self.batch_size) if self.epochs else self.steps
 
+    def transform(
+        self,
+        labels: LabelSpace,  # what the masks mean
+        image_size: int,  # long side in evaluation, pixels
+    ) -> TrainTransform:
+        "Augmentation whose scale 1 is the size that evaluation sees, whatever the crop."
+        crop = max(8, round(self.crop * image_size))
+        options = {"scale": (0.5, 2.0), **self.augment}
+        try:
+            low, high = (float(s) * image_size / crop for s in options.pop("scale"))
+            return TrainTransform(crop, labels, scale=(low, high), **options)
+        except TypeError as error:
+            raise ConfigError(f"augment takes scale (two numbers), flip, jitter; not {self.augment!r}.") from error
+
     def rates(
         self,
         model: Segmenter,  # knows whether it is pretrained
     ) -> tuple[float, float]:  # learning rate of the encoder, factor of the head
         "The learning rates, with the zeros filled in."
-        rate = self.learning_rate or (1e-4 if model.pretrained else 2e-3)
+        rate = self.learning_rate or (1e-4 if model.pretrained else 5e-3)
         return rate, self.head_scale or (10.0 if model.pretrained else 1.0)
 
 # %% ../nbs/04_train.ipynb #train-loss
@@ -364,7 +381,6 @@ def fit(
     validation: datasets.Dataset | None = None,  # needed with eval_every
     seed: int = 0,  # order, augmentation, dropout
     desc: str = "training",  # for the progress bar
-    augment: dict[str, Any] | None = None,  # options of `TrainTransform`
 ) -> FitResult:
     "Train a segmenter; with `eval_every`, the best weights on the validation images are kept."
     settings.check()
@@ -376,9 +392,10 @@ def fit(
     started = time.perf_counter()
     if steps == 0:
         return FitResult(0, math.nan)
-    transform = TrainTransform(view.image_size, model.labels, **(augment or {}))
+    transform = settings.transform(model.labels, view.image_size)
     examples = TrainingSet(labelled, transform, length=steps * settings.batch_size, seed=seed)
     model.to(pick_device(settings.device))
+    torch.set_flush_denormal(True)  # AdamW's tiny second moments are denormal: a tenth of a step on a CPU
     seed_everything(seed, "train")
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
