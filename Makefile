@@ -43,7 +43,7 @@ $(STAMP):
 demo: $(STAMP)
 	@$(BIN)/vlm_itl_run nbs/run_al.ipynb -p mode vlm $(ARGS) </dev/null
 
-# One thread per notebook, since nbdev_test runs one notebook per core. A fresh cache, so that no generated data of an
+# One thread per notebook, since nbdev_test runs one notebook per core; short trainings in the run notebooks. A fresh cache, so that no generated data of an
 # older version is read. pytest comes last, and its closing line is the last one.
 test: $(STAMP)
 	@set -e; \
@@ -51,7 +51,7 @@ test: $(STAMP)
 	export VLM_ITL_CACHE="$$cache" VLM_ITL_PROGRESS=0 HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true; \
 	export MPLBACKEND=agg TOKENIZERS_PARALLELISM=false PATH="$(BIN):$$PATH"; \
 	echo "notebooks"; \
-	OMP_NUM_THREADS=1 timeout $(NBDEV_TEST_SECONDS) nbdev_test --timing </dev/null; \
+	OMP_NUM_THREADS=1 VLM_ITL_MAX_STEPS=20 timeout $(NBDEV_TEST_SECONDS) nbdev_test --timing </dev/null; \
 	timeout $(PYTEST_SECONDS) python -m pytest $(PYTEST_ARGS) </dev/null
 
 test-all:

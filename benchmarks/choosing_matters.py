@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STRATEGIES = ("random", "entropy", "margin", "coreset")
-RECIPE = {"mode": "al", "initial": 0.08, "increment": 0.08, "max_labelled": 0.4, "gallery": 0, "keep_models": "none"}
+RECIPE = {"mode": "al", "initial": 0.1, "increment": 0.1, "max_labelled": 0.4, "gallery": 0, "keep_models": "none"}
 
 
 def run_one(strategy: str, seed: int, folder: Path) -> None:

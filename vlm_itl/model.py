@@ -140,7 +140,7 @@ def segformer_nano(
         mlp_ratios=[2, 2, 2, 2],
         decoder_hidden_size=64,
         drop_path_rate=0.0,
-        classifier_dropout_prob=0.1,
+        classifier_dropout_prob=0.0,
         **options,
     )
     return fan_in_init(SegformerForSemanticSegmentation(config))

@@ -85,7 +85,7 @@ def autocast(
 class Inference:
     "How images are shown to a network when it is not training."
 
-    image_size: int = 128  # long side in pixels
+    image_size: int = 96  # long side in pixels
     resize: str = "keep"  # keep the aspect and pad, or stretch to a square
     batch_size: int = 8  # images at once
     precision: str = "fp32"  # fp32, bf16, fp16
@@ -188,7 +188,7 @@ class TrainSettings:
     precision: str = "fp32"  # fp32, bf16, fp16
     batch_norm: str = "auto"  # auto, train, freeze_encoder, freeze
     crop: float = 0.75  # side of the training crop as a share of the size of evaluation
-    augment: dict[str, Any] = field(default_factory=dict)  # options of `TrainTransform`, e.g. {"scale": (0.75, 1.5)}
+    augment: dict[str, Any] = field(default_factory=dict)  # over {"scale": (0.75, 1.5), "jitter": 0.1, "flip": 0.5}
     eval_every: int = 0  # steps between looks at the validation images; 0 = never
     early_stopping: int = 0  # stop after this many looks without progress; 0 = never
     early_stopping_threshold: float = 0.0  # progress is more than this (mean IoU)
@@ -235,7 +235,7 @@ class TrainSettings:
     ) -> TrainTransform:
         "Augmentation whose scale 1 is the size that evaluation sees, whatever the crop."
         crop = max(8, round(self.crop * image_size))
-        options = {"scale": (0.5, 2.0), **self.augment}
+        options = {"scale": (0.75, 1.5), "jitter": 0.1, **self.augment}
         try:
             low, high = (float(s) * image_size / crop for s in options.pop("scale"))
             return TrainTransform(crop, labels, scale=(low, high), **options)
