@@ -13,7 +13,7 @@ VENV ?= .venv
 ARGS ?=
 NBDEV_TEST_SECONDS ?= 900
 PYTEST_SECONDS ?= 900
-PYTEST_ARGS ?= -m "not slow"
+PYTEST_ARGS ?= -m "not slow" -n auto
 
 BIN := $(abspath $(VENV))/bin
 # The stamp carries a checksum of what the installation depends on, so that neither a fresh checkout nor nbdev rewriting
@@ -43,7 +43,7 @@ $(STAMP):
 demo: $(STAMP)
 	@$(BIN)/vlm_itl_run nbs/run_al.ipynb -p mode vlm $(ARGS) </dev/null
 
-# One thread per notebook, since nbdev_test runs one notebook per core; short trainings in the run notebooks. A fresh cache, so that no generated data of an
+# One thread per process, since notebooks and tests run one per core; short trainings in the run notebooks. A fresh cache, so that no generated data of an
 # older version is read. pytest comes last, and its closing line is the last one.
 test: $(STAMP)
 	@set -e; \
@@ -52,10 +52,10 @@ test: $(STAMP)
 	export MPLBACKEND=agg TOKENIZERS_PARALLELISM=false PATH="$(BIN):$$PATH"; \
 	echo "notebooks"; \
 	OMP_NUM_THREADS=1 VLM_ITL_MAX_STEPS=20 timeout $(NBDEV_TEST_SECONDS) nbdev_test --timing </dev/null; \
-	timeout $(PYTEST_SECONDS) python -m pytest $(PYTEST_ARGS) </dev/null
+	OMP_NUM_THREADS=1 timeout $(PYTEST_SECONDS) python -m pytest $(PYTEST_ARGS) </dev/null
 
 test-all:
-	@$(MAKE) --no-print-directory test PYTEST_ARGS= PYTEST_SECONDS=3600
+	@$(MAKE) --no-print-directory test PYTEST_ARGS="-n auto" PYTEST_SECONDS=3600
 
 export: $(STAMP)
 	@PATH="$(BIN):$$PATH" nbdev_export

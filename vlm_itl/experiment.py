@@ -83,9 +83,9 @@ class Config:
     increment: float | int = 0.1  # labelled more each round
     max_labelled: float | int = 0.5  # the last round's labelled share or count
     image_size: int = 96  # long side in evaluation, pixels
-    crop: float = 0.75  # side of the training crop as a share of image_size
+    crop: float = 0.0  # side of the training crop as a share of image_size; 0: 0.75 from scratch, 1 pretrained
     resize: str = "keep"  # evaluation: keep the aspect and pad, or stretch to a square
-    augment: dict[str, Any] = field(default_factory=dict)  # over {"scale": [0.75, 1.5], "jitter": 0.1, "flip": 0.5}
+    augment: dict[str, Any] = field(default_factory=dict)  # e.g. {"scale": [0.5, 2.0], "jitter": 0.3, "flip": 0.5}
     steps: int = 400  # optimizer steps a round; 0: only evaluate
     epochs: float = 0.0  # above 0 replaces steps
     batch_size: int = 8  # images a step
@@ -513,8 +513,9 @@ class Experiment:
         warm = self.config.warm_start and index > 0
         if warm:
             before = self.folder.round_path(index - 1) / "model"
+            pretrained = self.model.pretrained
             self.model = load_model(str(before), self.data.labels)
-            self.model.pretrained = True
+            self.model.pretrained = pretrained  # the recipe stays that of round 0
         else:
             self.model.load_state_dict(self.initial_state)
         rows = training_rows(self.pool, self.oracle)
