@@ -12,7 +12,8 @@ __all__ = ['VlmItlError', 'ConfigError', 'DataError', 'RunError', 'JudgeError', 
 import os
 
 # %% ../nbs/00_core.ipynb #core-threads
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 # %% ../nbs/00_core.ipynb #core-imports
 import difflib
