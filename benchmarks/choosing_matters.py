@@ -4,8 +4,8 @@
     python benchmarks/choosing_matters.py --seeds 2 --jobs 1   # a taste
 
 Runs are resumable: they lie in runs/choosing/, and a second call goes on where the first stopped. Results go to
-results/choosing_matters.json and .csv: the area under the budget curve of test mean IoU, its paired difference to random with a 95 %
-bootstrap interval over seeds, and p values corrected by Holm.
+results/choosing_matters.json and .csv: the area under the budget curve of test mean IoU, its paired difference to
+random with a 95 % bootstrap interval over seeds, and p values corrected by Holm.
 """
 
 import argparse

@@ -3,9 +3,9 @@
     python benchmarks/voc_subset.py --shared ../shared             # both parts; about ten minutes on two cores
     python benchmarks/voc_subset.py --shared ../shared --part check
 
-`--shared` holds data/VOCdevkit/VOC2012, weights/deeplabv3-mobilenetv2-voc and weights/mobilenet-v2-imagenet. The folder used here has 437 of
-the 1,464 official training images and 445 of the 1,449 validation images, mostly animals and people: its figures must not be put beside those
-of full VOC. Results go to results/voc_subset.json.
+`--shared` holds data/VOCdevkit/VOC2012, weights/deeplabv3-mobilenetv2-voc and weights/mobilenet-v2-imagenet. The folder
+used here has 437 of the 1,464 official training images and 445 of the 1,449 validation images, mostly animals and
+people: its figures must not be put beside those of full VOC. Results go to results/voc_subset.json.
 """
 
 import argparse

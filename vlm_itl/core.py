@@ -365,7 +365,7 @@ class RunFolder:
         self,
         index: int,  # round number; all earlier ones must be whole
     ) -> Iterator[Path]:  # a folder to write into; `record.json` must be written
-        "Write a round whole or not at all: the folder is renamed and `rounds.jsonl` rewritten when the block ends well."
+        "Write a round whole or not at all: rename the folder and rewrite `rounds.jsonl` when the block ends well."
         aside = self.path / f".round_{index:03d}.tmp"
         shutil.rmtree(aside, ignore_errors=True)
         try:
