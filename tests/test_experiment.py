@@ -20,6 +20,7 @@ from vlm_itl.model import load_model
 from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
 from vlm_itl.sampler import Sampler
 from vlm_itl.scenes import make_scenes
+from vlm_itl.tracking import read_wandb_file
 from vlm_itl.train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
 
 TINY = {
@@ -187,6 +188,22 @@ def test_vlm_rounds_hold_every_measure(scenes, tmp_path):
         assert (tmp_path / "r" / "figures" / f"{name}.png").stat().st_size > 3000
 
 
+def test_wandb_offline_holds_the_whole_story(scenes, tmp_path):
+    run(scenes, tmp_path / "r", mode="vlm", judge_options={"accuracy": 0.9}, log_with="wandb")
+    told = [read_wandb_file(path) for path in sorted((tmp_path / "r" / "wandb").rglob("*.wandb"))]
+    assert sorted(one["job_type"] for one in told) == ["round", "round", "round", "summary"]
+    assert len({one["group"] for one in told}) == 1
+    for one in told:
+        if one["job_type"] == "round":
+            keys = set(one["summary"]) | {k for row in one["history"] for k in row}
+            assert {"val/mean_iou", "val/iou/background", "budget/images", "judge/agreement_rate"} <= keys
+            assert {"samples/val", "judge/gallery"} <= {key.split(".")[0] for key in keys}  # pictures
+            assert one["config"]["strategy"] == "entropy"
+    summary = next(one for one in told if one["job_type"] == "summary")
+    keys = set(summary["summary"]) | {k for row in summary["history"] for k in row}
+    assert {"curve/val_mean_iou", "curve/test_mean_iou", "curve/agreement_rate", "test/mean_iou"} <= keys
+
+
 def test_baseline_and_evaluation_only(scenes, tmp_path):
     base = {k: v for k, v in TINY.items() if k not in ("initial", "increment", "max_labelled")}
     config = make_config(base, dataset=str(scenes), output_dir=str(tmp_path / "b"))
@@ -281,6 +298,17 @@ def test_a_broken_file_in_the_middle_loses_nothing(scenes, tmp_path):
     path.write_bytes(data)
     run(copy, tmp_path / "r")
     assert lines_without_clock(tmp_path / "r") == lines_without_clock(tmp_path / "whole")
+
+
+def test_garbage_outside_the_label_space_names_file_and_value(scenes, tmp_path):
+    copy = tmp_path / "voc"
+    shutil.copytree(scenes, copy)
+    first = run(scenes, tmp_path / "first")[0].start_ids[0]
+    path = copy / "SegmentationClass" / f"{first}.png"
+    with Image.open(path) as old:
+        Image.fromarray(np.full(old.size[::-1], 77, dtype=np.uint8)).save(path)
+    with pytest.raises(DataError, match=rf"{first}.*77"):
+        run(copy, tmp_path / "r")
 
 
 def test_a_diverging_training_says_so(scenes, tmp_path):
