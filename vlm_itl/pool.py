@@ -238,4 +238,14 @@ def budget_schedule(
         raise ConfigError(f"max_labelled ({last} images) is less than initial ({first} images).{hint}")
     if step < 1 and last > first:
         raise ConfigError(f"increment={increment!r} gives no image of a pool of {n_pool}: it must be at least one.")
-    return [*range(first, last, max(step, 1)), last]
+    start = _exact(initial, n_pool)
+    stride = _exact(increment, n_pool)
+    rounds = [first]
+    while rounds[-1] < last:
+        rounds.append(min(last, max(rounds[-1] + 1, round(start + len(rounds) * stride))))
+    return rounds
+
+
+def _exact(amount: float | int, n_pool: int) -> float:
+    "An amount as images, not rounded: rounding every step would leave a last step of one image."
+    return amount * n_pool if isinstance(amount, float) and amount <= 1 else float(amount)

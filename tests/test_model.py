@@ -1,0 +1,429 @@
+"""The one door to segmenters: built in, from a folder, of any architecture; what was fresh is said, what is wrong too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForSemanticSegmentation,
+    BeitConfig,
+    BeitForSemanticSegmentation,
+    BertConfig,
+    BertModel,
+    Data2VecVisionConfig,
+    Data2VecVisionForSemanticSegmentation,
+    DPTConfig,
+    DPTForSemanticSegmentation,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+    MobileNetV2ForSemanticSegmentation,
+    MobileViTConfig,
+    MobileViTForSemanticSegmentation,
+    MobileViTV2Config,
+    MobileViTV2ForSemanticSegmentation,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SwinConfig,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+
+from vlm_itl.core import ConfigError, RunError
+from vlm_itl.data import LabelSpace
+from vlm_itl.model import (
+    MODELS,
+    Segmenter,
+    fix_batchnorm,
+    freeze_batchnorm,
+    load_model,
+    normalisation_of,
+    parameter_groups,
+    register_model,
+    save_model,
+)
+
+VOC = LabelSpace.voc()
+SEVEN = LabelSpace(tuple("abcdefg"))
+BATCH = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def tiny_segformer(classes: int = 7, names: tuple[str, ...] | None = None) -> SegformerForSemanticSegmentation:
+    """A SegFormer of a few thousand weights."""
+    settings: dict[str, Any] = {"num_labels": classes}
+    if names:
+        settings = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    config = SegformerConfig(
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[8, 8, 16, 16],
+        num_attention_heads=[1, 1, 2, 2],
+        mlp_ratios=[2, 2, 2, 2],
+        decoder_hidden_size=16,
+        **settings,
+    )
+    return SegformerForSemanticSegmentation(config)
+
+
+def write_processor(folder: Path, **settings: Any) -> None:
+    """A processor file as a checkpoint brings it."""
+    content = {"image_processor_type": "SegformerImageProcessor", "do_normalize": True, "do_rescale": True, **settings}
+    (folder / "preprocessor_config.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def segformer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of seven classes with a normalisation of its own."""
+    folder = tmp_path_factory.mktemp("segformer")
+    torch.manual_seed(0)
+    tiny_segformer(7).save_pretrained(folder)
+    write_processor(folder, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
+    return folder
+
+
+def same_weights(one: nn.Module, two: nn.Module) -> bool:
+    """Are all tensors equal, bit for bit?"""
+    a, b = one.state_dict(), two.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# --- built in ---------------------------------------------------------------------------------------------------------
+
+
+def test_nano_is_small_and_seeded():
+    model = load_model("segformer-nano", VOC, seed=3)
+    assert sum(p.numel() for p in model.parameters()) < 1_000_000
+    assert not model.pretrained and not model.training and "random" in model.notes[0]
+    assert same_weights(model, load_model("segformer-nano", VOC, seed=3))
+    assert not same_weights(model, load_model("segformer-nano", VOC, seed=4))
+
+
+def test_loading_leaves_the_global_generator_alone(segformer_folder):
+    for name in ("segformer-nano", str(segformer_folder)):
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        load_model(name, VOC, seed=9)
+        assert torch.equal(torch.rand(3), expected)
+
+
+def test_forward_of_nano():
+    model = load_model("segformer-nano", SEVEN)
+    with torch.inference_mode():
+        logits, features = model(BATCH, features=True)
+        assert torch.equal(model(BATCH), logits)
+    assert logits.shape == (2, 7, 16, 16) and logits.dtype == torch.float32
+    assert features.shape == (2, 160, 2, 2) and features.dtype == torch.float32
+    assert torch.isfinite(logits).all() and "7 classes" in repr(model) and "random" in repr(model)
+
+
+def test_a_registered_model_is_one_line():
+    register_model("one-layer")(lambda labels: nn.Conv2d(3, len(labels), 1))
+    try:
+        assert load_model("one-layer", SEVEN).net.out_channels == 7
+    finally:
+        del MODELS["one-layer"]
+
+
+# --- saving and reading back ------------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path):
+    model = load_model("segformer-nano", VOC, seed=1)
+    folder = save_model(model, tmp_path / "deep" / "model")
+    again = load_model(str(folder), VOC)
+    assert same_weights(model, again) and again.pretrained and again.notes == []
+    assert again.norm == model.norm
+    with torch.inference_mode():
+        assert torch.equal(model(BATCH), again(BATCH))
+
+
+def test_others_read_our_folder(tmp_path, segformer_folder):
+    for name in ("segformer-nano", str(segformer_folder)):
+        model = load_model(name, VOC, seed=1)
+        folder = save_model(model, tmp_path / "model")
+        net = AutoModelForSemanticSegmentation.from_pretrained(folder).eval()
+        assert net.config.id2label == VOC.id2label and same_weights(net, model.net)
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+        pixels = processor(Image.fromarray(BATCH[0].permute(1, 2, 0).numpy()), return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            theirs, ours = net(pixel_values=pixels).logits, model(BATCH[:1])
+        assert torch.allclose(theirs, ours, atol=1e-4)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError) as caught:
+        save_model(load_model("segformer-nano", SEVEN), tmp_path / "file" / "model")
+    assert "file" in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def test_head_of_another_size_is_fresh_and_said_so(segformer_folder):
+    checkpoint = AutoModelForSemanticSegmentation.from_pretrained(segformer_folder)
+    model = load_model(str(segformer_folder), VOC)
+    assert model.pretrained and model.net.config.num_labels == 21
+    assert same_weights(model.net.segformer, checkpoint.segformer)
+    (note,) = [n for n in model.notes if "re-initialised" in n]
+    assert "decode_head.classifier" in note
+    assert model(BATCH).shape[1] == 21
+    assert same_weights(model, load_model(str(segformer_folder), VOC))
+    other = load_model(str(segformer_folder), VOC, seed=1).net.decode_head.classifier.weight
+    assert not torch.equal(model.net.decode_head.classifier.weight, other)
+
+
+def test_head_of_equal_size_is_kept(segformer_folder, tmp_path):
+    model = load_model(str(segformer_folder), SEVEN)
+    checkpoint = AutoModelForSemanticSegmentation.from_pretrained(segformer_folder)
+    assert same_weights(model.net, checkpoint) and not any("re-initialised" in n for n in model.notes)
+    tiny_segformer(7, tuple("gfedcba")).save_pretrained(tmp_path)
+    assert any("other class names" in n for n in load_model(str(tmp_path), SEVEN).notes)
+
+
+def test_normalisation_comes_from_the_checkpoint(segformer_folder, tmp_path):
+    model = load_model(str(segformer_folder), SEVEN)
+    assert model.norm.mean == pytest.approx((0.1, 0.2, 0.3)) and model.norm.std == pytest.approx((0.4, 0.5, 0.6))
+    seen = []
+    model.net.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["pixel_values"]), with_kwargs=True)
+    model(BATCH)
+    mean, std = np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5, 0.6])
+    expected = (BATCH.numpy() / 255 - mean[:, None, None]) / std[:, None, None]
+    assert np.allclose(seen[0].numpy(), expected, atol=1e-6)
+    assert normalisation_of(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "zero", "full"),  # what black and white become
+    [
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, -1.0, 1.0),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "rescale_factor": 1 / 127.5}, -1.0, 3.0),
+        ({"image_mean": [127.5] * 3, "image_std": [127.5] * 3, "do_rescale": False}, -1.0, 1.0),
+        ({"do_normalize": False}, 0.0, 1.0),
+        ({"do_normalize": False, "do_rescale": False}, 0.0, 255.0),
+    ],
+)
+def test_any_processor_setting_is_followed(tmp_path, settings, zero, full):
+    write_processor(tmp_path, **settings)
+    norm = normalisation_of(str(tmp_path))
+    assert norm is not None
+    assert -norm.mean[0] / norm.std[0] == pytest.approx(zero, abs=1e-9)
+    assert (1 - norm.mean[0]) / norm.std[0] == pytest.approx(full)
+
+
+def test_a_checkpoint_without_processor_says_so(tmp_path):
+    tiny_segformer(7).save_pretrained(tmp_path)
+    assert any("ImageNet normalisation is assumed" in n for n in load_model(str(tmp_path), SEVEN).notes)
+
+
+# --- BatchNorm and parameters -----------------------------------------------------------------------------------------
+
+
+def test_tensorflow_momentum_is_mended(tmp_path):
+    config = MobileNetV2Config(depth_multiplier=0.35, num_labels=7)
+    MobileNetV2ForSemanticSegmentation(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), SEVEN)
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert layers and {m.momentum for m in layers} == {0.1}
+    assert any(f"in {len(layers)} layers" in n for n in model.notes)
+    assert fix_batchnorm(model.net) == 0
+
+
+def test_momentum_that_is_fine_stays():
+    net = nn.Sequential(nn.BatchNorm2d(2, momentum=0.03), nn.BatchNorm2d(2, momentum=None), nn.BatchNorm2d(2))
+    assert fix_batchnorm(net) == 0 and [m.momentum for m in net] == [0.03, None, 0.1]
+
+
+def test_parameter_groups_cover_everything_once(segformer_folder):
+    for model in (load_model("segformer-nano", VOC), load_model(str(segformer_folder), VOC)):
+        groups = parameter_groups(model, 1e-3, head_scale=10, weight_decay=0.05)
+        ids = [id(p) for group in groups for p in group["params"]]
+        assert len(ids) == len(set(ids)) and set(ids) == {id(p) for p in model.parameters()}
+        names = {id(p): n for n, p in model.net.named_parameters()}
+        modules = dict(model.net.named_modules())
+        norms = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+        for group in groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                bare = name.endswith("bias") or isinstance(modules[name.rpartition(".")[0]], norms)
+                assert group["weight_decay"] == (0.0 if bare else 0.05), name
+                in_head = not name.startswith("segformer.")
+                assert group["lr"] == pytest.approx(1e-2 if in_head else 1e-3), name
+        assert len(groups) == 4
+
+
+def test_frozen_parameters_are_left_out():
+    model = load_model("segformer-nano", SEVEN)
+    model.encoder.requires_grad_(False)
+    groups = parameter_groups(model, 1.0)
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.head_parameters}
+
+
+def test_freeze_batchnorm_modes(tmp_path):
+    MobileNetV2ForSemanticSegmentation(MobileNetV2Config(depth_multiplier=0.35, num_labels=7)).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), SEVEN)
+
+    def frozen(mode: str) -> tuple[int, int, int]:
+        model.train()
+        said = freeze_batchnorm(model, mode)
+        inside = {id(m) for m in model.encoder.modules()}
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        encoder = sum(not m.training for m in norms if id(m) in inside)
+        return said, encoder, sum(not m.training for m in norms) - encoder
+
+    n_encoder = sum(isinstance(m, nn.BatchNorm2d) for m in model.encoder.modules())
+    n_head = sum(isinstance(m, nn.BatchNorm2d) for m in model.modules()) - n_encoder
+    assert n_encoder > 20 and n_head > 1
+    assert frozen("train") == (0, 0, 0)
+    assert frozen("freeze_encoder") == (n_encoder, n_encoder, 0)
+    assert frozen("freeze") == (n_encoder + n_head, n_encoder, n_head)
+    assert frozen("auto") == frozen("freeze_encoder")
+    model.pretrained = False
+    assert frozen("auto") == (0, 0, 0)
+    with pytest.raises(ConfigError, match="freeze_encoder"):
+        freeze_batchnorm(model, "frozen")
+
+
+# --- one clear line ---------------------------------------------------------------------------------------------------
+
+
+def refused(name: str, **options: Any) -> str:
+    """The message with which a name is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_model(name, SEVEN, options=options or None)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+def test_bad_names_get_one_clear_line(tmp_path, segformer_folder):
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in refused(str(tmp_path / "empty"))
+    assert "segformer-nano" in refused("segformer-nan")
+    assert "segformer-nano" in refused(str(tmp_path / "nowhere"))
+    assert "some/model-that-is-not-there" in refused("some/model-that-is-not-there")
+    small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=20)
+    BertModel(small).save_pretrained(tmp_path / "bert")
+    assert "cannot be loaded as a segmenter" in refused(str(tmp_path / "bert"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{not json")
+    assert "broken" in refused(str(tmp_path / "broken"))
+    (tmp_path / "weightless").mkdir()
+    (tmp_path / "weightless" / "config.json").write_text((segformer_folder / "config.json").read_text())
+    assert "weightless" in refused(str(tmp_path / "weightless"))
+
+
+def test_damaged_weights_get_one_clear_line(tmp_path, segformer_folder):
+    for part in segformer_folder.iterdir():
+        content = part.read_bytes()
+        (tmp_path / part.name).write_bytes(content[: len(content) // 2] if part.suffix == ".safetensors" else content)
+    assert "cannot be loaded" in refused(str(tmp_path))
+
+
+def test_unknown_options_get_one_clear_line(segformer_folder):
+    assert "'dropout'" in refused(str(segformer_folder), dropout=0.1)
+    assert "takes none" in refused("segformer-nano", drop_path_rate=0.1)
+
+
+# --- other architectures ----------------------------------------------------------------------------------------------
+
+VIT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "image_size": 64,
+    "patch_size": 8,
+    "num_labels": 7,
+}
+
+
+def upernet() -> nn.Module:
+    """UperNet over a tiny Swin."""
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, out_features=stages)
+    config = UperNetConfig(backbone_config=swin, hidden_size=16, use_auxiliary_head=False, num_labels=7, pool_scales=[1, 2])
+    return UperNetForSemanticSegmentation(config)
+
+
+ARCHITECTURES = {
+    "beit": lambda: BeitForSemanticSegmentation(BeitConfig(**VIT, out_indices=[1, 2, 3, 4], use_auxiliary_head=False)),
+    "data2vec": lambda: Data2VecVisionForSemanticSegmentation(
+        Data2VecVisionConfig(**VIT, out_indices=[1, 2, 3, 4], use_auxiliary_head=False)
+    ),
+    "dpt": lambda: DPTForSemanticSegmentation(
+        DPTConfig(
+            **VIT,
+            backbone_out_indices=[0, 1, 2, 3],
+            neck_hidden_sizes=[8, 8, 8, 8],
+            fusion_hidden_size=8,
+            use_auxiliary_head=False,
+        )
+    ),
+    "mobilevit": lambda: MobileViTForSemanticSegmentation(
+        MobileViTConfig(
+            hidden_sizes=[8, 8, 8], neck_hidden_sizes=[4, 4, 8, 8, 8, 8, 16], aspp_out_channels=8, num_labels=7
+        )
+    ),
+    "mobilevitv2": lambda: MobileViTV2ForSemanticSegmentation(
+        MobileViTV2Config(width_multiplier=0.1, aspp_out_channels=8, num_labels=7)
+    ),
+    "mobilenet_v2": lambda: MobileNetV2ForSemanticSegmentation(MobileNetV2Config(depth_multiplier=0.35, num_labels=7)),
+    "upernet": upernet,
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_other_architectures(name, tmp_path):
+    torch.manual_seed(0)
+    ARCHITECTURES[name]().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), SEVEN)
+    assert isinstance(model, Segmenter) and not any("re-initialised" in n for n in model.notes), model.notes
+    with torch.inference_mode():
+        logits, features = model(BATCH, features=True)
+    assert logits.shape[:2] == (2, 7) and logits.shape[2] == logits.shape[3] >= 2 and torch.isfinite(logits).all()
+    assert features.dim() == 4 and features.shape[0] == 2 and torch.isfinite(features).all()
+    ids = [id(p) for group in parameter_groups(model, 1.0, 10.0) for p in group["params"]]
+    assert sorted(ids) == sorted({id(p) for p in model.parameters()})
+    fresh = load_model(str(tmp_path), VOC)
+    assert any("re-initialised" in n for n in fresh.notes) and fresh(BATCH).shape[1] == 21
+
+
+def test_an_image_classifier_becomes_a_segmenter(tmp_path):
+    config = MobileNetV2Config(depth_multiplier=0.35, num_labels=10)
+    MobileNetV2ForImageClassification(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), SEVEN)
+    assert model.net.config.output_stride == 16 and model(BATCH).shape == (2, 7, 4, 4)
+    assert any("re-initialised" in n and "segmentation_head" in n for n in model.notes)
+    coarse = load_model(str(tmp_path), SEVEN, options={"output_stride": 32})
+    assert coarse(BATCH).shape == (2, 7, 2, 2)
+
+
+# --- real weights -----------------------------------------------------------------------------------------------------
+
+
+def test_real_mobilenet(weights):
+    model = load_model(str(weights / "mobilenet-v2-imagenet"), VOC)
+    assert model.pretrained and model(BATCH).shape == (2, 21, 4, 4)
+    (note,) = [n for n in model.notes if "re-initialised" in n]
+    assert "segmentation_head" in note
+    assert any("BatchNorm momentum" in n for n in model.notes)
+    assert model.norm.mean == pytest.approx((0.5,) * 3) and model.norm.std == pytest.approx((0.5,) * 3)
+    assert len(list(model.encoder.parameters())) + len(model.head_parameters) == len(list(model.parameters()))
+
+
+def test_real_deeplab(weights):
+    model = load_model(str(weights / "deeplabv3-mobilenetv2-voc"), VOC)
+    assert model.pretrained and not any("re-initialised" in n for n in model.notes)
+    assert not any("other class names" in n for n in model.notes)
+    with torch.inference_mode():
+        logits, features = model(BATCH, features=True)
+    assert logits.shape == (2, 21, 4, 4) and features.shape == (2, 320, 4, 4)
+    other = load_model(str(weights / "deeplabv3-mobilenetv2-voc"), SEVEN)
+    assert any("re-initialised" in n and "classifier" in n for n in other.notes)
