@@ -1,4 +1,4 @@
-"""The one door to segmenters: built in, from a folder, of any architecture; what was fresh is said, what is wrong too."""
+"""The one door to segmenters: built in, from a folder, of any architecture; what was fresh or is wrong is said."""
 
 from __future__ import annotations
 
@@ -348,7 +348,9 @@ def upernet() -> nn.Module:
     """UperNet over a tiny Swin."""
     stages = ["stage1", "stage2", "stage3", "stage4"]
     swin = SwinConfig(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2, out_features=stages)
-    config = UperNetConfig(backbone_config=swin, hidden_size=16, use_auxiliary_head=False, num_labels=7, pool_scales=[1, 2])
+    config = UperNetConfig(
+        backbone_config=swin, hidden_size=16, use_auxiliary_head=False, num_labels=7, pool_scales=[1, 2]
+    )
     return UperNetForSemanticSegmentation(config)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from vlm_itl.data import VOID, load_data, row_ids
 from vlm_itl.experiment import make_config, run_al
 from vlm_itl.labels import read_mask
-from vlm_itl.metrics import image_iou, mean_iou_of
+from vlm_itl.metrics import mean_iou_of
 from vlm_itl.model import load_model
 from vlm_itl.train import Inference, evaluate
 
@@ -89,10 +89,11 @@ def test_masks_of_a_foundation_model_mean_the_same_classes(shared, voc):
     assert {path.stem for path in folder.glob("*.png")} == set(row_ids(data.train)) | set(row_ids(data.val))
     agreement = []
     for row in data.train.select(range(10)):
-        mask = read_mask(folder / f"{row['id']}.png", data.labels)
-        assert mask.shape == row["mask"].shape and mask.dtype == np.uint8 and VOID not in mask and mask.max() < 21
-        agreement.append(image_iou(mask, row["mask"], 21))
-    assert np.median(agreement) > 0.5
+        mask, truth = read_mask(folder / f"{row['id']}.png", data.labels), row["mask"]
+        assert mask.shape == truth.shape and mask.dtype == np.uint8 and VOID not in mask and mask.max() < 21
+        assert set(np.unique(truth)) - {VOID} <= set(np.unique(mask))
+        agreement.append((mask == truth)[truth != VOID].mean())
+    assert np.median(agreement) > 0.75  # such models err: a quarter of the pixels and less in the worst image
 
 
 def test_both_precisions_agree_on_real_photographs(voc, weights):

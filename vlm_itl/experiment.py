@@ -81,7 +81,7 @@ class Config:
     seed: int = 0  # of everything random
     initial: float | int = 0.1  # labelled before round 0: share (float up to 1.0) or count
     increment: float | int = 0.1  # labelled more each round
-    max_labelled: float | int = 0.5  # the last round's labelled share or count
+    max_labelled: float | int = 0.4  # the last round's labelled share or count
     image_size: int = 96  # long side in evaluation, pixels
     crop: float = 0.0  # side of the training crop as a share of image_size; 0: 0.75 from scratch, 1 pretrained
     resize: str = "keep"  # evaluation: keep the aspect and pad, or stretch to a square

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -161,9 +162,10 @@ def normalisation_of(
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, ImportError):
         return None
+    rescales = getattr(processor, "do_rescale", True)
+    scale = 255 * getattr(processor, "rescale_factor", 1 / 255) if rescales else 255.0
     if not getattr(processor, "do_normalize", True):
-        return Normalisation((0.0,) * 3, (1.0,) * 3)
-    scale = 255 * getattr(processor, "rescale_factor", 1 / 255) if getattr(processor, "do_rescale", True) else 255.0
+        return Normalisation((0.0,) * 3, (1 / scale,) * 3)
     mean = tuple(float(m) / scale for m in processor.image_mean)
     std = tuple(float(s) / scale for s in processor.image_std)
     return Normalisation(mean, std)
@@ -244,7 +246,7 @@ def _load_checkpoint(name: str, labels: LabelSpace, options: dict[str, Any]) -> 
                 **names,
                 **settings,
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"model {name!r} cannot be loaded as a segmenter: {str(error).strip().splitlines()[0]}"
         ) from error

@@ -7,6 +7,7 @@ __all__ = ['FULL_MASK_SECONDS', 'Ledger', 'mask_pixels', 'Oracle', 'Pool', 'trai
 
 # %% ../nbs/07b_pool.ipynb #pool-imports
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
@@ -128,9 +129,10 @@ class Oracle:
         ids: Sequence[str],  # images to be labelled by the human
     ) -> None:
         "Pay for the masks of some images; paying twice for one is an error."
-        again = [i for i in ids if i in self.paid]
+        counts = Counter(ids)
+        again = [i for i in ids if i in self.paid or counts[i] > 1]
         if again:
-            raise ConfigError(f"image {again[0]!r} is labelled already.")
+            raise ConfigError(f"image {again[0]!r} is labelled already, or asked for twice.")
         self.ledger.pay_masks(mask_pixels(self._rows.select(self.rows(ids))))
         self.paid.update(ids)
 
@@ -238,11 +240,11 @@ def budget_schedule(
         raise ConfigError(f"max_labelled ({last} images) is less than initial ({first} images).{hint}")
     if step < 1 and last > first:
         raise ConfigError(f"increment={increment!r} gives no image of a pool of {n_pool}: it must be at least one.")
-    start = _exact(initial, n_pool)
-    stride = _exact(increment, n_pool)
+    start, stride = _exact(initial, n_pool), _exact(increment, n_pool)
+    most = max(1, math.ceil(stride - 1e-9))  # a round never asks for more than one increment
     rounds = [first]
     while rounds[-1] < last:
-        rounds.append(min(last, max(rounds[-1] + 1, round(start + len(rounds) * stride))))
+        rounds.append(min(last, rounds[-1] + most, max(rounds[-1] + 1, round(start + len(rounds) * stride))))
     return rounds
 
 

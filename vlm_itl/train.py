@@ -436,12 +436,16 @@ def uncertainty_maps(
     logits: torch.Tensor,  # (B, C, h, w)
 ) -> dict[str, torch.Tensor]:  # (B, h, w) each, in [0, 1]
     "Entropy (normalised), 1 - margin, and least confidence of every pixel (Settles 2009), from one softmax."
-    top = logits.float().topk(2, dim=1).values  # (B, 2, h, w)
-    shifted = logits.float() - top[:, :1]
+    logits = logits.float()
+    best, second = logits[:, 0], torch.full_like(logits[:, 0], -math.inf)
+    for channel in logits.unbind(1)[1:]:  # a running top-2: many times faster than topk along the channels
+        second = torch.maximum(second, torch.minimum(best, channel))
+        best = torch.maximum(best, channel)
+    shifted = logits - best.unsqueeze(1)
     exponent = shifted.exp()
     total = exponent.sum(1)
     entropy = total.log() - (exponent * shifted).sum(1) / total
-    second = (top[:, 1] - top[:, 0]).exp()
+    second = (second - best).exp()
     return {
         "entropy": (entropy / math.log(logits.shape[1])).clamp(0, 1),
         "margin": 1 - (1 - second) / total,
@@ -561,7 +565,7 @@ def score_pool(
     blind = images.remove_columns("mask") if "mask" in images.column_names else images
     classes = len(model.labels)
     ids: list[str] = []
-    rows: dict[str, list[np.ndarray]] = {}
+    whole: dict[str, np.ndarray] = {}
     for batch, logits, feature_map in predict_batches(model, blind, view, features=True, desc=desc):
         assert feature_map is not None
         valid = valid_cells(batch["box"], view.image_size, logits.shape[-2:]).to(logits.device)
@@ -574,7 +578,9 @@ def score_pool(
         cells = valid_cells(batch["box"], view.image_size, feature_map.shape[-2:]).to(logits.device)
         found["_embedding"] = masked_mean(feature_map, cells if is_map else torch.ones_like(cells))
         for name, values in found.items():
-            rows.setdefault(name, []).append(values.float().cpu().numpy())
+            if name not in whole:  # written in place: many small arrays kept alive would pin the heap
+                whole[name] = np.zeros((len(images), *values.shape[1:]), dtype=np.float32)
+            whole[name][len(ids) : len(ids) + len(values)] = values.float().cpu().numpy()
         if masks is not None:
             for image_id, one, box, native in zip(batch["id"], logits, batch["box"], batch["native"], strict=True):
                 prediction = unpad_one(one, box, view.image_size, native).argmax(0)
@@ -582,6 +588,5 @@ def score_pool(
         ids += batch["id"]
     if not ids:
         return PoolScores([], {}, np.zeros((0, 0), np.float32), np.zeros((0, classes), np.float32), masks)
-    whole = {name: np.concatenate(parts).astype(np.float32) for name, parts in rows.items()}
     embedding, histogram = whole.pop("_embedding"), whole.pop("_histogram")
     return PoolScores(ids, whole, embedding, histogram, masks)

@@ -454,7 +454,7 @@ class MockHandler(VLMHandler):
         *,
         seed: int = 0,  # other seed, other errors
         tau: float = 0.7,  # IoU from which a mask is good, in [0, 1]
-        accuracy: float | None = None,  # P(verdict agrees with reality), in [0, 1]; 0.8 if nothing is given
+        accuracy: float | None = None,  # P(verdict agrees with reality), in [0, 1]; 0.9 if nothing is given
         sensitivity: float
         | None = None,  # P(yes | good), in [0, 1]; together with `specificity`, instead of `accuracy`
         specificity: float | None = None,  # P(no | bad), in [0, 1]
@@ -466,7 +466,7 @@ class MockHandler(VLMHandler):
         if any(both) and accuracy is not None:
             raise ConfigError("judge 'mock': give either accuracy, or sensitivity and specificity.")
         if sensitivity is None or specificity is None:
-            sensitivity = specificity = 0.8 if accuracy is None else accuracy
+            sensitivity = specificity = 0.9 if accuracy is None else accuracy
         self.seed = check_number("seed", seed, integer=True)
         self.tau = check_number("tau", tau, 0, 1)
         name = "sensitivity" if any(both) else "accuracy"
