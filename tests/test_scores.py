@@ -271,16 +271,16 @@ def test_mc_dropout_touches_nothing_and_ignores_the_batch(toy: Any, rates: dict[
 
 def test_mc_dropout_has_the_mean_and_spread_of_dropout(toy: Any):
     model = drop_model(toy, rate=0.5)
-    pixels = some_pixels(1)
-    ours = torch.stack(list(mc_passes(model, pixels, passes=300)))
+    pixels = some_pixels(1)[..., :48, :48]
+    ours = torch.stack(list(mc_passes(model, pixels, passes=120)))
     model.eval()
     model.net.decode_head.dropout.train()  # the textbook way
     torch.manual_seed(0)
     with torch.inference_mode():
-        theirs = torch.stack([model(pixels) for _ in range(300)])
+        theirs = torch.stack([model(pixels) for _ in range(120)])
     model.eval()
     spread = theirs.std(0)
-    assert ((ours.mean(0) - theirs.mean(0)).abs() / spread).mean() < 0.12  # about sqrt(2 / 300) * 0.8 = 0.065
+    assert ((ours.mean(0) - theirs.mean(0)).abs() / spread).mean() < 0.18  # about sqrt(2 / 120) * 0.8 = 0.10
     assert abs((ours.std(0) / spread).mean() - 1) < 0.05
 
 

@@ -28,6 +28,7 @@ from vlm_itl.core import (
     check_choice,
     check_number,
     closest,
+    derive_seed,
     make_rng,
     plain,
     progress,
@@ -44,7 +45,9 @@ from .metrics import image_iou
 from .model import Segmenter, load_model, save_model
 from .pool import FULL_MASK_SECONDS, Ledger, Oracle, Pool, budget_schedule, mask_pixels, training_rows
 from .report import aubc, save_figures
-from .sampler import Sampler, parse_strategy
+from .sampler import Sampler
+from .scores import scoring_options
+from .selects import parse_strategy  # from selects, so that its strategies are registered
 from .tracking import Tracker, make_tracker
 from .train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
 from .vlm import Judgement, JudgeQuery, VLMHandler, check_question, make_handler
@@ -543,7 +546,9 @@ class Experiment:
         "One pass over the unlabelled images, and over the labelled ones where the strategy measures distances to them."
         wanted = set(self.pool.unlabelled) | (set(self.pool.human) if self.sampler.needs_labelled else set())
         rows = [row for row, image_id in enumerate(self.oracle.ids) if image_id in wanted]
-        return score_pool(self.model, self.oracle.images.select(rows), self.config.view, masks=masks)
+        key = self.sampler.strategy.score_key
+        options = scoring_options([key] if key else [], seed=derive_seed(self.config.seed, "looks", len(self.rounds)))
+        return score_pool(self.model, self.oracle.images.select(rows), self.config.view, masks=masks, **options)
 
     def run_round(self) -> Round:  # the record, safely on disk
         "Do the next round and write it."

@@ -289,9 +289,8 @@ def class_weights(
     reason="class-aware key {value:.2f}",
 )
 def _class_random(view: PoolView) -> np.ndarray:
-    "Logarithm of the weight plus Gumbel noise: the k largest are k draws without replacement."
-    tiny = np.finfo(float).tiny
-    return np.log(class_weights(view.class_hist()) + tiny) + view.rng.gumbel(size=len(view.ids))
+    "Weight over an exponential number: the k largest are k draws without replacement."
+    return class_weights(view.class_hist()) / view.rng.exponential(size=len(view.ids))
 
 
 register_short("class_random", "class_random-none-top")
