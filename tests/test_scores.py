@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import nn
 
 from vlm_itl.core import ConfigError, DataError
 from vlm_itl.data import toy_images
+from vlm_itl.labels import LabelSpace
 from vlm_itl.model import load_model
 from vlm_itl.scores import (
     AGGREGATORS,
@@ -303,6 +305,20 @@ def test_dropout_layers(toy: Any):
         dropout_layers(bare)
     with pytest.raises(ConfigError, match="passes"):
         next(mc_passes(drop_model(toy), some_pixels(), passes=0))
+
+
+def test_mc_dropout_on_a_real_checkpoint(weights: Path):
+    """Dropout2d at rate 0.8 before the last layer of DeepLab: channels are dropped, and the encoder runs once."""
+    model = load_model(str(weights / "deeplabv3-mobilenetv2-voc"), LabelSpace.voc())
+    assert dropout_layers(model) == {"segmentation_head.dropout": 0.8}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    runs: list[int] = []
+    model.encoder.register_forward_hook(lambda *_: runs.append(1))
+    accumulator = PassAccumulator()
+    for logits in mc_passes(model, some_pixels(), passes=4):
+        accumulator.add(logits)
+    assert len(runs) == 1 and accumulator.maps()["bald"].mean() > 0.01
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_keys():

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
 from vlm_itl.core import ConfigError, DataError, make_rng
 from vlm_itl.experiment import Experiment, make_config
+from vlm_itl.model import MODELS, register_model
 from vlm_itl.sampler import AGGREGATES, SCORES, SELECTS, SHORT, Sampler, parse_strategy
 from vlm_itl.scores import AGGREGATORS, PASS_SCORES, PIXEL_SCORES, scoring_options
 from vlm_itl.selects import (
@@ -355,3 +357,23 @@ def test_a_round_with_parts_of_every_kind(scenes_small: Any, tmp_path: Any):
         assert len(set(picked[strategy])) == 4 and record.selection["strategy"] == strategy
         again = Experiment(make_config({**config.to_dict(), "output_dir": str(tmp_path / f"{strategy}-again")}))
         assert again.run_round().selection == record.selection
+
+
+def test_bald_needs_dropout_and_says_so_before_training(scenes_small: Any, tmp_path: Any):
+    @register_model("bare")
+    def bare(labels: Any) -> nn.Module:
+        net = MODELS["segformer-nano"](labels)
+        for parent in list(net.modules()):
+            for child_name, child in list(parent.named_children()):
+                if isinstance(child, nn.Dropout):
+                    setattr(parent, child_name, nn.Identity())
+        return net
+
+    options = {"n_train": 24, "n_test": 8}
+    try:
+        config = make_config(strategy="bald", model="bare", data_options=options, output_dir=str(tmp_path / "run"))
+        with pytest.raises(ConfigError, match="no dropout layer"):
+            Experiment(config)
+        assert not (tmp_path / "run").exists()
+    finally:
+        MODELS.pop("bare")

@@ -46,7 +46,7 @@ from .model import Segmenter, load_model, save_model
 from .pool import FULL_MASK_SECONDS, Ledger, Oracle, Pool, budget_schedule, mask_pixels, training_rows
 from .report import aubc, save_figures
 from .sampler import Sampler
-from .scores import scoring_options
+from .scores import PASS_SCORES, dropout_layers, scoring_options
 from .selects import parse_strategy  # from selects, so that its strategies are registered
 from .tracking import Tracker, make_tracker
 from .train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
@@ -450,6 +450,8 @@ class Experiment:
         amounts = (1.0, 1.0, 1.0) if baseline else (config.initial, config.increment, config.max_labelled)
         self.schedule = budget_schedule(len(self.data.train), *amounts)
         self.model = load_model(config.model, self.data.labels, seed=config.seed, options=config.model_options)
+        if self.sampler.strategy.score in PASS_SCORES:
+            dropout_layers(self.model)  # a network without dropout is refused now, not after the first training
         self.initial_state = {k: v.clone() for k, v in self.model.state_dict().items()}
         record = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
         self.folder = RunFolder.open(run_path(config), record, free=FREE_SETTINGS)
