@@ -28,6 +28,7 @@ from vlm_itl.core import (
     check_choice,
     check_number,
     closest,
+    derive_seed,
     make_rng,
     plain,
     progress,
@@ -44,7 +45,9 @@ from .metrics import image_iou
 from .model import Segmenter, load_model, save_model
 from .pool import FULL_MASK_SECONDS, Ledger, Oracle, Pool, budget_schedule, mask_pixels, training_rows
 from .report import aubc, save_figures
-from .sampler import Sampler, parse_strategy
+from .sampler import Sampler
+from .scores import PASS_SCORES, dropout_layers, scoring_options
+from .selects import parse_strategy  # from selects, so that its strategies are registered
 from .tracking import Tracker, make_tracker
 from .train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
 from .vlm import Judgement, JudgeQuery, VLMHandler, check_question, make_handler
@@ -447,6 +450,8 @@ class Experiment:
         amounts = (1.0, 1.0, 1.0) if baseline else (config.initial, config.increment, config.max_labelled)
         self.schedule = budget_schedule(len(self.data.train), *amounts)
         self.model = load_model(config.model, self.data.labels, seed=config.seed, options=config.model_options)
+        if self.sampler.strategy.score in PASS_SCORES:
+            dropout_layers(self.model)  # a network without dropout is refused now, not after the first training
         self.initial_state = {k: v.clone() for k, v in self.model.state_dict().items()}
         record = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
         self.folder = RunFolder.open(run_path(config), record, free=FREE_SETTINGS)
@@ -543,7 +548,9 @@ class Experiment:
         "One pass over the unlabelled images, and over the labelled ones where the strategy measures distances to them."
         wanted = set(self.pool.unlabelled) | (set(self.pool.human) if self.sampler.needs_labelled else set())
         rows = [row for row, image_id in enumerate(self.oracle.ids) if image_id in wanted]
-        return score_pool(self.model, self.oracle.images.select(rows), self.config.view, masks=masks)
+        key = self.sampler.strategy.score_key
+        options = scoring_options([key] if key else [], seed=derive_seed(self.config.seed, "looks", len(self.rounds)))
+        return score_pool(self.model, self.oracle.images.select(rows), self.config.view, masks=masks, **options)
 
     def run_round(self) -> Round:  # the record, safely on disk
         "Do the next round and write it."

@@ -1,0 +1,379 @@
+"""Properties of every combination of parts, references for each select, and the defects of public libraries."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import tracemalloc
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from vlm_itl.core import ConfigError, DataError, make_rng
+from vlm_itl.experiment import Experiment, make_config
+from vlm_itl.model import MODELS, register_model
+from vlm_itl.sampler import AGGREGATES, SCORES, SELECTS, SHORT, Sampler, parse_strategy
+from vlm_itl.scores import AGGREGATORS, PASS_SCORES, PIXEL_SCORES, scoring_options
+from vlm_itl.selects import (
+    ball_radius,
+    class_weights,
+    cluster,
+    gumbel_topk,
+    known_strategies,
+    probcover,
+    typiclust,
+)
+
+STRATEGIES = known_strategies()
+DRAWN = ("power", "softmax", "softrank")  # selects that draw
+NO_POINTS = np.empty((0, 3), np.float32)
+
+
+def make_pool(n: int = 30, seed: int = 0, dim: int = 3, **changes: Any) -> SimpleNamespace:
+    """A pool with all scores that pixels may give; some tied, some images near-copies."""
+    rng = np.random.default_rng(seed)
+    keys = [f"{s}-{a}" for s in (*PIXEL_SCORES, *PASS_SCORES) for a in AGGREGATORS]
+    points = rng.normal(size=(n, dim)).astype(np.float32)
+    points[n // 2 : n // 2 + 3] = points[:1]
+    fields = {
+        "ids": [f"im{i:04d}" for i in range(n)],
+        "scores": {key: rng.random(n).round(1).astype(np.float32) for key in keys},
+        "embedding": points,
+        "class_hist": rng.dirichlet(np.full(4, 0.3), n).astype(np.float32),
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def shuffled(pool: SimpleNamespace, seed: int) -> SimpleNamespace:
+    """The same pool in another order."""
+    order = np.random.default_rng(seed).permutation(len(pool.ids))
+    return SimpleNamespace(
+        ids=[pool.ids[i] for i in order],
+        scores={k: v[order] for k, v in pool.scores.items()},
+        embedding=pool.embedding[order],
+        class_hist=pool.class_hist[order],
+    )
+
+
+def test_every_part_of_the_issue_is_there():
+    assert {"random", "entropy", "margin", "least_confidence", "bald", "expected_entropy", "variation_ratio"} <= set(
+        SCORES
+    )
+    assert set(AGGREGATES) - {"none"} == set(AGGREGATORS) == {"mean", "topk", "class_balanced", "boundary", "patch_max"}
+    assert {"top", "power", "softmax", "softrank", "coreset", "typiclust", "probcover", "class_stratified"} <= set(
+        SELECTS
+    )
+    assert {str(parse_strategy(s)) for s in SHORT} <= set(STRATEGIES)
+    for name in STRATEGIES:
+        key = parse_strategy(name).score_key
+        assert scoring_options([key] if key else []) is not None  # the scoring pass can deliver every one
+
+
+def test_the_experiment_knows_them_all():
+    source = inspect.getsource(sys.modules[make_config.__module__])
+    assert "from .selects import" in source  # whoever imports the experiment can name every part
+    for name in ("bald-topk-power", "class_random", "entropy-boundary-class_stratified"):
+        assert make_config(strategy=name).strategy == name
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_properties_of_every_combination(name: str):
+    sampler = Sampler(name)
+    for n, n_labelled, k, seed in [(30, 6, 5, 0), (12, 0, 12, 1), (9, 8, 1, 2)]:
+        pool = make_pool(n, seed)
+        mixed = [str(i) for i in np.random.default_rng(seed + 1).permutation(pool.ids)]
+        labelled, candidates = mixed[:n_labelled], mixed[n_labelled:]
+        ids, reasons = sampler.select(pool, candidates, k, make_rng(seed, "select"), labelled)
+        assert len(ids) == len(reasons) == k == len(set(ids))
+        assert set(ids) <= set(candidates) and not set(ids) & set(labelled)
+        assert all(isinstance(i, str) for i in ids) and all(reason and "\n" not in reason for reason in reasons)
+        other = sampler.select(shuffled(pool, seed), candidates[::-1], k, make_rng(seed, "select"), labelled[::-1])
+        assert other == (ids, reasons)
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_broken_number_stops_the_choice_and_names_the_image(name: str):
+    """baal, nnActive: an image whose prediction is NaN scores 0 and is silently never chosen."""
+    sampler = Sampler(name)
+    for value in (np.nan, np.inf):
+        for array in sampler.needs:
+            broken = make_pool(12)
+            if array == "scores":
+                broken.scores[sampler.strategy.score_key][7] = value
+            else:
+                getattr(broken, array)[7, 1] = value
+            with pytest.raises(DataError, match="im0007"):
+                sampler.select(broken, broken.ids, 2, make_rng(0))
+            rest = [i for i in broken.ids if i != "im0007"]
+            assert len(sampler.select(broken, rest, 2, make_rng(0))[0]) == 2
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_bad_and_odd_pools(name: str):
+    pool, sampler = make_pool(6), Sampler(name)
+    with pytest.raises(ConfigError, match="k=7 .* only 6"):
+        sampler.select(pool, pool.ids, 7, make_rng(0))
+    with pytest.raises(ConfigError, match="pool is empty"):
+        sampler.select(pool, [], 1, make_rng(0))
+    with pytest.raises(DataError, match="labelled already.*im0002"):
+        sampler.select(pool, pool.ids, 1, make_rng(0), ["im0002"])
+    same = make_pool(
+        9, embedding=np.full((9, 4), 0.1, np.float32), class_hist=np.tile(np.float32([[1, 0]]), (9, 1))
+    )  # identical images of one class
+    same.scores = {key: np.full(9, 0.3, np.float32) for key in same.scores}
+    ids, _ = sampler.select(same, same.ids[2:][::-1], 4, make_rng(0), labelled=same.ids[:2])
+    assert len(set(ids)) == 4
+    chance = sampler.strategy.select in DRAWN or sampler.strategy.score in ("random", "class_random")
+    assert chance or ids == same.ids[2:6]
+    nothing = make_pool(3, class_hist=np.zeros((3, 2), np.float32))  # no class is predicted anywhere
+    nothing.scores = {key: np.zeros(3, np.float32) for key in nothing.scores}
+    assert set(sampler.select(nothing, nothing.ids, 3, make_rng(0))[0]) == set(nothing.ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bold-mean-top", "score='bold'.*Did you mean 'bald'.*'variation_ratio'"),
+        ("bald-topp-top", "aggregate='topp'.*Did you mean 'topk'.*'patch_max'"),
+        ("bald-topk-powr", "select='powr'.*Did you mean 'power'.*'probcover'"),
+        ("none-none-power", "needs a score"),
+        ("none-none-class_stratified", "needs a score"),
+        ("bald-none-top", "one of: mean, topk"),
+        ("class_random-mean-top", "aggregate is 'none'"),
+    ],
+)
+def test_unknown_parts(text: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        parse_strategy(text)
+
+
+# ---- drawn by chance
+
+
+@pytest.mark.parametrize(("kind", "beta"), [("power", 1.0), ("power", 3.0), ("softmax", 2.0), ("softrank", 1.0)])
+def test_first_draw_has_its_probability(kind: str, beta: float):
+    values = np.array([0.2, 0.9, 0.5, 0.4])
+    weights = {"power": values**beta, "softmax": np.exp(beta * values), "softrank": np.array([4.0, 1, 2, 3]) ** -beta}[
+        kind
+    ]
+    firsts = np.bincount([gumbel_topk(kind, values, 1, beta, make_rng(s))[0] for s in range(4000)], minlength=4)
+    p = weights / weights.sum()
+    assert (abs(firsts - 4000 * p) < 4.5 * np.sqrt(4000 * p * (1 - p))).all()
+
+
+def test_second_draw_is_without_replacement():
+    values = np.array([1.0, 2.0, 5.0])
+    pairs = [tuple(gumbel_topk("power", values, 2, 1.0, make_rng(s))) for s in range(4000)]
+    after = [b for a, b in pairs if a == 2]
+    assert abs(after.count(1) / len(after) - 2 / 3) < 0.04  # 2 : 1 among the rest
+
+
+@pytest.mark.parametrize("kind", DRAWN)
+def test_large_beta_is_top_and_unsure_comes_first(kind: str):
+    """baal 2.1: PowerSampling(Margin()) picks the confident images, and uses the global generator."""
+    pool = make_pool(30)
+    pool.scores["margin-mean"] = np.linspace(0.01, 1, 30)[np.random.default_rng(0).permutation(30)]
+    top = Sampler("margin").select(pool, pool.ids, 6, make_rng(0))[0]
+    assert Sampler(f"margin-mean-{kind}", beta=1e6).select(pool, pool.ids, 6, make_rng(0))[0] == top
+    state = np.random.get_state()[1].copy()
+    scores = dict(zip(pool.ids, pool.scores["margin-mean"], strict=True))
+    means = [
+        np.mean([scores[i] for i in Sampler(f"margin-mean-{kind}").select(pool, pool.ids, 6, make_rng(s))[0]])
+        for s in range(40)
+    ]
+    assert np.mean(means) > np.mean(list(scores.values()))
+    assert (np.random.get_state()[1] == state).all()
+
+
+def test_scores_of_zero_come_last_and_negative_ones_are_refused():
+    values = np.array([0.0, 0.0, 0.1, 0.2])
+    for seed in range(20):
+        picks = gumbel_topk("power", values, 4, 1.0, make_rng(seed)).tolist()
+        assert set(picks[:2]) == {2, 3} and picks[2:] == [0, 1]
+    with pytest.raises(ConfigError, match="at least 0.*softrank"):
+        gumbel_topk("power", values - 1, 2, 1.0, make_rng(0))
+    with pytest.raises(ConfigError, match="beta must be"):
+        Sampler("entropy-mean-power", beta=0).select(make_pool(), make_pool().ids, 2, make_rng(0))
+
+
+# ---- covering
+
+
+def blobs(per_group: int, groups: int = 4, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Well separated groups of points, and the group of each."""
+    rng = np.random.default_rng(seed)
+    centres = 20 * np.eye(groups, 3 + groups)
+    group = np.repeat(np.arange(groups), per_group)
+    return (centres[group] + rng.normal(size=(len(group), 3 + groups))).astype(np.float32), group
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_typiclust_takes_the_densest_of_each_group(seed: int):
+    points, group = blobs(25, seed=seed)
+    picks, _, counts = typiclust(points, np.empty((0, points.shape[1]), np.float32), 4, make_rng(seed))
+    assert sorted(group[picks]) == [0, 1, 2, 3] and counts == [0] * 4
+    for pick in picks:
+        rows = np.flatnonzero(group == group[pick])
+        distance = np.sqrt(((points[rows][:, None].astype(float) - points[rows][None]) ** 2).sum(-1))
+        assert rows[np.sort(distance, 1)[:, 1:13].mean(1).argmin()] == pick  # 12 = half the group
+
+
+def test_typiclust_leaves_covered_groups_and_outliers():
+    points, group = blobs(20)
+    candidates = np.concatenate([points[3:], np.full((1, points.shape[1]), 500, np.float32)])  # and an outlier
+    picks, _, _ = typiclust(candidates, points[:3], 3, make_rng(0), max_clusters=5)
+    groups_of = np.append(group[3:], 9)
+    assert sorted(groups_of[picks]) == [1, 2, 3]
+    everything, _, _ = typiclust(candidates, points[:3], len(candidates), make_rng(0))
+    assert sorted(everything) == list(range(len(candidates)))
+
+
+def test_kmeans_is_seeded():
+    """The TypiClust repository's k-means is not."""
+    points = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    assert (cluster(points, 10, make_rng(3)) == cluster(points, 10, make_rng(3))).all()
+    assert (cluster(points, 100, make_rng(3)) == cluster(points, 100, make_rng(3))).all()  # in batches
+    assert set(cluster(np.zeros((5, 2)), 3, make_rng(0))) == {0}
+
+
+def plain_probcover(points: np.ndarray, labelled: np.ndarray, k: int, delta: float) -> tuple[list[int], list[int]]:
+    """The full matrix."""
+    near = np.sqrt(((points[:, None].astype(float) - points[None]) ** 2).sum(-1)) <= delta
+    uncovered = np.ones(len(points), bool)
+    for point in labelled:
+        uncovered &= np.sqrt(((points.astype(float) - point) ** 2).sum(-1)) > delta
+    picks, gains = [], []
+    while len(picks) < k and uncovered.any():
+        gain = (near & uncovered).sum(1)
+        picks.append(int(gain.argmax()))
+        gains.append(int(gain.max()))
+        uncovered &= ~near[picks[-1]]
+    return picks, gains
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("delta", [0.01, 0.7, 1.5, 100.0])
+def test_probcover_equals_the_full_matrix(seed: int, delta: float):
+    rng = np.random.default_rng(seed)
+    points = rng.normal(size=(200, 4)) + 50
+    points[100:110] = points[0]  # copies
+    labelled = rng.normal(size=(5, 4)) + 50
+    assert probcover(points, labelled, 40, delta) == plain_probcover(points, labelled, 40, delta)
+    assert probcover(points, labelled[:0], 40, delta) == plain_probcover(points, labelled[:0], 40, delta)
+
+
+def test_probcover_loses_no_candidate():
+    """The TypiClust repository's ProbCover drops the last N % 500 candidates."""
+    points = np.zeros((503, 2))
+    points[:500] = np.random.default_rng(0).normal(0, 0.01, (500, 2))
+    points[500:] += np.array([[100, 0], [200, 0], [300, 0]])
+    assert set(probcover(points, np.empty((0, 2)), 4, 1.0)[0][1:]) == {500, 501, 502}
+
+
+def test_probcover_needs_no_full_matrix():
+    points = np.random.default_rng(0).normal(size=(8000, 8)).astype(np.float32)  # N x N in float32: 256 MB
+    tracemalloc.start()
+    picks, _ = probcover(points, np.empty((0, 8), np.float32), 50, 0.8)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(picks) == 50 and peak < 40e6
+
+
+def test_radius_separates_the_groups():
+    points, group = blobs(30)
+    radius = ball_radius(points, 4, make_rng(0))
+    distance = np.sqrt(((points[:, None].astype(float) - points[None]) ** 2).sum(-1))
+    pure = [(group[row <= radius] == g).all() for row, g in zip(distance, group, strict=True)]
+    assert np.mean(pure) >= 0.95 and radius > np.median(distance[group[:, None] == group])
+    assert ball_radius(np.zeros((5, 2)), 3, make_rng(0)) > 0
+    assert ball_radius(points, 4, make_rng(0), sample=50) > 0
+
+
+@pytest.mark.parametrize("select", ["coreset", "typiclust", "probcover"])
+def test_prefilter_keeps_the_most_unsure(select: str):
+    pool = make_pool(40)
+    best = set(np.array(pool.ids)[np.argsort(-pool.scores["bald-topk"], kind="stable")[:6]])
+    ids, reasons = Sampler(f"bald-topk-{select}", prefilter=2).select(pool, pool.ids, 3, make_rng(0))
+    assert set(ids) <= best and all("6 highest in bald" in reason for reason in reasons)
+    with pytest.raises(ConfigError, match="prefilter must be"):
+        Sampler(f"bald-topk-{select}", prefilter=0).select(pool, pool.ids, 3, make_rng(0))
+
+
+@pytest.mark.parametrize("select", ["coreset", "typiclust", "probcover"])
+def test_diversity_works_when_nothing_is_labelled(select: str):
+    """DISTIL's core-set fails when nothing is labelled."""
+    pool = make_pool(40)
+    assert len(Sampler(f"none-none-{select}").select(pool, pool.ids, 7, make_rng(0))[0]) == 7
+
+
+# ---- balancing
+
+
+def test_class_random_draws_classes_alike():
+    histogram = np.array([[1, 0], [1, 0], [1, 0], [1, 0], [0.5, 0.5]])
+    assert np.allclose(class_weights(histogram), [1 / 9, 1 / 9, 1 / 9, 1 / 9, 5 / 9])
+    pool = make_pool(5, class_hist=histogram)
+    firsts = [Sampler("class_random").select(pool, pool.ids, 1, make_rng(s))[0][0] for s in range(2000)]
+    assert abs(firsts.count("im0004") / 2000 - 5 / 9) < 0.04
+
+
+def test_class_stratified_gives_every_class_its_turn():
+    rng = np.random.default_rng(0)
+    classes = np.array([0] * 40 + [1] * 6 + [2] * 4)
+    pool = make_pool(50, class_hist=np.eye(3, dtype=np.float32)[classes])
+    pool.scores["entropy-mean"] = np.where(classes == 0, 0.5, 0.1) + 0.01 * rng.random(
+        50
+    )  # top would take class 0 only
+    ids, reasons = Sampler("entropy-mean-class_stratified").select(pool, pool.ids, 9, make_rng(0))
+    assert np.bincount([classes[int(i[2:])] for i in ids]).tolist() == [3, 3, 3]
+    assert "for class 2, which 0 chosen images hold" in reasons[0]
+    everything, _ = Sampler("entropy-mean-class_stratified").select(pool, pool.ids, 50, make_rng(0))
+    assert sorted(everything) == pool.ids
+    a, b = (Sampler("entropy-mean-class_stratified", beta=1.0).select(pool, pool.ids, 9, make_rng(s)) for s in (0, 1))
+    assert a != b
+
+
+def test_a_round_with_parts_of_every_kind(scenes_small: Any, tmp_path: Any):
+    """From the strategy's name to the scores of the pass over the pool."""
+    picked = {}
+    for strategy in ("bald-topk-power", "entropy-boundary-class_stratified", "none-none-typiclust"):
+        config = make_config(
+            strategy=strategy,
+            data_options={"n_train": 24, "n_test": 8},
+            image_size=48,
+            steps=1,
+            initial=4,
+            increment=4,
+            max_labelled=8,
+            gallery=0,
+            test_every_round=False,
+            output_dir=str(tmp_path / strategy),
+        )
+        record = Experiment(config).run_round()
+        picked[strategy] = record.selection["ids"]
+        assert len(set(picked[strategy])) == 4 and record.selection["strategy"] == strategy
+        again = Experiment(make_config({**config.to_dict(), "output_dir": str(tmp_path / f"{strategy}-again")}))
+        assert again.run_round().selection == record.selection
+
+
+def test_bald_needs_dropout_and_says_so_before_training(scenes_small: Any, tmp_path: Any):
+    @register_model("bare")
+    def bare(labels: Any) -> nn.Module:
+        net = MODELS["segformer-nano"](labels)
+        for parent in list(net.modules()):
+            for child_name, child in list(parent.named_children()):
+                if isinstance(child, nn.Dropout):
+                    setattr(parent, child_name, nn.Identity())
+        return net
+
+    options = {"n_train": 24, "n_test": 8}
+    try:
+        config = make_config(strategy="bald", model="bare", data_options=options, output_dir=str(tmp_path / "run"))
+        with pytest.raises(ConfigError, match="no dropout layer"):
+            Experiment(config)
+        assert not (tmp_path / "run").exists()
+    finally:
+        MODELS.pop("bare")
