@@ -122,15 +122,15 @@ def _blip(words: tuple[str, ...]) -> tuple[Any, Any]:
     return tf.BlipForQuestionAnswering(config), processor
 
 
-def build(kind: str, folder: Path, words: tuple[str, ...] = ("Yes", "No"), seed: int = 0) -> Path:
-    """Save a tiny model of a kind with its processor; random weights, spread widely so that answers differ."""
+def build(kind: str, folder: Path, words: tuple[str, ...] = ("Yes", "No"), seed: int = 0, spread: float = 6) -> Path:
+    """Save a tiny model of a kind with its processor; random weights, times `spread` so that answers differ."""
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     model, processor = {"llava": _llava, "idefics3": _idefics3, "paligemma": _paligemma, "blip": _blip}[kind](words)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
-                weight.mul_(6)
+                weight.mul_(spread)
     torch.set_rng_state(state)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

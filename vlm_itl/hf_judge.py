@@ -8,7 +8,6 @@ __all__ = ['DTYPES', 'PROMPTS', 'PLAIN_PROMPT', 'answer_tokens', 'yes_no', 'Load
 
 # %% ../nbs/06b_hf_judge.ipynb #hf-imports
 import inspect
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,12 +72,7 @@ class LoadedVLM:
 
 def _is_path(name: str) -> bool:
     "Is a folder meant, not a name on the Hub?"
-    return (
-        Path(name).expanduser().is_dir()
-        or name.startswith(("/", ".", "~"))
-        or os.sep * 2 in name
-        or name.count("/") > 1
-    )
+    return Path(name).expanduser().is_dir() or name.startswith(("/", ".", "~")) or name.count("/") > 1
 
 
 def _checkpoint(name: str, what: str, load: Callable[[], Any]) -> Any:
