@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -19,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny_vlms
 
 from vlm_itl.core import ConfigError, JudgeError
+from vlm_itl.experiment import make_config, run_al
 from vlm_itl.hf_judge import (
     HFJudge,
     answer_tokens,
@@ -30,6 +32,7 @@ from vlm_itl.hf_judge import (
 )
 from vlm_itl.labels import LabelSpace
 from vlm_itl.render import instruct, render
+from vlm_itl.scenes import make_scenes
 from vlm_itl.vlm import JudgeQuery, abstain, handler_options, make_handler
 
 VOC = LabelSpace.voc()
@@ -403,3 +406,30 @@ def test_the_experiment_knows_the_judge_and_imports_little() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_judges_the_masks_of_an_experiment(folders: dict[str, Path], tmp_path: Path) -> None:
+    """`mode="vlm"` with a real model: judged each round, every unlabelled image once."""
+    scenes = make_scenes(tmp_path / "voc", n_train=24, n_test=4, seed=3)
+    settings = {
+        "dataset": str(scenes),
+        "output_dir": str(tmp_path / "run"),
+        "mode": "vlm",
+        "policy": "observe",
+        "judge": "hf",
+        "judge_options": {"model": str(folders["llava"]), "min_mass": 0.0},
+        "steps": 4,
+        "batch_size": 4,
+        "image_size": 48,
+        "initial": 6,
+        "increment": 6,
+        "max_labelled": 12,
+        "val_share": 4,
+        "gallery": 1,
+    }
+    (first, *_) = list(run_al(make_config(settings)))
+    written = (tmp_path / "run" / "round_000" / "judgements.jsonl").read_text().splitlines()
+    answers = [json.loads(line) for line in written]
+    assert len(answers) == 24 - 4 - 6 == first.judge["n"]
+    assert {answer["verdict"] for answer in answers} <= {"yes", "no"}
+    assert all(answer["score_kind"] == "logprobs" and 0 < answer["p_yes"] < 1 for answer in answers)
