@@ -22,6 +22,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+import vlm_itl.hf_judge  # noqa: F401  # makes the judge "hf" known; its models are loaded when one is made
 from vlm_itl.core import (
     ConfigError,
     RunFolder,
