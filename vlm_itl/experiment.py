@@ -22,6 +22,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from . import openai_judge  # noqa: F401  registers the judges "openai" and "cached"
 from vlm_itl.core import (
     ConfigError,
     RunFolder,
