@@ -7,8 +7,10 @@ import http.server
 import json
 import logging
 import math
+import os
 import pickle
 import re
+import signal
 import socket
 import sys
 import threading
@@ -247,6 +249,28 @@ def test_works_inside_a_running_loop(serve: Callable[..., Server]) -> None:
         return judge_at(server).judge([ask(i) for i in range(5)])
 
     assert [j.verdict for j in asyncio.run(notebook())] == ["yes"] * 5
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["script", "notebook"])
+def test_ctrl_c_asks_no_further_question(serve: Callable[..., Server], inside: bool) -> None:
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+        return OK, reply(wish=wish)
+
+    server = serve(script)
+
+    async def notebook() -> None:
+        judge_at(server, concurrency=2).judge([ask(i) for i in range(200)])
+
+    with pytest.raises(KeyboardInterrupt):
+        if inside:
+            asyncio.new_event_loop().run_until_complete(notebook())
+        else:
+            judge_at(server, concurrency=2).judge([ask(i) for i in range(200)])
+    time.sleep(0.1)
+    assert len(server.wishes) < 12
 
 
 # ---- the ladder ----

@@ -95,16 +95,26 @@ def _run(work: Coroutine[Any, Any, Any]) -> Any:
     except RuntimeError:
         return asyncio.run(work)
     outcome: dict[str, Any] = {}
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(work)
 
     def target() -> None:
         try:
-            outcome["value"] = asyncio.run(work)
+            outcome["value"] = loop.run_until_complete(task)
         except BaseException as error:  # handed to the caller
             outcome["error"] = error
+        finally:
+            loop.run_until_complete(loop.shutdown_asyncgens())
+            loop.close()
 
     thread = threading.Thread(target=target, daemon=True)
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:  # Ctrl-C: no question is asked any more
+        loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        raise
     if "error" in outcome:
         raise outcome["error"]
     return outcome["value"]
