@@ -551,3 +551,39 @@ def test_a_run_knows_the_judges() -> None:
     import vlm_itl.experiment  # noqa: F401
 
     assert {"openai", "cached"} <= set(HANDLERS)
+
+
+def test_a_run_stops_at_its_limit_goes_on_and_holds_no_key(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vlm_itl.experiment import make_config, run_al
+
+    monkeypatch.setenv("TOY_KEY", KEY)
+    server = serve(lambda number, attempt, wish: (OK, reply("Yes" if len(wish) % 2 else "No", wish=wish)))
+    options = {"model": "toy", "base_url": server.url, "api_key_env": "TOY_KEY", "price": [0.15, 0.6]}
+    judge = {"judge": "openai", "options": options, "path": str(tmp_path / "judge.sqlite"), "max_calls": 20}
+    tiny = {"steps": 2, "batch_size": 4, "image_size": 48, "initial": 6, "increment": 6, "max_labelled": 12}
+    settings = {
+        **tiny,
+        "dataset": "scenes",
+        "data_options": {"n_train": 30, "n_test": 2, "size": [48, 64]},
+        "val_share": 4,
+        "mode": "vlm",
+        "judge": "cached",
+        "judge_options": judge,
+        "policy": "observe",
+        "gallery": 1,
+        "output_dir": str(tmp_path / "run"),
+    }
+    rounds: list[Any] = []
+    for again in range(4):
+        before = len(server.wishes)
+        try:
+            rounds = list(run_al(make_config(settings)))
+            break
+        except JudgeStopped as stop:
+            assert "max_calls=20" in str(stop) and len(server.wishes) - before == 20, f"run {again}"
+    assert rounds and rounds[0].judge["n"] == 20 and len(server.wishes) <= sum(r.judge["n"] for r in rounds)
+    assert server.keys == {f"Bearer {KEY}"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if KEY.encode() in path.read_bytes()]
