@@ -75,10 +75,13 @@ def test_compare_one_seed_has_no_interval(tmp_path):
     assert plot_compare(result).axes[0].get_yticklabels()[0].get_text() == "entropy (n = 1)"
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"steps": 99}, "differ in steps: 10 and 99"),
-    ({"image_size": 64}, "differ in image_size"),
-])
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"steps": 99}, "differ in steps: 10 and 99"),
+        ({"image_size": 64}, "differ in image_size"),
+    ],
+)
 def test_compare_refuses_other_recipes(tmp_path, change, says):
     runs = study(tmp_path / "study", seeds=range(2))
     odd = read_run(write_run(tmp_path / "odd", strategy="margin", seed=0, **change))
@@ -113,8 +116,14 @@ def test_compare_judges_and_policies(tmp_path):
     for seed in range(2):
         write_run(tmp_path / f"al-{seed}", seed=seed)
         for policy in ("observe", "pseudo"):
-            write_run(tmp_path / f"{policy}-{seed}", (0.5, 0.7, 0.9), mode="vlm", seed=seed, policy=policy,
-                      judge_options={"accuracy": 0.9})
+            write_run(
+                tmp_path / f"{policy}-{seed}",
+                (0.5, 0.7, 0.9),
+                mode="vlm",
+                seed=seed,
+                policy=policy,
+                judge_options={"accuracy": 0.9},
+            )
     result = compare(list_runs(tmp_path))
     assert result.baseline == "random"
     assert set(result.table["strategy"]) == {"random, mock judge (observe)", "random, mock judge (pseudo)"}

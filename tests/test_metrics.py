@@ -99,18 +99,21 @@ def test_hallucinated_class_counts_in_one_mean_only():
     assert math.isnan(numbers["per_class_iou"][3])
 
 
-@pytest.mark.parametrize("make", [
-    lambda a: a,
-    lambda a: a.astype(np.int16),
-    lambda a: a.astype(np.int64),
-    lambda a: a.astype(np.uint16),
-    lambda a: a[::-1][::-1],
-    lambda a: np.broadcast_to(a, a.shape),
-    lambda a: torch.tensor(a),
-    lambda a: torch.tensor(a).long(),
-    lambda a: torch.tensor(a).to(torch.int32).T.contiguous().T,
-    lambda a: a.tolist(),
-])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: a,
+        lambda a: a.astype(np.int16),
+        lambda a: a.astype(np.int64),
+        lambda a: a.astype(np.uint16),
+        lambda a: a[::-1][::-1],
+        lambda a: np.broadcast_to(a, a.shape),
+        lambda a: torch.tensor(a),
+        lambda a: torch.tensor(a).long(),
+        lambda a: torch.tensor(a).to(torch.int32).T.contiguous().T,
+        lambda a: a.tolist(),
+    ],
+)
 def test_any_integer_type_gives_the_same_counts(make):
     rng = np.random.default_rng(2)
     (prediction,), (truth,) = made_up(rng, 5, count=1)
@@ -167,12 +170,15 @@ def test_negative_values_and_void_predictions_are_refused():
     assert count_pairs(np.array([255], dtype=np.uint8), np.array([255], dtype=np.uint8), 2).sum() == 0
 
 
-@pytest.mark.parametrize(("prediction", "truth", "says"), [
-    (np.zeros((2, 3), int), np.zeros((3, 2), int), "differ in shape"),
-    (np.zeros((2, 2)), np.zeros((2, 2), int), "take argmax"),
-    (torch.zeros(2, 2), torch.zeros(2, 2).long(), "take argmax"),
-    (np.array([["a"]]), np.zeros((1, 1), int), "whole numbers"),
-])
+@pytest.mark.parametrize(
+    ("prediction", "truth", "says"),
+    [
+        (np.zeros((2, 3), int), np.zeros((3, 2), int), "differ in shape"),
+        (np.zeros((2, 2)), np.zeros((2, 2), int), "take argmax"),
+        (torch.zeros(2, 2), torch.zeros(2, 2).long(), "take argmax"),
+        (np.array([["a"]]), np.zeros((1, 1), int), "whole numbers"),
+    ],
+)
 def test_wrong_input_is_one_clear_error(prediction, truth, says):
     with pytest.raises(VlmItlError, match=says):
         ConfusionMatrix(2).update(prediction, truth)

@@ -92,8 +92,13 @@ def study(path, seeds=range(5), gain=0.05, **more):
         luck = 0.01 * seed
         write_run(path / f"random-{seed}", (0.4 + luck, 0.5 + luck, 0.6 + luck), seed=seed, **more)
         own = gain + 0.002 * seed
-        write_run(path / f"entropy-{seed}", (0.4 + luck, 0.5 + luck + own, 0.6 + luck + own), seed=seed,
-                  strategy="entropy", **more)
+        write_run(
+            path / f"entropy-{seed}",
+            (0.4 + luck, 0.5 + luck + own, 0.6 + luck + own),
+            seed=seed,
+            strategy="entropy",
+            **more,
+        )
     return list_runs(path)
 
 

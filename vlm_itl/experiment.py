@@ -22,7 +22,6 @@ import numpy as np
 import yaml
 from PIL import Image
 
-import vlm_itl.hf_judge  # noqa: F401  # makes the judge "hf" known; its models are loaded when one is made
 from vlm_itl.core import (
     ConfigError,
     RunFolder,
@@ -41,9 +40,11 @@ from vlm_itl.core import (
     write_text,
 )
 from .data import SegData, load_data
+from .hf_judge import HFJudge  # noqa: F401  the import makes the judge "hf" known
 from .judge import verdict_metrics
 from .metrics import image_iou
 from .model import Segmenter, load_model, save_model
+from .openai_judge import OpenAIHandler  # noqa: F401  makes "openai" and "cached" known
 from .pool import FULL_MASK_SECONDS, Ledger, Oracle, Pool, budget_schedule, mask_pixels, training_rows
 from .report import aubc, save_figures
 from .sampler import Sampler

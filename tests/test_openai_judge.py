@@ -1,0 +1,589 @@
+"""The OpenAI-compatible judge against a loopback server that fails in every way a server can."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import logging
+import math
+import os
+import pickle
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_itl.cache import CachedHandler, JudgeStopped, query_key
+from vlm_itl.core import ConfigError, JudgeError
+from vlm_itl.labels import LabelSpace
+from vlm_itl.openai_judge import OpenAIHandler, price_of, yes_share
+from vlm_itl.vlm import HANDLERS, Judgement, JudgeQuery, make_handler
+
+pytest.importorskip("openai")
+
+VOC = LabelSpace.voc()
+MASK = np.zeros((6, 6), np.uint8)
+MASK[:3] = 8
+IMAGE = Image.new("RGB", (6, 6), (90, 120, 150))
+KEY = "sk-planted-0123456789abcdef"
+OK = 200
+
+
+def ask(i: int, **fields: Any) -> JudgeQuery:
+    return JudgeQuery(
+        f"im{i}", fields.pop("image", IMAGE), fields.pop("mask", MASK), question=f"Q{i}: right? yes or no", labels=VOC
+    )
+
+
+def reply(
+    text: str | None = "Yes", p: float = 0.7, wish: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
+    """A chat completion; log-probabilities where the request asks for them."""
+    word = "Yes" if text is None else text.split()[0].strip(",.") if text else ""
+    other = "No" if word.lower() == "yes" else "Yes"
+    top = [{"token": t, "logprob": math.log(q), "bytes": None} for t, q in ((word, p), (other, 0.9 - p))]
+    asked = wish is not None and wish.get("logprobs")
+    message = {"role": "assistant", "content": text, "refusal": changes.pop("refusal", None)}
+    choice = {
+        "index": 0,
+        "finish_reason": changes.pop("finish_reason", "stop"),
+        "message": message,
+        "logprobs": {"content": [{**top[0], "top_logprobs": top}]} if asked else None,
+    }
+    count = changes.pop("count", 1)
+    usage = {"prompt_tokens": 100, "completion_tokens": count, "total_tokens": 100 + count}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "toy-1", "usage": usage}
+    return {**body, "choices": [{**choice, "index": k} for k in range(count)], **changes}
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Answers with `script(i, attempt, wish) -> (status, body, headers)`, (0, s) being silence; counts."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, script: Callable[[int, int, dict[str, Any]], tuple[Any, ...]]):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script = script
+        self.lock = threading.Lock()
+        self.attempts: Counter[int] = Counter()
+        self.wishes: list[dict[str, Any]] = []
+        self.keys: set[str] = set()
+        self.now = self.most = 0
+        self.times: list[float] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, *parts: Any) -> None:
+        """A client that gave up is no news."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Server
+
+    def log_message(self, *parts: Any) -> None:
+        """Quiet."""
+
+    def do_POST(self) -> None:
+        wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        content = wish["messages"][-1]["content"]
+        assert content[0]["image_url"]["url"].startswith("data:image/png;base64,")
+        match = re.match(r"Q(\d+)", content[1]["text"])
+        number = int(match[1]) if match else -1
+        server = self.server
+        with server.lock:
+            server.times.append(time.monotonic())
+            server.wishes.append(wish)
+            server.keys.add(self.headers["Authorization"])
+            server.attempts[number] += 1
+            attempt = server.attempts[number]
+            server.now += 1
+            server.most = max(server.most, server.now)
+        try:
+            status, body, *more = server.script(number, attempt, wish)
+            time.sleep(0.01)
+        finally:
+            with server.lock:
+                server.now -= 1
+        if status == 0:  # silence; the client gives up before
+            time.sleep(body)
+            self.close_connection = True
+            return
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(more[0] if more else {})}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(script: Callable[[int, int, dict[str, Any]], tuple[Any, ...]]) -> Server:
+        server = Server(script)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def judge_at(server: Server, **options: Any) -> OpenAIHandler:
+    handler = make_handler("openai", **{"model": "toy", "base_url": server.url, **options})
+    assert isinstance(handler, OpenAIHandler)
+    return handler
+
+
+def failing(message: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": "t", "param": None, "code": None}}
+
+
+# ---- the storm ----
+
+
+def storm(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+    """First attempts: 20 % 429, 2 % 500, 1 % silence. For good: garbage, refusals, cut-off, no log-probabilities."""
+    kind = number % 100
+    if attempt == 1 and kind < 20:
+        return 429, failing("slow down"), {"Retry-After": f"{0.01 * (1 + number % 3):.2f}"}
+    if attempt == 1 and kind in (20, 21):
+        return 500, failing("oops")
+    if attempt == 1 and kind == 22:
+        return 0, 2.0
+    text = "Yes" if number % 2 else "No"
+    if kind == 30:
+        return OK, b"<html>bad gateway</html>"
+    if kind == 31:
+        return OK, {"unexpected": True}
+    if kind in (32, 33):
+        return OK, reply(None, refusal="I'm sorry, I can't help with that.")
+    if kind in (34, 35):
+        return OK, reply(text, wish=wish, finish_reason="length")
+    if kind == 36:
+        return OK, reply("No errors are visible.", wish=None)
+    if 40 <= kind < 50:
+        return OK, reply(text, wish=None)
+    return OK, reply(text, wish=wish)
+
+
+def test_500_questions_in_a_storm(serve: Callable[..., Server]) -> None:
+    server = serve(storm)
+    judge = judge_at(server, concurrency=8, timeout_s=1.0)
+    judge.judge([ask(10**6 + 50)])  # the client's imports are not what is timed out here
+    server.attempts.clear()
+    server.most = 0
+    answers = judge.judge([ask(i) for i in range(500)])
+    assert [j.id for j in answers] == [f"im{i}" for i in range(500)]
+    calls = sum(server.attempts.values())
+    forced = 500 // 100 * (20 + 2 + 1)
+    assert calls <= 1.3 * 500 and calls <= 500 + forced + 5, f"{calls} calls"
+    assert sum(j.attempts for j in answers) >= calls
+    assert 6 <= server.most <= 8
+    for i, j in enumerate(answers):
+        kind = i % 100
+        if 30 <= kind <= 36:
+            assert j.verdict == "abstain" and j.error, f"{i}: {j}"
+        else:
+            assert j.verdict == ("yes" if i % 2 else "no"), f"{i}: {j}"
+            assert j.score_kind == ("hard" if 40 <= kind < 50 else "logprobs")
+            assert j.model == "toy-1" and j.tokens == 101 and j.usd is None
+    print(f"{calls} calls, at most {server.most} at once")
+
+
+def test_when_retries_run_out_the_question_abstains(serve: Callable[..., Server]) -> None:
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        if number % 3 == 1:
+            return 429, failing("slow down"), {"Retry-After": "0.01"}
+        if number % 3 == 2:
+            time.sleep(0.5)
+        return OK, reply("No", wish=wish)
+
+    answers = judge_at(serve(script), max_retries=0, timeout_s=0.25).judge([ask(i) for i in range(9)])
+    assert [j.verdict for j in answers] == ["no", "abstain", "abstain"] * 3
+    assert "429" in str(answers[1].error) and "APITimeoutError" in str(answers[2].error)
+    assert answers[1].attempts == 1 and answers[1].p_yes is None
+
+
+def test_retry_after_is_honoured(serve: Callable[..., Server]) -> None:
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        return (OK, reply(wish=wish)) if attempt > 1 else (429, failing("later"), {"Retry-After": "0.35"})
+
+    server = serve(script)
+    (answer,) = judge_at(server).judge([ask(1)])
+    assert answer.verdict == "yes" and answer.attempts == 2
+    assert server.times[1] - server.times[0] >= 0.35
+
+
+def test_rate_limit_counts_every_request(serve: Callable[..., Server]) -> None:
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        return (OK, reply(wish=wish)) if attempt > 1 else (429, failing("later"), {"Retry-After": "0.01"})
+
+    server = serve(script)
+    judge_at(server, requests_per_minute=1200).judge([ask(i) for i in range(6)])
+    assert len(server.times) == 12 and server.times[-1] - server.times[0] >= 11 * 0.05 * 0.8
+
+
+def test_works_inside_a_running_loop(serve: Callable[..., Server]) -> None:
+    server = serve(lambda number, attempt, wish: (OK, reply(wish=wish)))
+
+    async def notebook() -> list[Judgement]:
+        return judge_at(server).judge([ask(i) for i in range(5)])
+
+    assert [j.verdict for j in asyncio.run(notebook())] == ["yes"] * 5
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["script", "notebook"])
+def test_ctrl_c_asks_no_further_question(serve: Callable[..., Server], inside: bool) -> None:
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.02)
+        return OK, reply(wish=wish)
+
+    server = serve(script)
+
+    async def notebook() -> None:
+        judge_at(server, concurrency=2).judge([ask(i) for i in range(200)])
+
+    with pytest.raises(KeyboardInterrupt):
+        if inside:
+            asyncio.new_event_loop().run_until_complete(notebook())
+        else:
+            judge_at(server, concurrency=2).judge([ask(i) for i in range(200)])
+    time.sleep(0.1)
+    assert len(server.wishes) < 12
+
+
+# ---- the ladder ----
+
+
+@pytest.mark.parametrize("name", ["logprobs", "top_logprobs", "max_tokens", "temperature", "response_format"])
+def test_what_the_server_refuses_by_name_is_left_out(serve: Callable[..., Server], name: str) -> None:
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        if name in wish:
+            return 400, failing(f"Unsupported parameter: '{name}' is not supported with this model.")
+        return OK, reply("Yes", wish=wish)
+
+    server = serve(script)
+    answers = judge_at(server, structured=name == "response_format").judge([ask(i) for i in range(10)])
+    assert [j.verdict for j in answers] == ["yes"] * 10 and len(server.wishes) == 11
+    assert answers[0].score_kind == ("hard" if "logprobs" in name else "logprobs")
+    assert ("max_completion_tokens" in server.wishes[-1]) == (name == "max_tokens")
+
+
+@pytest.mark.parametrize("honours_n", [True, False])
+def test_votes_where_no_logprobs_come(serve: Callable[..., Server], honours_n: bool) -> None:
+    said = ["Yes", "No", "Yes", "Yes", "Not sure"]
+
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        body = reply("Yes", count=wish.get("n", 1) if honours_n else 1)
+        for k, choice in enumerate(body["choices"]):
+            choice["message"] = {"role": "assistant", "content": said[k if honours_n else (attempt - 2) % 5]}
+        return OK, body
+
+    server = serve(script)
+    answers = judge_at(server, votes=5, concurrency=1).judge([ask(i) for i in range(2)])
+    assert [j.score_kind for j in answers] == ["votes", "votes"]
+    assert answers[0].verdict == "yes" and answers[0].p_yes == 0.75 and answers[0].p_mass == 0.8
+    assert len(server.wishes) == (1 + 1 + 1 if honours_n else 1 + 5 + 5)
+    assert answers[1].attempts == (1 if honours_n else 5) and server.wishes[-1]["temperature"] == 1.0
+
+
+def test_votes_without_majority_abstain(serve: Callable[..., Server]) -> None:
+    words = ["Yes", "No", "Hm", "Hm"]
+    server = serve(lambda number, attempt, wish: (OK, reply(words[attempt - 1])))
+    (answer,) = judge_at(server, votes=4, logprobs=False).judge([ask(1)])
+    assert answer.verdict == "abstain" and "no majority: 1 yes, 1 no of 4" in str(answer.error)
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict", "p_yes", "kind"),
+    [
+        ('{"answer": "yes", "confidence": 0.9}', "yes", 0.9, "stated"),
+        ('{"answer": "no", "confidence": 0.75}', "no", 0.25, "stated"),
+        ('{"answer": "no", "confidence": 75}', "no", 0.0, "hard"),
+        ('{"answer": "no", "confidence": true}', "no", 0.0, "hard"),
+        ('{"answer": "perhaps", "confidence": 0.9}', "abstain", None, "none"),
+        ('{"answer": "yes", "confid', "abstain", None, "none"),
+        ("No.", "no", 0.0, "hard"),
+        ("[1, 2]", "abstain", None, "none"),
+    ],
+)
+def test_stated_numbers(serve: Callable[..., Server], text: str, verdict: str, p_yes: float | None, kind: str) -> None:
+    server = serve(lambda number, attempt, wish: (OK, reply(text)))
+    (answer,) = judge_at(server, stated=True).judge([ask(1)])
+    assert (answer.verdict, answer.p_yes, answer.score_kind) == (verdict, p_yes, kind) and answer.raw == text
+    assert server.wishes[0]["response_format"]["json_schema"]["schema"]["required"] == ["answer", "confidence"]
+    assert "confidence" in server.wishes[0]["messages"][0]["content"][1]["text"]
+
+
+def token(word: str, p: float, **top: float) -> SimpleNamespace:
+    others = [SimpleNamespace(token=t.replace("_", " "), logprob=math.log(q)) for t, q in top.items()]
+    return SimpleNamespace(token=word, logprob=math.log(p), top_logprobs=others)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "verdict", "wanted"),
+    [
+        ([token("Yes", 0.6, Yes=0.6, No=0.2)], "yes", (0.75, 0.8)),
+        ([token("Yes", 0.5, Yes=0.5, _yes=0.2, NO=0.1, The=0.1)], "yes", (0.875, 0.8)),
+        ([token('"', 0.9), token("no", 0.6, no=0.6, yes=0.2)], "no", (0.25, 0.8)),
+        ([token("Answer", 0.9), token(":", 1.0), token(" No", 0.8, _No=0.8)], "no", (0.0, 0.8)),
+        ([token("Perhaps", 0.9, Perhaps=0.9, Yes=0.03, No=0.01)], "abstain", (0.75, 0.04)),
+        ([token("Perhaps", 0.9, Perhaps=0.9)], "abstain", (None, 0.0)),
+        ([token("Yes", 0.8)], "yes", (1.0, 0.8)),
+        ([], "yes", (None, None)),
+    ],
+)
+def test_yes_share(tokens: list[Any], verdict: str, wanted: tuple[float | None, float | None]) -> None:
+    assert yes_share(tokens, verdict) == (pytest.approx(wanted[0]), pytest.approx(wanted[1]))
+
+
+@pytest.mark.parametrize(
+    ("text", "p", "why"),
+    [("Yes, but the tail is missing.", 0.7, "neither"), ("Yes", 0.89e-2, "P(yes) + P(no)"), ("", 0.7, "neither")],
+)
+def test_unclear_answers_abstain(serve: Callable[..., Server], text: str, p: float, why: str) -> None:
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        body = reply(text, p=0.7, wish=wish)
+        if p < 0.1:
+            lone = {"token": "Yes", "logprob": math.log(p), "bytes": None}
+            body["choices"][0]["logprobs"] = {"content": [{**lone, "top_logprobs": [lone]}]}
+        return OK, body
+
+    (answer,) = judge_at(serve(script)).judge([ask(1)])
+    assert answer.verdict == "abstain" and why in str(answer.error)
+
+
+# ---- what cannot go on ----
+
+
+def test_wrong_key_stops_at_once(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_KEY", KEY)
+    server = serve(lambda number, attempt, wish: (401, failing(f"Incorrect API key provided: {KEY}")))
+    with pytest.raises(JudgeError, match=r"refuses the key \(401\); look at TOY_KEY") as caught:
+        judge_at(server, api_key_env="TOY_KEY").judge([ask(i) for i in range(50)])
+    assert len(server.wishes) == 1 and "\n" not in str(caught.value) and KEY not in str(caught.value)
+
+
+def test_a_key_that_expires_keeps_the_verdicts(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(lambda number, attempt, wish: (OK, reply(wish=wish)) if number < 20 else (401, failing("expired")))
+    judge = CachedHandler(judge=judge_at(server, concurrency=4), path=tmp_path / "c.sqlite")
+    with pytest.raises(JudgeStopped, match="401"):
+        judge.judge([ask(i) for i in range(50)])
+    assert len(judge.cache) == 20 and 21 <= len(server.wishes) <= 24
+    server.script = lambda number, attempt, wish: (OK, reply(wish=wish))
+    before = len(server.wishes)
+    assert len(judge.judge([ask(i) for i in range(50)])) == 50 and len(server.wishes) - before == 30
+
+
+def test_unreachable_is_one_clear_line() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(JudgeError, match="cannot be reached") as caught:
+        make_handler("openai", model="m", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0).judge([ask(1), ask(2)])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_model_stops_at_once(serve: Callable[..., Server]) -> None:
+    server = serve(lambda number, attempt, wish: (404, failing("no such model")))
+    with pytest.raises(JudgeError, match=r"knows no model 'toy'"):
+        judge_at(server).judge([ask(i) for i in range(9)])
+    assert len(server.wishes) == 1
+
+
+def test_a_model_that_cannot_see_runs_out_of_patience(serve: Callable[..., Server]) -> None:
+    server = serve(lambda number, attempt, wish: (400, failing("this model does not support image input")))
+    with pytest.raises(JudgeStopped, match="failed 5 times in a row.*image input") as caught:
+        judge_at(server, patience=5, concurrency=1).judge([ask(i) for i in range(50)])
+    assert len(server.wishes) == 5 and {j.verdict for j in caught.value.judgements.values()} == {"abstain"}
+
+
+def test_bad_queries_cost_no_call(serve: Callable[..., Server]) -> None:
+    def broken() -> Image.Image:
+        raise OSError("truncated file")
+
+    server = serve(lambda number, attempt, wish: (OK, reply(wish=wish)))
+    wrong: list[Any] = [
+        ask(0, image=broken),
+        ask(1, image=None),
+        ask(2, image="cat.jpg"),
+        ask(3, image=IMAGE.resize((3, 3))),
+        ask(4, mask=np.full((6, 6), 255, np.uint8)),
+        ask(5, mask=MASK.astype(np.int64)),
+        ask(6, mask=np.full((6, 6), 99, np.uint8)),
+        "no query",
+    ]
+    answers = judge_at(server, patience=1).judge([*wrong, ask(9)])
+    assert [j.verdict for j in answers] == ["abstain"] * 8 + ["yes"] and len(server.wishes) == 1
+    assert all(j.error and "\n" not in j.error and j.attempts == 0 for j in answers[:8])
+
+
+# ---- the key ----
+
+
+def test_the_key_is_written_nowhere(
+    serve: Callable[..., Server],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        if number == 1:
+            return 400, failing(f"bad request by {KEY}")
+        if number == 2:
+            return OK, reply(None, refusal=f"I will not work for {KEY}")
+        return OK, reply("Yes" if number else f"Yes\n{KEY}\nyes", wish=wish)
+
+    monkeypatch.setenv("TOY_KEY", KEY)
+    caplog.set_level(logging.DEBUG)
+    server = serve(script)
+    inner = judge_at(server, api_key_env="TOY_KEY")
+    judge = CachedHandler(judge=inner, path=tmp_path / "c.sqlite")
+    answers = judge.judge([ask(i) for i in range(5)])
+    assert server.keys == {f"Bearer {KEY}"} and [j.verdict for j in answers][1:3] == ["abstain", "abstain"]
+    written = [repr(inner), str(vars(inner)), repr(answers), json.dumps(inner.identity()), caplog.text]
+    written += [*capfd.readouterr(), pickle.dumps(vars(inner)).decode("latin-1")]
+    written += [path.read_bytes().decode("latin-1") for path in tmp_path.iterdir()]
+    assert len(judge.cache) == 4
+    assert not [text[:80] for text in written if KEY in text]
+
+
+def test_a_key_goes_only_where_it_belongs(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server = serve(lambda number, attempt, wish: (OK, reply(wish=wish)))
+    judge_at(server).judge([ask(1)])
+    assert not any(KEY in key for key in server.keys)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(JudgeError, match="OPENAI_API_KEY"):
+        make_handler("openai", model="gpt-4o-mini").judge([ask(1)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": ""}, "model"),
+        ({"api_key_env": KEY}, "NAME of an environment variable"),
+        ({"base_url": f"http://me:{KEY}@127.0.0.1/v1"}, "no user"),
+        ({"base_url": f"http://127.0.0.1/v1?key={KEY}"}, "no user"),
+        ({"base_url": "localhost:8000"}, "must look like"),
+        ({"api_key": KEY}, "no option 'api_key'"),
+        ({"style": "cubist"}, "style"),
+        ({"concurrency": 0}, "concurrency"),
+    ],
+)
+def test_wrong_options_are_refused_without_repeating_a_key(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        make_handler("openai", **{"model": "m", **options})
+    assert KEY not in str(caught.value)
+
+
+# ---- the rest ----
+
+
+def test_missing_package_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(JudgeError, match=r"pip install 'vlm_itl\[openai\]'"):
+        make_handler("openai", model="m", base_url="http://127.0.0.1:1/v1").judge([ask(1)])
+
+
+def test_second_run_asks_only_what_failed(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(storm)
+    judge = CachedHandler(judge=judge_at(server), path=tmp_path / "c.sqlite")
+    queries = [ask(i) for i in range(29, 61)]
+    judge.judge(queries)
+    before = sum(server.attempts.values())
+    assert sum(j.cached for j in judge.judge(queries)) == 30
+    assert sum(server.attempts.values()) - before == 2  # the two that were no chat completions
+    changed = MASK.copy()
+    changed[5, 5] = 1
+    judge.judge([*queries[3:], ask(60, mask=changed)])
+    assert sum(server.attempts.values()) - before == 3
+
+
+def test_what_is_in_the_key_of_the_cache() -> None:
+    base = {"model": "m", "base_url": "http://127.0.0.1:1/v1"}
+    key = query_key(ask(1), make_handler("openai", **base))
+    for same in ({"concurrency": 3}, {"timeout_s": 9.0}, {"max_retries": 1}, {"price": (1.0, 2.0)}):
+        assert query_key(ask(1), make_handler("openai", **base, **same)) == key
+    others: list[dict[str, Any]] = [
+        {"model": "n"},
+        {"base_url": "http://127.0.0.1:2/v1"},
+        {"revision": "b"},
+        {"alpha": 0.4},
+        {"system": "You are strict."},
+        {"temperature": 0.1},
+        {"max_tokens": 65},
+        {"votes": 3},
+        {"stated": True},
+        {"extra_body": {"top_k": 1}},
+    ]
+    assert len({query_key(ask(1), make_handler("openai", **{**base, **other})) for other in others} | {key}) == 11
+
+
+def test_prices() -> None:
+    assert price_of("gpt-4o-mini-2024-07-18") == price_of("gpt-4o-mini") == (0.15, 0.60)
+    assert price_of("gpt-4o-mini", "http://127.0.0.1/v1") is None and price_of("o99") is None
+
+
+def test_a_run_knows_the_judges() -> None:
+    import vlm_itl.experiment  # noqa: F401
+
+    assert {"openai", "cached"} <= set(HANDLERS)
+
+
+def test_a_run_stops_at_its_limit_goes_on_and_holds_no_key(
+    serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from vlm_itl.experiment import make_config, run_al
+
+    monkeypatch.setenv("TOY_KEY", KEY)
+    server = serve(lambda number, attempt, wish: (OK, reply("Yes" if len(wish) % 2 else "No", wish=wish)))
+    options = {"model": "toy", "base_url": server.url, "api_key_env": "TOY_KEY", "price": [0.15, 0.6]}
+    judge = {"judge": "openai", "options": options, "path": str(tmp_path / "judge.sqlite"), "max_calls": 20}
+    tiny = {"steps": 2, "batch_size": 4, "image_size": 48, "initial": 6, "increment": 6, "max_labelled": 12}
+    settings = {
+        **tiny,
+        "dataset": "scenes",
+        "data_options": {"n_train": 30, "n_test": 2, "size": [48, 64]},
+        "val_share": 4,
+        "mode": "vlm",
+        "judge": "cached",
+        "judge_options": judge,
+        "policy": "observe",
+        "gallery": 1,
+        "output_dir": str(tmp_path / "run"),
+    }
+    rounds: list[Any] = []
+    for again in range(4):
+        before = len(server.wishes)
+        try:
+            rounds = list(run_al(make_config(settings)))
+            break
+        except JudgeStopped as stop:
+            assert "max_calls=20" in str(stop) and len(server.wishes) - before == 20, f"run {again}"
+    assert rounds and rounds[0].judge["n"] == 20 and len(server.wishes) <= sum(r.judge["n"] for r in rounds)
+    assert server.keys == {f"Bearer {KEY}"}
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 5 and not [path for path in files if KEY.encode() in path.read_bytes()]
