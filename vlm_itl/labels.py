@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageColumn
 from PIL import Image, ImageOps
@@ -159,7 +159,7 @@ def _open(cell: Any, name: str) -> Image.Image:
     if cell is None or (cell.get("bytes") is None and not cell.get("path")):
         raise DataError(f"row {name!r}: the cell is empty, there is no file to read")
     try:
-        return Image.open(cell["path"] if cell.get("bytes") is None else pa.BufferReader(cell["bytes"]))
+        return Image.open(cell["path"] if cell.get("bytes") is None else BytesIO(cell["bytes"]))
     except FileNotFoundError:
         raise DataError(f"{_where(cell, name)}: no such file") from None
     except Exception as error:

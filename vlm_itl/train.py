@@ -13,7 +13,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -381,6 +381,16 @@ def _arguments(model: Segmenter, settings: TrainSettings, steps: int, folder: st
     )
 
 
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    "AdamW's tiny second moments are denormal numbers, which cost a CPU a tenth of a step; others may need theirs."
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def fit(
     model: Segmenter,  # trained in place
     labelled: datasets.Dataset,  # columns id, image, mask; what to learn from
@@ -403,9 +413,8 @@ def fit(
     transform = settings.transform(model, view.image_size)
     examples = TrainingSet(labelled, transform, length=steps * settings.batch_size, seed=seed)
     model.to(pick_device(settings.device))
-    torch.set_flush_denormal(True)  # AdamW's tiny second moments are denormal: a tenth of a step on a CPU
     seed_everything(seed, "train")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _denormals_flushed():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         stop = EarlyStoppingCallback(settings.early_stopping, settings.early_stopping_threshold)
         trainer = _SegTrainer(
