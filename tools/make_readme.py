@@ -52,8 +52,11 @@ def prepare(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
                 cell.source = ""
             if said.get("output") == "false" or "hide_output" in said:
                 cell.outputs = []
-            if not cell.source and not cell.outputs:
-                continue
+            if not cell.source:  # only what it shows; an empty code block would stand above it
+                shown = [o["data"]["text/markdown"] for o in cell.outputs if "text/markdown" in o.get("data", {})]
+                cells += [nbformat.v4.new_markdown_cell(text, id=f"{cell.id}-{n}") for n, text in enumerate(shown)]
+                if shown or not cell.outputs:
+                    continue
         cells.append(cell)
     notebook.cells = cells
     return notebook
