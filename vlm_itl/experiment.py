@@ -201,14 +201,16 @@ def make_config(
     return Config(**{n: _typed(n, v, defaults[n]) for n, v in given.items() if v is not None})
 
 # %% ../nbs/08_experiment.ipynb #experiment-notebook
-_JUPYTER_NAMES = ("In", "Out", "get_ipython", "exit", "quit", "open", "papermill_description")
+_JUPYTER_NAMES = ("In", "Out", "papermill_description")
 
 
 def notebook_settings(
     names: dict[str, Any],  # `dict(globals())` right after the cell tagged `parameters`
 ) -> dict[str, Any]:  # settings for `make_config`
     "The variables of a notebook's parameters cell."
-    settings = {n: v for n, v in names.items() if not n.startswith("_") and n not in _JUPYTER_NAMES}
+    plain_types = (bool, int, float, str, dict, list, tuple, type(None))  # shells leave modules and functions, too
+    given = {n: v for n, v in names.items() if not n.startswith("_") and n not in _JUPYTER_NAMES}
+    settings: dict[str, Any] = {n: v for n, v in given.items() if isinstance(v, plain_types)}
     limit = os.environ.get("VLM_ITL_MAX_STEPS")
     if limit and settings.get("steps", 0) > int(limit):
         settings["steps"] = int(limit)
