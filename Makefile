@@ -48,7 +48,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	@set -e; \
 	cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; \
-	export VLM_ITL_CACHE="$$cache" VLM_ITL_PROGRESS=0 HF_HUB_OFFLINE=1 WANDB_MODE=offline WANDB_SILENT=true; \
+	export VLM_ITL_CACHE="$$cache" VLM_ITL_PROGRESS=0 HF_HUB_OFFLINE=1 WANDB_MODE=offline; \
 	export MPLBACKEND=agg TOKENIZERS_PARALLELISM=false PATH="$(BIN):$$PATH"; \
 	echo "notebooks"; \
 	OMP_NUM_THREADS=1 VLM_ITL_MAX_STEPS=20 timeout $(NBDEV_TEST_SECONDS) nbdev_test --timing </dev/null; \
