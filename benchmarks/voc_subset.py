@@ -1,6 +1,6 @@
 """Real photographs: a published checkpoint evaluated, and an ImageNet encoder trained, on a VOC 2012 folder.
 
-    python benchmarks/voc_subset.py --shared ../shared             # both parts; about ten minutes on two cores
+    python benchmarks/voc_subset.py --shared ../shared             # both parts; about twenty minutes on one core
     python benchmarks/voc_subset.py --shared ../shared --part check
 
 `--shared` holds data/VOCdevkit/VOC2012, weights/deeplabv3-mobilenetv2-voc and weights/mobilenet-v2-imagenet. The folder
