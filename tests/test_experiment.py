@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import papermill
@@ -16,7 +17,7 @@ from vlm_itl.core import ConfigError, DataError, RunError, make_rng, project_roo
 from vlm_itl.data import load_data, toy_images
 from vlm_itl.experiment import Config, choose, make_config, run_al, run_baseline, run_path
 from vlm_itl.metrics import image_iou
-from vlm_itl.model import load_model
+from vlm_itl.model import MODELS, load_model
 from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
 from vlm_itl.sampler import Sampler
 from vlm_itl.scenes import make_scenes
@@ -202,6 +203,24 @@ def test_wandb_offline_holds_the_whole_story(scenes, tmp_path):
     summary = next(one for one in told if one["job_type"] == "summary")
     keys = set(summary["summary"]) | {k for row in summary["history"] for k in row}
     assert {"curve/val_mean_iou", "curve/test_mean_iou", "curve/agreement_rate", "test/mean_iou"} <= keys
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_a_network_of_your_own_runs_whole(scenes, tmp_path, warm, monkeypatch):
+    class Pixelwise(torch.nn.Module):  # no Hugging Face network: no config.json, no save_pretrained
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.Conv2d(8, 21, 1)
+
+        def forward(self, pixel_values, output_hidden_states=False):
+            hidden = self.body(pixel_values).relu()
+            return SimpleNamespace(logits=self.head(hidden), hidden_states=(hidden,))
+
+    monkeypatch.setitem(MODELS, "pixelwise", lambda labels: Pixelwise())
+    rounds = run(scenes, tmp_path / "r", model="pixelwise", warm_start=warm)
+    assert [r.labelled for r in rounds] == [6, 12, 18]
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["test"]["mean_iou"] is not None
+    assert not (tmp_path / "r" / "round_000" / "model" / "config.json").exists()
 
 
 def test_baseline_and_evaluation_only(scenes, tmp_path):

@@ -43,7 +43,7 @@ from .data import SegData, load_data
 from .hf_judge import HFJudge  # noqa: F401  the import makes the judge "hf" known
 from .judge import verdict_metrics
 from .metrics import image_iou
-from .model import Segmenter, load_model, save_model
+from .model import Segmenter, load_model, load_weights, save_model
 from .openai_judge import OpenAIHandler  # noqa: F401  makes "openai" and "cached" known
 from .pool import FULL_MASK_SECONDS, Ledger, Oracle, Pool, budget_schedule, mask_pixels, training_rows
 from .report import aubc, save_figures
@@ -488,23 +488,22 @@ class Experiment:
             if len(self.data.val):
                 self.ledger.pay_masks(mask_pixels(self.data.val), validation=True)
             return
-        self.rounds = [Round(**r) for r in records]
-        paid = [*self.rounds[0].start_ids, *(i for r in self.rounds for i in r.selection["ids"])]
-        self.oracle.label(paid)
-        self.pool.add_human(paid)
-        restored = Ledger.from_record(self.rounds[-1].budget)
-        for item in fields(Ledger):
-            setattr(self.ledger, item.name, getattr(restored, item.name))
-        self._pay_only(self.rounds[-1].selection["ids"])
+        earlier = [Round(**r) for r in records]
+        ids = [*earlier[0].start_ids, *(i for r in earlier[:-1] for i in r.selection["ids"])]
+        self.oracle.paid.update(ids)
+        self.pool.add_human(ids)
+        self.ledger = self.oracle.ledger = Ledger.from_record(earlier[-1].budget)
         self.oracle.simulated = self.ledger.peeks > 0
-        last = self.rounds[-1]
-        store = MaskStore(self.folder.round_path(last.index) / "masks", self.data.labels)
-        self.pool.set_pseudo({i: store.path(i) for i in last.pseudo_ids})
+        self.rounds = earlier[:-1]
+        self._apply(earlier[-1])
 
-    def _pay_only(self, ids: Sequence[str]) -> None:
-        "Charge masks whose images are marked as paid already."
-        self.oracle.paid.difference_update(ids)
-        self.oracle.label(ids)
+    def _apply(self, record: Round) -> None:
+        "Let a round that is on disk take effect: pseudo-labels, paid masks."
+        store = MaskStore(self.folder.round_path(record.index) / "masks", self.data.labels)
+        self.pool.set_pseudo({i: store.path(i) for i in record.pseudo_ids})
+        self.oracle.label(record.selection["ids"])
+        self.pool.add_human(record.selection["ids"])
+        self.rounds.append(record)
 
     @property
     def finished(self) -> bool:
@@ -519,12 +518,8 @@ class Experiment:
 
     def _train(self, index: int) -> tuple[dict[str, Any], list[dict[str, float]]]:
         "Fit the model on what is labelled now."
-        warm = self.config.warm_start and index > 0
-        if warm:
-            before = self.folder.round_path(index - 1) / "model"
-            pretrained = self.model.pretrained
-            self.model = load_model(str(before), self.data.labels)
-            self.model.pretrained = pretrained  # the recipe stays that of round 0
+        if self.config.warm_start and index > 0:
+            load_weights(self.model, self.folder.round_path(index - 1) / "model")
         else:
             self.model.load_state_dict(self.initial_state)
         rows = training_rows(self.pool, self.oracle)
@@ -564,12 +559,7 @@ class Experiment:
             write_json(here / "record.json", asdict(record))
         if index > 0:
             shutil.rmtree(self.folder.round_path(index - 1) / "masks", ignore_errors=True)
-        store = MaskStore(self.folder.round_path(index) / "masks", self.data.labels)
-        self.pool.set_pseudo({i: store.path(i) for i in record.pseudo_ids})
-        chosen = record.selection["ids"]
-        self.oracle.label(chosen)
-        self.pool.add_human(chosen)
-        self.rounds.append(record)
+        self._apply(record)
         return record
 
     def _work(self, index: int, here: Path) -> Round:
@@ -596,9 +586,9 @@ class Experiment:
         measures, ious = None, None
         if self.handler is not None and masks is not None and rest:
             judgements = judge_pool(self.handler, self._to_judge(index), self.oracle, masks, config.question)
-            accepted = [j.id for j in judgements if accepts(j, config)] if config.policy != "observe" else []
-            self._pay_judge(judgements)
             said_yes = [j.id for j in judgements if accepts(j, config)]
+            accepted = said_yes if config.policy != "observe" else []
+            self._pay_judge(judgements)
             measures, ious = measure_judge(judgements, said_yes, self.oracle, masks, config.tau)
             self._write_judgements(here, judgements, ious)
         elif self.handler is not None:
@@ -650,9 +640,9 @@ class Experiment:
         "Evaluate a round's model on the test split, once; later calls read the result."
         path = self.folder.path / f"test_{index:03d}.json"
         if not path.is_file():
-            model = load_model(str(self.folder.round_path(index) / "model"), self.data.labels)
+            load_weights(self.model, self.folder.round_path(index) / "model")
             desc = f"testing round {index}"
-            write_json(path, evaluate(model, self.data.test, self.config.view, desc=desc))
+            write_json(path, evaluate(self.model, self.data.test, self.config.view, desc=desc))
         return read_json(path)
 
     def finish(self) -> dict[str, Any]:  # the summary

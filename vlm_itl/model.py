@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'SEGMENTER_DEFAULTS', 'BATCHNORM_MODES', 'Normalisation', 'Segmenter', 'register_model', 'fan_in_init',
-           'segformer_nano', 'normalisation_of', 'fix_batchnorm', 'load_model', 'save_model', 'parameter_groups',
-           'freeze_batchnorm']
+           'segformer_nano', 'normalisation_of', 'fix_batchnorm', 'load_model', 'save_model', 'load_weights',
+           'parameter_groups', 'freeze_batchnorm']
 
 # %% ../nbs/03_model.ipynb #model-imports
 from collections.abc import Callable, Iterator
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import save_model as save_safetensors
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -291,10 +293,14 @@ def save_model(
     model: Segmenter,  # any segmenter
     folder: str | Path,  # will be created
 ) -> Path:  # the folder
-    "Save as a Hugging Face model folder."
+    "Save as a Hugging Face model folder; of a network that is none, the weights alone."
     folder = Path(folder)
     net: Any = model.net
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not hasattr(net, "save_pretrained"):
+            save_safetensors(net, str(folder / "model.safetensors"))
+            return folder
         with _quiet():
             net.save_pretrained(folder)
     except OSError as error:
@@ -312,6 +318,19 @@ def save_model(
         },
     )
     return folder
+
+
+def load_weights(
+    model: Segmenter,  # of the same kind as the saved one; changed in place
+    folder: str | Path,  # from `save_model`
+) -> Segmenter:  # the same segmenter, in evaluation mode
+    "Put saved weights back into a segmenter."
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        model.load_state_dict(load_model(str(folder), model.labels).state_dict())
+    else:
+        load_safetensors(model.net, str(folder / "model.safetensors"), device=str(model.mean.device))
+    return model.eval()
 
 # %% ../nbs/03_model.ipynb #model-groups
 def parameter_groups(
