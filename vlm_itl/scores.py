@@ -18,7 +18,7 @@ from torch import nn
 
 from .core import ConfigError, check_choice, check_number, derive_seed
 from .model import Segmenter
-from .train import BatchScorer, PixelScorer, masked_mean, uncertainty_maps
+from .train import BatchScorer, PixelScorer, uncertainty_maps
 
 # %% ../nbs/04a_scores.ipynb #scores-topk
 def topk_mean(
@@ -86,7 +86,7 @@ Aggregator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] 
 
 def _mean(values: torch.Tensor, valid: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     "Plain mean over the valid pixels."
-    return masked_mean(values, valid)
+    return values.double().masked_fill(~valid, 0).sum((1, 2)) / valid.sum((1, 2))
 
 
 AGGREGATORS: dict[str, Aggregator] = {
@@ -276,11 +276,13 @@ def make_second_look(
             raise ConfigError(f"{key!r} needs one look only: use make_scorers.")
 
     def look(model: Segmenter, pixel_values: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
-        accumulator = PassAccumulator()
+        accumulator, broken = PassAccumulator(), torch.zeros(len(valid), dtype=torch.bool, device=valid.device)
         for logits in mc_passes(model, pixel_values, passes, seed):
+            broken |= ~torch.isfinite(logits).flatten(1).all(1)
             accumulator.add(logits)
         maps, predicted = accumulator.maps(), accumulator.probability.argmax(1)
-        return {key: AGGREGATORS[a](maps[name], valid, predicted) for key, (name, a) in parts.items()}
+        found = {key: AGGREGATORS[a](maps[name], valid, predicted) for key, (name, a) in parts.items()}
+        return {key: values.masked_fill(broken, math.nan) for key, values in found.items()}  # the sampler names them
 
     return look
 
