@@ -336,13 +336,23 @@ def test_probcover_equals_the_full_matrix(seed: int, delta: float):
     assert probcover(points, labelled[:0], 40, delta) == plain_probcover(points, labelled[:0], 40, delta)
 
 
-def test_probcover_needs_no_full_matrix():
-    points = np.random.default_rng(0).normal(size=(8000, 8)).astype(np.float32)  # N x N in float32: 256 MB
+@pytest.mark.parametrize("spread", [1.0, 0.001])
+def test_probcover_needs_no_full_matrix(spread: float):
+    """Not even where every ball holds a quarter of the pool, and a sparse graph would be as large as a full one."""
+    rng = np.random.default_rng(0)
+    points = np.eye(4, 8)[rng.integers(0, 4, 8000)] + spread * rng.normal(size=(8000, 8))  # N x N in float32: 256 MB
     tracemalloc.start()
-    picks, _ = probcover(points, np.empty((0, 8), np.float32), 50, 0.8)
+    picks, gains = probcover(points.astype(np.float32), np.empty((0, 8), np.float32), 50, 0.8)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(picks) == 50 and peak < 40e6
+    assert peak < 40e6 and (len(picks) == 50 if spread == 1.0 else sum(gains) == 8000 and len(picks) == 4)
+
+
+def test_probcover_takes_copies_together():
+    """Rounding must not part them, nor an image from its own ball, however small the ball."""
+    points = np.repeat(np.random.default_rng(0).normal(5, 1, (20, 64)), 3, axis=0)
+    picks, gains = probcover(points, points[:2], 60, 1e-12)
+    assert gains == [3] * 19 and picks == list(range(3, 60, 3))
 
 
 def test_radius_separates_the_groups():
