@@ -1,6 +1,6 @@
 """What scores and selects cost, side by side with the plain way of doing the same and with other libraries.
 
-Run as `python benchmarks/bench_sampler.py` (four minutes, 3 GB) in an environment that holds the peers, as settings.ini
+Run as `python benchmarks/bench_sampler.py` (six minutes, 3 GB) in an environment that holds the peers, as settings.ini
 says beside `extra_peers`; rows of absent peers say so. One thread, CPU time, medians of turns taken in one process;
 memory is the peak over what was there before, each measured in a process of its own. One JSON row a line with the keys
 {part, ours, peer, unit, ratio, goal, holds}, all of them also in results/bench_sampler.json.
@@ -296,10 +296,9 @@ def coreset_rows(n: int = 10_000, k: int = 500) -> None:
 
 def memory_rows(large: int = 50_000) -> None:
     "What must not grow."
-    few, many = alone("scoring", "200"), alone("scoring", "2000")
-    ratio = many["mb"] / few["mb"]
+    few, many = (median(alone("scoring", count)["mb"] for _ in range(3)) for count in ("200", "2000"))
     part = "memory of scoring, 2000 images / 200 images"
-    row(part, many["mb"], few["mb"], "MB", ratio, "0.9 to 1.1", 0.9 <= ratio <= 1.1)
+    row(part, many, few, "MB", many / few, "0.9 to 1.1", 0.9 <= many / few <= 1.1)
     found = alone("coreset", str(large))
     ratio = found["mb"] / found["features"]
     part = f"core-set of 1000 of {large}, d = 256: extra memory / features"
