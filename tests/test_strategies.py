@@ -18,6 +18,7 @@ from torch import nn
 
 from vlm_itl.core import ConfigError, DataError, make_rng, read_json
 from vlm_itl.experiment import Experiment, make_config
+from vlm_itl.gradient import GradientProbe
 from vlm_itl.labels import DecodeRows, LabelSpace, make_rows
 from vlm_itl.model import MODELS, Segmenter, load_model, register_model
 from vlm_itl.sampler import AGGREGATES, SCORES, SELECTS, SHORT, Sampler, kcenter_greedy, parse_strategy
@@ -42,7 +43,7 @@ NO_POINTS = np.empty((0, 3), np.float32)
 def make_pool(n: int = 30, seed: int = 0, dim: int = 3, **changes: Any) -> SimpleNamespace:
     """A pool with all scores that pixels may give; some tied, some images near-copies."""
     rng = np.random.default_rng(seed)
-    keys = [f"{s}-{a}" for s in (*PIXEL_SCORES, *PASS_SCORES) for a in AGGREGATORS]
+    keys = ["judge", *(f"{s}-{a}" for s in (*PIXEL_SCORES, *PASS_SCORES) for a in AGGREGATORS)]
     points = rng.normal(size=(n, dim)).astype(np.float32)
     points[n // 2 : n // 2 + 3] = points[:1]
     fields = {
@@ -50,6 +51,7 @@ def make_pool(n: int = 30, seed: int = 0, dim: int = 3, **changes: Any) -> Simpl
         "scores": {key: rng.random(n).round(1).astype(np.float32) for key in keys},
         "embedding": points,
         "class_hist": rng.dirichlet(np.full(4, 0.3), n).astype(np.float32),
+        "gradient": points * rng.random((n, 1)).astype(np.float32).round(1),
     }
     return SimpleNamespace(**{**fields, **changes})
 
@@ -62,17 +64,16 @@ def shuffled(pool: SimpleNamespace, seed: int) -> SimpleNamespace:
         scores={k: v[order] for k, v in pool.scores.items()},
         embedding=pool.embedding[order],
         class_hist=pool.class_hist[order],
+        gradient=pool.gradient[order],
     )
 
 
 def test_every_part_of_the_issue_is_there():
-    assert {"random", "entropy", "margin", "least_confidence", "bald", "expected_entropy", "variation_ratio"} <= set(
-        SCORES
-    )
+    scores = {"random", "entropy", "margin", "least_confidence", "bald", "expected_entropy", "variation_ratio", "judge"}
+    assert scores <= set(SCORES)
     assert set(AGGREGATES) - {"none"} == set(AGGREGATORS) == {"mean", "topk", "class_balanced", "boundary", "patch_max"}
-    assert {"top", "power", "softmax", "softrank", "coreset", "typiclust", "probcover", "class_stratified"} <= set(
-        SELECTS
-    )
+    selects = {"top", "power", "softmax", "softrank", "coreset", "badge", "typiclust", "probcover", "class_stratified"}
+    assert selects <= set(SELECTS)
     assert {str(parse_strategy(s)) for s in SHORT} <= set(STRATEGIES)
     for name in STRATEGIES:
         key = parse_strategy(name).score_key
@@ -113,10 +114,11 @@ class LocalNet(nn.Module):
         self.body = nn.Conv2d(3, 6, 4, stride=4)
         self.dropout = nn.Dropout2d(0.3)  # drops channels: the same ones whatever the padding
         self.classifier = nn.Conv2d(6, classes, 1)
+        self.classifier.weight.data *= 4  # sure of some cells, unsure of others
 
     def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
         features = self.body(pixel_values).relu()
-        return SimpleNamespace(logits=4 * self.classifier(self.dropout(features)), hidden_states=(features,))
+        return SimpleNamespace(logits=self.classifier(self.dropout(features)), hidden_states=(features,))
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def images() -> Any:
 
 def choose_all(scored: Any) -> dict[str, list[str]]:
     """What every strategy picks: six of eleven candidates, three labelled."""
+    scored.scores["judge"] = scored.scores["margin-mean"]  # what a judge would add
     picked = {}
     for name in STRATEGIES:
         labelled = scored.ids[:3]
@@ -170,8 +173,10 @@ def test_order_padding_and_batch_size_change_no_choice(images: Any, kind: str):
     views: dict[str, Inference] = {f"batch of {n}": Inference(48, batch_size=n) for n in (1, 3, 8)}
     if kind == "local":  # attention sees the padding, and so does a convolution wider than its step
         views |= {f"{extra} more pixels": Padded(48 + extra, batch_size=3, extra=extra) for extra in (4, 20)}
-    pools = {name: score_pool(model, images, view, **options) for name, view in views.items()}
-    backwards = score_pool(model, images.select(range(14)[::-1]), views["batch of 3"], **options)
+    pools = {name: score_pool(model, images, view, probe=GradientProbe(8), **options) for name, view in views.items()}
+    backwards = score_pool(
+        model, images.select(range(14)[::-1]), views["batch of 3"], probe=GradientProbe(8), **options
+    )
     pools["backwards"] = backwards.take(images["id"])
     first = pools["batch of 1"]
     right = choose_all(first)
@@ -187,10 +192,11 @@ def test_a_broken_number_stops_the_choice_and_names_the_image(name: str):
     """From arrays; test_defects.py goes there from predictions."""
     sampler = Sampler(name)
     for value in (np.nan, np.inf):
-        for array in sampler.needs:
+        judged = ("judge",) if sampler.strategy.score == "judge" else ()
+        for array in (*sampler.needs, *judged):
             broken = make_pool(12)
-            if array == "scores":
-                broken.scores[sampler.strategy.score_key][7] = value
+            if array in ("scores", "judge"):
+                broken.scores[sampler.strategy.score_key or "judge"][7] = value
             else:
                 getattr(broken, array)[7, 1] = value
             with pytest.raises(DataError, match="im0007"):
@@ -209,7 +215,10 @@ def test_bad_and_odd_pools(name: str):
     with pytest.raises(DataError, match="labelled already.*im0002"):
         sampler.select(pool, pool.ids, 1, make_rng(0), ["im0002"])
     same = make_pool(
-        9, embedding=np.full((9, 4), 0.1, np.float32), class_hist=np.tile(np.float32([[1, 0]]), (9, 1))
+        9,
+        embedding=np.full((9, 4), 0.1, np.float32),
+        class_hist=np.tile(np.float32([[1, 0]]), (9, 1)),
+        gradient=np.zeros((9, 2)),
     )  # identical images of one class
     same.scores = {key: np.full(9, 0.3, np.float32) for key in same.scores}
     ids, _ = sampler.select(same, same.ids[2:][::-1], 4, make_rng(0), labelled=same.ids[:2])
