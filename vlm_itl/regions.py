@@ -234,7 +234,7 @@ def _region_rows(
     if key is None:
         return None
     name, aggregate = split_key(key)
-    if aggregate == "mean":
+    if aggregate == "mean" or maps[name].isnan().any():
         return (weights * maps[name]).sum((1, 2)) / weights.sum((1, 2))
     spread = (len(weights), *predicted.shape)
     return make_aggregator(aggregate, options)(maps[name].expand(spread), weights > 0, predicted.expand(spread))

@@ -21,7 +21,7 @@ from torch import nn
 
 from .core import ConfigError, check_choice, check_number, derive_seed
 from .model import Segmenter, watch_last_layer
-from .train import BatchScorer, PixelScorer, masked_mean, uncertainty_maps
+from .train import BatchScorer, PixelScorer, uncertainty_maps
 
 # %% ../nbs/04a_scores.ipynb #scores-topk
 def topk_mean(
@@ -89,7 +89,7 @@ Aggregator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] 
 
 def _mean(values: torch.Tensor, valid: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     "Plain mean over the valid pixels."
-    return masked_mean(values, valid)
+    return values.double().masked_fill(~valid, 0).sum((1, 2)) / valid.sum((1, 2))
 
 
 AGGREGATORS: dict[str, Aggregator] = {
@@ -300,15 +300,18 @@ def look_maps(
     rate: float = DROPOUT_RATE,  # share dropped, where the network has no rate of its own
     members: Sequence[Segmenter] = (),  # looks from an ensemble instead: the model and these
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # scores of pixels (B, h, w) by name; classes (B, h, w)
-    "What several looks say of each pixel, and the class of their mean."
+    "What several looks say of each pixel, and the class of their mean; NaN for an image one look at which broke."
     accumulator = PassAccumulator()
     if members:
         looks = ensemble_passes([model, *members], pixel_values)
     else:
         looks = mc_passes(model, pixel_values, passes, seed, rate)
+    broken = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
     for logits in looks:
+        broken |= ~torch.isfinite(logits).flatten(1).all(1)
         accumulator.add(logits)
-    return accumulator.maps(), accumulator.probability.argmax(1)
+    maps = {name: values.masked_fill(broken[:, None, None], math.nan) for name, values in accumulator.maps().items()}
+    return maps, accumulator.probability.argmax(1)
 
 
 def make_second_look(
@@ -327,7 +330,9 @@ def make_second_look(
 
     def look(model: Segmenter, pixel_values: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
         maps, predicted = look_maps(model, pixel_values, passes, seed, rate, members)
-        return {key: make_aggregator(a, options)(maps[name], valid, predicted) for key, (name, a) in parts.items()}
+        found = {key: make_aggregator(a, options)(maps[name], valid, predicted) for key, (name, a) in parts.items()}
+        broken = next(iter(maps.values())).isnan().flatten(1).any(1)
+        return {key: values.masked_fill(broken, math.nan) for key, values in found.items()}  # the sampler names them
 
     return look
 
