@@ -1,4 +1,4 @@
-"""Questions, the answer parser's table, the handler's promises, and the mock's rates."""
+"""Questions, the answer parser's table, and the handler's promises."""
 
 from __future__ import annotations
 
@@ -48,12 +48,6 @@ def one_thread():
 
 def ask(i: int = 0, mask: Any = TRUTH, **fields: Any) -> JudgeQuery:
     return JudgeQuery(f"im{i}", fields.pop("image", None), mask, labels=fields.pop("labels", VOC), **fields)
-
-
-def mock(**options: Any) -> VLMHandler:
-    handler = make_handler("mock", **options)
-    handler.bind_truth(lambda image_id: TRUTH)
-    return handler
 
 
 # ---- the parser ----
@@ -234,10 +228,9 @@ BAD_QUERIES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["always_yes", "always_no", "mock"])
+@pytest.mark.parametrize("name", ["always_yes", "always_no"])
 def test_bad_queries_abstain_and_cost_only_themselves(name: str):
     handler = make_handler(name)
-    handler.bind_truth(lambda image_id: TRUTH)
     queries = [q for bad, _ in BAD_QUERIES for q in (bad, ask(1))]
     found = handler.judge(queries)
     assert len(found) == len(queries)
@@ -290,21 +283,12 @@ def test_a_judge_that_cannot_work_raises():
 
     with pytest.raises(JudgeError, match="key"):
         Keyless().judge([ask(0), ask(1)])
-    with pytest.raises(JudgeError, match="bind_truth"):
-        make_handler("mock").judge([ask()])
-    closed = mock()
-    closed.close()
-    with pytest.raises(JudgeError, match="bind_truth"):
-        closed.judge([ask()])
 
 
 def test_registry():
-    assert {"mock", "always_yes", "always_no"} <= set(HANDLERS)
-    assert handler_options("mock")["abstain_rate"] == 0.0
-    with pytest.raises(ConfigError, match="judge='mok'.*Did you mean 'mock'"):
-        make_handler("mok")
-    with pytest.raises(ConfigError, match="'acuracy'.*Did you mean 'accuracy'"):
-        make_handler("mock", acuracy=0.9)
+    assert {"always_yes", "always_no"} <= set(HANDLERS) and handler_options("always_yes") == {}
+    with pytest.raises(ConfigError, match="judge='always_yse'.*Did you mean 'always_yes'"):
+        make_handler("always_yse")
     with pytest.raises(ConfigError, match="Its options: none"):
         make_handler("always_yes", accuracy=1.0)
     assert make_handler("always_yes", seed=3, tau=0.5).judge([ask()])[0].verdict == "yes"
@@ -324,108 +308,8 @@ def test_registry():
         HANDLERS.pop("needy")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"accuracy": 1.1},
-        {"accuracy": -0.1},
-        {"accuracy": "high"},
-        {"accuracy": float("nan")},
-        {"sensitivity": 0.9},
-        {"specificity": 0.9},
-        {"accuracy": 0.9, "sensitivity": 0.9, "specificity": 0.9},
-        {"sensitivity": 0.9, "specificity": 2},
-        {"abstain_rate": 1.5},
-        {"tau": 2},
-        {"seed": 1.5},
-    ],
-)
-def test_mock_refuses_impossible_options(options: dict[str, Any]):
-    with pytest.raises(ConfigError):
-        make_handler("mock", **options)
-
-
-# ---- the mock's rates and purity ----
-
-N = 10_000
-
-
-def within(count: float, n: int, p: float) -> bool:
-    """Three standard deviations; exact where p is 0 or 1."""
-    return abs(count - n * p) <= 3 * np.sqrt(n * p * (1 - p)) + 1e-9
-
-
-@pytest.fixture(scope="module")
-def many() -> list[JudgeQuery]:
-    """10,000 queries, good and bad in turn."""
-    return [ask(i, BAD if i % 2 else TRUTH) for i in range(N)]
-
-
-@pytest.mark.parametrize("accuracy", [0.0, 0.6, 0.9, 1.0])
-def test_mock_agrees_with_reality_as_often_as_it_is_told(many: list[JudgeQuery], accuracy: float):
-    said = [j.verdict for j in mock(accuracy=accuracy, seed=5).judge(many)]
-    agree = sum((v == "yes") == (i % 2 == 0) for i, v in enumerate(said))
-    assert set(said) <= {"yes", "no"} and within(agree, N, accuracy)
-
-
-def test_mock_has_its_sensitivity_specificity_and_abstentions(many: list[JudgeQuery]):
-    said = np.array([j.verdict for j in mock(sensitivity=0.91, specificity=0.23, abstain_rate=0.1).judge(many)])
-    assert within((said == "abstain").sum(), N, 0.1)
-    good, bad = said[::2], said[1::2]
-    good, bad = good[good != "abstain"], bad[bad != "abstain"]
-    assert within((good == "yes").sum(), len(good), 0.91) and within((bad == "no").sum(), len(bad), 0.23)
-
-
-def test_mock_is_a_pure_function(many: list[JudgeQuery]):
-    queries = many[:300]
-    said = [j.verdict for j in mock(accuracy=0.5, seed=1).judge(queries)]
-    for batch_size in (1, 7, 1000):
-        handler = mock(accuracy=0.5, seed=1)
-        handler.batch_size = batch_size
-        assert [j.verdict for j in handler.judge(queries[::-1])][::-1] == said
-        assert handler.judge(queries[17:18])[0].verdict == said[17]
-
-    def differ(other: list[JudgeQuery], seed: int = 1) -> float:
-        return float(
-            np.mean([a != j.verdict for a, j in zip(said, mock(accuracy=0.5, seed=seed).judge(other), strict=True)])
-        )
-
-    pixel = [replace(q, mask=np.where(np.arange(36).reshape(6, 6) == 35, 8, q.mask).astype(np.uint8)) for q in queries]
-    for changed in (
-        differ(queries, seed=2),
-        differ([replace(q, question="exhaustive") for q in queries]),
-        differ([replace(q, id="x" + q.id) for q in queries]),
-        differ(pixel),
-    ):
-        assert 0.35 < changed < 0.65  # another throw of a fair coin
-    # what is no part of the question changes nothing
-    assert differ([replace(q, extra={"round": 3}, image=Image.new("RGB", (6, 6))) for q in queries]) == 0
-    # nothing global is touched
-    state = np.random.get_state()[1].copy()
-    mock().judge(queries[:5])
-    assert (np.random.get_state()[1] == state).all()
-
-
-def test_mock_follows_tau():
-    # background 18 of 18, cat 9 of 18, dog 0 of 9: mean IoU 0.5
-    assert mock(accuracy=1.0, tau=0.5).judge([ask(mask=BAD)])[0].verdict == "yes"
-    assert mock(accuracy=1.0, tau=0.51).judge([ask(mask=BAD)])[0].verdict == "no"
-    empty = ask(mask=np.zeros((6, 6), np.uint8))  # all background is a mask, and a bad one here
-    assert mock(accuracy=1.0).judge([empty])[0].verdict == "no"
-
-
-def test_mock_abstains_where_there_is_no_reality():
-    handler = mock(accuracy=1.0)
-    truths = {"im0": np.full((6, 6), VOID, np.uint8), "im1": TRUTH[:4]}
-    handler.bind_truth(truths.__getitem__)
-    void, shape, missing = handler.judge([ask(0), ask(1), ask(2)])
-    assert "void everywhere" in void.error and "shape" in shape.error and "KeyError" in missing.error
-
-
 def test_free_judges_cost_nothing():
-    for name in ("always_yes", "always_no", "mock"):
-        handler = make_handler(name)
-        handler.bind_truth(lambda image_id: TRUTH)
-        (found,) = handler.judge([ask()])
+    for name in ("always_yes", "always_no"):
+        (found,) = make_handler(name).judge([ask()])
         assert found.usd == 0.0 and found.latency_s == 0.0 and found.p_yes == float(found.verdict == "yes")
         assert found.model and found.id == "im0"
