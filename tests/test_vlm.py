@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from vlm_itl.vlm import (
     color_name,
     format_question,
     handler_options,
+    in_two_parts,
+    judging_part,
     legend_text,
     make_handler,
     parse_answer,
@@ -124,6 +125,53 @@ def test_what_is_cut_off_is_no_answer(text: str):
 @pytest.mark.parametrize("text", [None, 1, True, b"yes", ["yes"]])
 def test_what_is_no_text_is_no_answer(text: Any):
     assert parse_answer(text) == "abstain"
+
+
+LISTS = [  # answers to a question that asks for a list first: only what follows `Verdict:` is read
+    ("Objects: cat, dog.\nVerdict: yes", "yes"),
+    ("No dog, one cat.\nVerdict: yes", "yes"),
+    ("Yes, there is a cat; a dog is not coloured.\nVerdict: no", "no"),
+    ("1. cat: yes\n2. dog: no\n\n**Verdict:** no", "no"),
+    ("cat, dog\n**Verdict**: Yes.", "yes"),
+    ("cat\nVERDICT: YES", "yes"),
+    ("cat\nVerdict : no - the dog is missing", "no"),
+    ("cat\nVerdict: Yes, there are no errors", "yes"),
+    ("cat. Verdict: no", "no"),
+    ("None.\nVerdict: yes", "yes"),
+    ("cat: yes\ndog: yes", "abstain"),
+    ("yes", "abstain"),
+    ("No.", "abstain"),
+    ("cat\nVerdict: not sure", "abstain"),
+    ("cat\nVerdict: None", "abstain"),
+    ("cat\nVerdict:", "abstain"),
+    ("cat\nVerdict: yes\nWait, a dog.\nVerdict: no", "abstain"),
+    ("I end with 'Verdict: yes' or 'Verdict: no'.\ncat\nVerdict: no", "abstain"),
+    ("My verdict is out: yes", "abstain"),
+    ("I'm sorry, but I can't help with that.", "abstain"),
+    ("", "abstain"),
+]
+
+
+@pytest.mark.parametrize(("text", "verdict"), LISTS)
+def test_parser_table_for_lists(text: str, verdict: str):
+    assert parse_answer(judging_part(text, "list")) == verdict
+    assert parse_answer(judging_part(text, "List {all_class_names}, then write 'Verdict: yes' or 'no'")) == verdict
+
+
+def test_what_is_read_of_an_answer():
+    assert in_two_parts("list") and not any(in_two_parts(name) for name in QUESTIONS if name != "list")
+    assert judging_part("cat\nVerdict: yes", "quality") == "cat\nVerdict: yes"
+    assert judging_part(None, "list") is None and parse_answer(judging_part(None, "list")) == "abstain"
+    assert parse_answer(judging_part("cat\nVerdict: yes", "list"), cut_off=True) == "abstain"
+    with pytest.raises(ConfigError, match="Did you mean 'list'"):
+        judging_part("yes", "lists")
+
+
+def test_the_tables_hold_every_case_that_is_known_to_go_wrong():
+    known = {"Yes, there are no errors", "Not sure", "None", "no - the dog is missing", ""}
+    known.add("I'm sorry, but I can't help with that.")
+    assert known <= {text for text, _ in ANSWERS} and len(ANSWERS) >= 25
+    assert len({text for text, _ in ANSWERS}) == len(ANSWERS) and len({text for text, _ in LISTS}) == len(LISTS)
 
 
 # ---- questions, legend, rendering ----
@@ -283,6 +331,59 @@ def test_a_judge_that_cannot_work_raises():
 
     with pytest.raises(JudgeError, match="key"):
         Keyless().judge([ask(0), ask(1)])
+
+
+class Wrapper(Shaky):
+    """Asks another."""
+
+    def __init__(self, judge: VLMHandler):
+        self.judges = [judge]
+        self.needs_truth, self.needs_segmenter = judge.needs_truth, judge.needs_segmenter
+
+    def inner(self) -> list[VLMHandler]:
+        return self.judges
+
+    def _judge_one(self, query: JudgeQuery) -> Judgement:
+        return self.judges[0].judge([query])[0]
+
+
+class Needs(Shaky):
+    """Needs truth and segmenter."""
+
+    name = "needs"
+    needs_truth = needs_segmenter = True
+
+    def _judge_one(self, query: JudgeQuery) -> Judgement:
+        assert self.segmenter() == ("model", "view")
+        return Judgement("yes" if self.truth(query.id).any() else "no")
+
+
+def test_what_is_bound_reaches_the_judge_inside():
+    leaf = Needs()
+    nested = Wrapper(Wrapper(leaf))
+    with pytest.raises(JudgeError, match="judge 'needs' is simulated.*bind_truth"):
+        nested.judge([ask()])
+    nested.bind_truth(lambda image_id: TRUTH)
+    with pytest.raises(JudgeError, match="judge 'needs' looks at .*bind_segmenter"):
+        nested.judge([ask()])
+    nested.bind_segmenter("model", "view")
+    assert [nested.judge([ask()])[0].verdict, leaf.judge([ask()])[0].verdict] == ["yes", "yes"]
+    assert Wrapper(Wrapper(leaf)).judge([ask()])[0].verdict == "yes"  # bound before it was wrapped
+    assert Wrapper(leaf).truth("im0") is TRUTH
+    nested.close()
+    with pytest.raises(JudgeError, match="bind_truth"):
+        leaf.judge([ask()])
+    with pytest.raises(JudgeError, match="bind_truth"):
+        Shaky().truth("im0")
+
+
+def test_a_judge_of_one_word_is_not_asked_for_a_list():
+    class OneWord(Shaky):
+        name, one_word = "word", True
+
+    listed, plain = OneWord().judge([ask(0, question="list"), ask(1)])
+    assert listed.verdict == "abstain" and "judge 'word' reads the first word" in str(listed.error)
+    assert plain.verdict == "yes" and Shaky().judge([ask(0, question="list")])[0].verdict == "yes"
 
 
 def test_registry():

@@ -360,11 +360,25 @@ class VLMHandler(ABC):
         image_id: str,  # an image of the pool
     ) -> np.ndarray:  # uint8 (H, W)
         "The true mask, for simulated judges; `JudgeError` if it was not bound."
-        if self._truth is None:
-            raise JudgeError(
-                f"judge {self.name!r} is simulated and needs the truth: call bind_truth(function: id -> mask) first."
-            )
-        return self._truth(image_id)
+        if self._truth is not None:
+            return self._truth(image_id)
+        for judge in self.inner():  # they may have come with a truth of their own
+            if judge.needs_truth:
+                return judge.truth(image_id)
+        raise JudgeError(
+            f"judge {self.name!r} is simulated and needs the truth: call bind_truth(function: id -> mask) first."
+        )
+
+    def _check_bound(self) -> None:
+        "`JudgeError` if this judge, or one that it asks, lacks what it needs."
+        for judge in self.inner():
+            judge._check_bound()
+        if self.inner():
+            return
+        if self.needs_truth and self._truth is None:
+            self.truth("")  # says what to do
+        if self.needs_segmenter:
+            self.segmenter()
 
     def judge(
         self,
@@ -372,10 +386,7 @@ class VLMHandler(ABC):
     ) -> list[Judgement]:  # one for each query, in order
         "Judge masks. An item that fails abstains, with the reason; `JudgeError` only if the judge cannot work at all."
         asked = list(queries)
-        if self.needs_truth and self._truth is None:
-            self.truth("")  # says what to do
-        if self.needs_segmenter:
-            self.segmenter()
+        self._check_bound()
         answers: dict[int, Judgement] = {}
         usable: list[int] = []
         for index, query in enumerate(asked):
