@@ -233,6 +233,9 @@ def test_confidence_answers_in_order_whatever_the_batch(kind: str) -> None:
 def test_confidence_threshold_and_errors() -> None:
     (found,) = confidence().judge([ask()])
     assert found.p_yes is not None
+    assert (
+        make_handler("confidence", kind="tta", tau=0.4).threshold == 0.4 and make_handler("confidence").threshold == 0.9
+    )  # type: ignore[attr-defined]
     assert confidence(threshold=found.p_yes).judge([ask()])[0].verdict == "yes"
     assert confidence(threshold=min(1, found.p_yes + 1e-6)).judge([ask()])[0].verdict == "no"
     with pytest.raises(JudgeError, match="bind_segmenter"):

@@ -212,7 +212,8 @@ def test_a_list_is_not_for_a_judge_of_one_word() -> None:
 
     judge = OneWord(1.0)
     listed, plain = judge.judge([ask(0, question="list"), ask(1)])
-    assert HFJudge.one_word and "first word" in str(listed.error) and plain.verdict == "yes" and judge._asked == [("im1", "quality")]
+    assert HFJudge.one_word and "first word" in str(listed.error)
+    assert plain.verdict == "yes" and judge._asked == [("im1", "quality")]
 
 
 def test_the_cache_inside_and_outside(tmp_path: Path) -> None:

@@ -172,12 +172,14 @@ class ConfidenceHandler(VLMHandler):
         self,
         *,
         kind: str = "max_probability",  # of `CONFIDENCE_KINDS`
-        threshold: float = 0.9,  # the score from which the verdict is yes, in [0, 1]
+        threshold: float | None = None,  # score from which the verdict is yes; None: 0.9, and `tau` for tta, an IoU
         temperature: float = 0.1,  # of softmin
         scales: Sequence[float] = (0.75, 1.0, 1.25),  # of tta; each as it is and mirrored
+        tau: float = 0.7,  # IoU from which a mask is good, in [0, 1]
     ):
         self.kind = check_choice("judge 'confidence': kind", kind, CONFIDENCE_KINDS)
-        self.threshold = check_number("judge 'confidence': threshold", threshold, 0, 1)
+        usual = tau if kind == "tta" else 0.9
+        self.threshold = check_number("judge 'confidence': threshold", usual if threshold is None else threshold, 0, 1)
         self.temperature = check_number("judge 'confidence': temperature", temperature, 1e-6)
         if isinstance(scales, str) or not isinstance(scales, Sequence) or not scales:
             raise ConfigError(f"judge 'confidence': scales must be a list of numbers, not {scales!r}.")
