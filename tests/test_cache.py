@@ -19,6 +19,7 @@ from PIL import Image
 from vlm_itl.cache import CachedHandler, JudgementCache, JudgeStopped, handler_identity, is_final, query_key
 from vlm_itl.core import ConfigError, JudgeError
 from vlm_itl.labels import LabelSpace
+from vlm_itl.simulated import MockHandler
 from vlm_itl.vlm import Judgement, JudgeQuery, VLMHandler, abstain, make_handler
 
 VOC = LabelSpace.voc()
@@ -92,7 +93,7 @@ def test_option_handler_and_truth_are_in_the_key() -> None:
     one, two = Counting(seed=1), Counting(seed=2)
     assert query_key(ask(), one) != query_key(ask(), two)
     assert query_key(ask(), make_handler("always_yes")) != query_key(ask(), make_handler("always_no"))
-    mock = make_handler("mock", accuracy=0.5)
+    mock = MockHandler(accuracy=0.5)
     mock.bind_truth(lambda image_id: MASK)
     before = query_key(ask(), mock)
     assert before != query_key(ask(id="other"), mock)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -339,6 +340,46 @@ def test_stated_numbers(serve: Callable[..., Server], text: str, verdict: str, p
 def token(word: str, p: float, **top: float) -> SimpleNamespace:
     others = [SimpleNamespace(token=t.replace("_", " "), logprob=math.log(q)) for t, q in top.items()]
     return SimpleNamespace(token=word, logprob=math.log(p), top_logprobs=others)
+
+
+def listing(text: str, p: float) -> dict[str, Any]:
+    """A reply in two parts, its tokens as words; the last word carries the probabilities."""
+    words = re.findall(r"\S+\s*", text)
+    body = reply(text)
+    tokens: list[dict[str, Any]] = [{"token": w, "logprob": -0.01, "bytes": None, "top_logprobs": []} for w in words]
+    last = words[-1]
+    other = "no" if "yes" in last else "yes"
+    top = [{"token": t, "logprob": math.log(q), "bytes": None} for t, q in ((last, p), (other, 0.9 - p))]
+    tokens[-1] = {**top[0], "top_logprobs": top}
+    body["choices"][0]["logprobs"] = {"content": tokens}
+    return body
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict", "p_yes"),
+    [
+        ("No dog, one cat.\nVerdict: yes", "yes", 0.6 / 0.9),
+        ("Yes: a cat, a dog.\nVerdict: no", "no", 0.3 / 0.9),
+        ("yes and no, 2 cats\n**Verdict:** yes", "yes", 0.6 / 0.9),
+        ("cat: yes\ndog: yes", "abstain", None),
+    ],
+)
+def test_a_list_is_read_behind_its_mark(
+    serve: Callable[..., Server], text: str, verdict: str, p_yes: float | None
+) -> None:
+    server = serve(lambda number, attempt, wish: (OK, listing(text, 0.6)))
+    query = replace(ask(1), question="list")
+    (answer,) = judge_at(server).judge([query])
+    assert answer.verdict == verdict and answer.raw == text and answer.p_yes == (p_yes and pytest.approx(p_yes))
+    assert "Verdict: yes" in server.wishes[0]["messages"][0]["content"][1]["text"]
+
+
+def test_a_structured_list(serve: Callable[..., Server]) -> None:
+    server = serve(lambda number, attempt, wish: (OK, reply('{"objects": ["no dog"], "answer": "yes"}')))
+    answers = judge_at(server, structured=True).judge([replace(ask(1), question="list"), ask(2)])
+    assert [a.verdict for a in answers] == ["yes", "yes"]
+    schemas = [wish["response_format"]["json_schema"]["schema"]["required"] for wish in server.wishes]
+    assert schemas == [["objects", "answer"], ["answer"]]
 
 
 @pytest.mark.parametrize(

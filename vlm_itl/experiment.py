@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from .baselines import ConfidenceHandler  # noqa: F401  "confidence", "second_opinion", "human"
 from vlm_itl.core import (
     ConfigError,
     RunFolder,
@@ -42,6 +43,7 @@ from vlm_itl.core import (
     write_text,
 )
 from .data import SegData, load_data
+from .ensemble import EnsembleHandler  # noqa: F401  "ensemble", "both"
 from .gradient import GradientProbe
 from .hf_judge import HFJudge  # noqa: F401  the import makes the judge "hf" known
 from .judge import verdict_metrics
@@ -65,6 +67,7 @@ from .report import aubc, save_figures
 from .sampler import Sampler
 from .scores import PASS_SCORES, dropout_layers, scoring_options
 from .selects import parse_strategy, sort_options  # from selects, so that its strategies are registered
+from .simulated import MockHandler  # noqa: F401  "mock"
 from .tracking import Tracker, make_tracker
 from .train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
 from .vlm import Judgement, JudgeQuery, VLMHandler, check_question, make_handler
@@ -756,6 +759,8 @@ class Experiment:
             self.oracle.label(start_ids)
             self.pool.add_human(start_ids)
         trained, history = self._train(index)
+        if self.handler is not None and self.handler.needs_segmenter:
+            self.handler.bind_segmenter(self.model, config.view)
         clock.lap("train")
         val = evaluate(self.model, self.data.val, config.view, desc="validating") if len(self.data.val) else None
         clock.lap("evaluate")

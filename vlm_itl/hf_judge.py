@@ -288,6 +288,8 @@ def first_logits(
 class HFJudge(VLMHandler):
     "A vision-language model on this machine: P(yes) from one batched forward pass."
 
+    one_word = True  # so no list before the verdict
+
     def __init__(
         self,
         model: str,  # local folder or Hub id

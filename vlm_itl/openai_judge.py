@@ -25,7 +25,17 @@ from PIL import Image
 
 from .cache import JudgeStopped
 from .core import ConfigError, JudgeError, check_choice, check_number, progress
-from .vlm import Judgement, JudgeQuery, VLMHandler, abstain, parse_answer, register_handler, render_overlay
+from vlm_itl.vlm import (
+    Judgement,
+    JudgeQuery,
+    VLMHandler,
+    abstain,
+    in_two_parts,
+    judging_part,
+    parse_answer,
+    register_handler,
+    render_overlay,
+)
 
 # %% ../nbs/06d_openai_judge.ipynb #openai-price
 PRICES_AS_OF = "2025-07"  # list prices; look them up before a large run
@@ -50,6 +60,22 @@ def price_of(
 def _word(token: str) -> str:
     "A token without spaces, marks and case."
     return re.sub(r"[^a-z]", "", token.lower())
+
+
+def _behind_mark(
+    tokens: Sequence[Any],  # of an answer in two parts
+    question: str,  # what was asked
+) -> list[Any]:  # the tokens of the judging part
+    "The tokens that may hold the verdict: a list before it may say yes and no and mean nothing by it."
+    if not in_two_parts(question):
+        return list(tokens)
+    texts = [token.token for token in tokens]
+    part = judging_part("".join(texts), question)
+    length, kept = 0, len(tokens)
+    while kept and length < len(part):
+        kept -= 1
+        length += len(texts[kept])
+    return list(tokens[kept:])
 
 
 def yes_share(
@@ -79,9 +105,10 @@ _NUMBER = (
 )
 
 
-def _schema(stated: bool) -> dict[str, Any]:
-    "What a structured answer looks like."
-    properties: dict[str, Any] = {"answer": {"type": "string", "enum": ["yes", "no"]}}
+def _schema(stated: bool, listed: bool) -> dict[str, Any]:
+    "What a structured answer looks like; the list, where one is asked for, comes first."
+    properties: dict[str, Any] = {"objects": {"type": "array", "items": {"type": "string"}}} if listed else {}
+    properties["answer"] = {"type": "string", "enum": ["yes", "no"]}
     if stated:
         properties["confidence"] = {"type": "number"}
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
@@ -264,7 +291,7 @@ class OpenAIHandler(VLMHandler):
         elif self.logprobs and not sampled:
             fields |= {"logprobs": True, "top_logprobs": 20}
         if self.structured:
-            fields["response_format"] = _schema(self.stated)
+            fields["response_format"] = _schema(self.stated, in_two_parts(query.question))
         if "max_tokens" in self._dropped:
             fields["max_completion_tokens"] = self.max_tokens
         return {name: value for name, value in fields.items() if name not in self._dropped}
@@ -291,7 +318,7 @@ class OpenAIHandler(VLMHandler):
         if self.votes > 1 and (not self.logprobs or "logprobs" in self._dropped or self._logprobs_came is False):
             return await self._vote(client, query)
         reply = await self._post(client, query)
-        judgement = self._read(reply)
+        judgement = self._read(reply, query.question)
         came = judgement.p_mass is not None
         if came or self._logprobs_came is None:
             self._logprobs_came = came
@@ -314,7 +341,7 @@ class OpenAIHandler(VLMHandler):
             count = len(reply.choices) if getattr(reply, "choices", None) else 0
             if not count:
                 raise ValueError("the reply holds no choices")
-            whole = [self._read(reply, index) for index in range(count)]
+            whole = [self._read(reply, query.question, index) for index in range(count)]
             said += [whole[0], *(replace(vote, tokens=0, usd=0.0) for vote in whole[1:])]  # usage counts all choices
         verdicts = [vote.verdict for vote in said]
         yes, no = verdicts.count("yes"), verdicts.count("no")
@@ -343,7 +370,7 @@ class OpenAIHandler(VLMHandler):
         usd = None if price is None else (read * price[0] + written * price[1]) / 1e6
         return read + written, usd, model
 
-    def _read(self, reply: Any, index: int = 0) -> Judgement:
+    def _read(self, reply: Any, question: str, index: int = 0) -> Judgement:
         "A judgement from a reply; `ValueError` if it is none."
         choices = getattr(reply, "choices", None)
         if not choices or getattr(choices[index], "message", None) is None:
@@ -360,9 +387,9 @@ class OpenAIHandler(VLMHandler):
         if choice.finish_reason == "length":
             known["raw"] = known["raw"] or "[length]"
             return abstain(f"the answer was cut off at max_tokens={self.max_tokens}", **known)
-        verdict, stated = self._parse(text)
+        verdict, stated = self._parse(text, question)
         content = getattr(choice.logprobs, "content", None) if getattr(choice, "logprobs", None) else None
-        p_yes, p_mass = yes_share(content or [], verdict)
+        p_yes, p_mass = yes_share(_behind_mark(content or [], question), verdict)
         if verdict == "abstain":
             return abstain("the answer is neither yes nor no", p_mass=p_mass, **known)
         if p_mass is not None and p_mass < self.min_mass:
@@ -373,7 +400,7 @@ class OpenAIHandler(VLMHandler):
             return Judgement(verdict, stated, None, "stated", **known)
         return Judgement(verdict, float(verdict == "yes"), None, "hard", **known)
 
-    def _parse(self, text: str) -> tuple[str, float | None]:
+    def _parse(self, text: str, question: str) -> tuple[str, float | None]:
         "Verdict and stated P(yes) of a text, be it JSON or prose."
         try:
             found = json.loads(text) if self.structured else None
@@ -381,7 +408,7 @@ class OpenAIHandler(VLMHandler):
             found = None
         if not isinstance(found, dict):
             broken = self.structured and text.lstrip().startswith("{")
-            return parse_answer(text, cut_off=broken), None
+            return parse_answer(judging_part(text, question), cut_off=broken), None
         verdict = parse_answer(found.get("answer"))
         sure = found.get("confidence")
         if verdict == "abstain" or not self.stated or isinstance(sure, bool) or not isinstance(sure, (int, float)):
