@@ -116,6 +116,72 @@ def test_strategies_share_start_and_first_weights(scenes, tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize("kind", ["typiclust", "probcover", "coreset"])
+def test_cold_start(scenes, tmp_path, kind):
+    """Features of the untrained encoder choose the start; truth is not read, every strategy starts alike."""
+    first = run(scenes, tmp_path / "a", strategy="random", cold_start=kind)
+    by_chance = make_rng(0, "start").permutation(30)
+    again = run(scenes, tmp_path / "b", strategy="entropy", cold_start=kind)
+    assert first[0].start_ids == again[0].start_ids and first[0].metrics == again[0].metrics
+    assert len(set(first[0].start_ids)) == 6
+    data = load_data(str(scenes), seed=0, val_share=4)
+    ids = sorted(data.train.with_format(None)["id"][:])
+    assert set(first[0].start_ids) <= set(ids) and set(first[0].start_ids) != {ids[i] for i in by_chance[:6]}
+    paid = set(first[0].start_ids) | {i for r in first for i in r.selection["ids"]}
+    spoil_unpaid(scenes, tmp_path / "spoilt", paid | set(data.val.with_format(None)["id"][:]))
+    spoilt = run(tmp_path / "spoilt", tmp_path / "c", strategy="random", cold_start=kind)
+    assert spoilt[0].start_ids == first[0].start_ids
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "badge"},
+        {"strategy": "bald", "strategy_options": {"rounds": 2}},
+        {"strategy": "judge-none-top", "mode": "vlm", "policy": "observe", "judge_options": {"accuracy": 0.8}},
+    ],
+    ids=["badge", "ensemble", "judge"],
+)
+def test_new_scores_resume(scenes, tmp_path, settings):
+    """What a strategy needs from earlier rounds is there again after a stop."""
+    whole = run(scenes, tmp_path / "whole", **settings)
+    config = make_config({**TINY, "dataset": str(scenes), "output_dir": str(tmp_path / "cut"), **settings})
+    rounds = run_al(config)
+    next(rounds)
+    rounds.close()
+    assert len(list(run_al(config))) == 3
+    assert lines_without_clock(tmp_path / "whole") == lines_without_clock(tmp_path / "cut")
+    if settings["strategy"].startswith("judge"):
+        for record in whole[:2]:
+            lines = (tmp_path / f"whole/round_{record.index:03d}/judgements.jsonl").read_text().splitlines()
+            said = {j["id"]: j["verdict"] for j in map(json.loads, lines)}
+            wrong = sorted(i for i, verdict in said.items() if verdict == "no")
+            k = len(record.selection["ids"])
+            assert record.selection["ids"][: min(k, len(wrong))] == wrong[:k]  # what the judge refused comes first
+
+
+def test_options_reach_their_parts(scenes, tmp_path):
+    base = run(scenes, tmp_path / "a", strategy="entropy-topk-power")
+    sharp = run(scenes, tmp_path / "b", strategy="entropy-topk-power", strategy_options={"beta": 1e6})
+    top = run(scenes, tmp_path / "c", strategy="entropy-topk-top")
+    share = run(scenes, tmp_path / "d", strategy="entropy-topk-top", strategy_options={"share": 1.0})
+    mean = run(scenes, tmp_path / "e", strategy="entropy")
+    assert sharp[0].selection["ids"] == top[0].selection["ids"] != base[0].selection["ids"]
+    assert share[0].selection["ids"] == mean[0].selection["ids"] != top[0].selection["ids"]
+
+
+def test_an_ensemble_of_saved_checkpoints(scenes, tmp_path):
+    """`members` are folders in Hugging Face format; BALD then needs no dropout."""
+    run(scenes, tmp_path / "other", strategy="random", seed=7)
+    folder = str(tmp_path / "other" / "round_002" / "model")
+    by_dropout = run(scenes, tmp_path / "a", strategy="bald")
+    by_members = run(scenes, tmp_path / "b", strategy="bald", strategy_options={"members": [folder]})
+    assert by_dropout[0].metrics == by_members[0].metrics
+    assert by_dropout[0].selection["ids"] != by_members[0].selection["ids"]
+    with pytest.raises(ConfigError, match="no/such"):
+        run(scenes, tmp_path / "c", strategy="bald", strategy_options={"members": ["no/such/folder"]})
+
+
 @pytest.mark.parametrize("warm", [False, True])
 def test_resume_equals_undisturbed(scenes, tmp_path, warm):
     settings = {"mode": "vlm", "judge_options": {"accuracy": 0.8}, "warm_start": warm}
@@ -280,6 +346,10 @@ def test_workers_change_nothing(scenes, tmp_path):
         ({"device": "tpu"}, "tpu"),
         ({"precision": "fp16"}, "GPU"),
         ({"log_with": "mlflow"}, "wandb"),
+        ({"cold_start": "typical"}, "'typiclust'"),
+        ({"strategy_options": {"beta": 2}}, "no option 'beta'. Its options: none"),
+        ({"strategy": "bald", "strategy_options": {"pases": 2}}, "Did you mean 'passes'"),
+        ({"strategy": "judge-none-top"}, "only mode 'vlm'"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

@@ -48,6 +48,7 @@ from vlm_itl.model import (
     parameter_groups,
     register_model,
     save_model,
+    watch_last_layer,
 )
 
 VOC = LabelSpace.voc()
@@ -388,7 +389,10 @@ def test_other_architectures(name, tmp_path):
     model = load_model(str(tmp_path), SEVEN)
     assert isinstance(model, Segmenter) and not any("re-initialised" in n for n in model.notes), model.notes
     with torch.inference_mode():
-        logits, features = model(BATCH, features=True)
+        with watch_last_layer(model) as last:
+            logits, features = model(BATCH, features=True)
+            hidden, output = last.passed(logits)  # BADGE works with every family
+    assert output.shape[1] == 7 and hidden.shape[-2:] == output.shape[-2:]
     assert logits.shape[:2] == (2, 7) and logits.shape[2] == logits.shape[3] >= 2 and torch.isfinite(logits).all()
     assert features.dim() == 4 and features.shape[0] == 2 and torch.isfinite(features).all()
     ids = [id(p) for group in parameter_groups(model, 1.0, 10.0) for p in group["params"]]

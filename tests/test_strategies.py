@@ -35,7 +35,7 @@ NO_POINTS = np.empty((0, 3), np.float32)
 def make_pool(n: int = 30, seed: int = 0, dim: int = 3, **changes: Any) -> SimpleNamespace:
     """A pool with all scores that pixels may give; some tied, some images near-copies."""
     rng = np.random.default_rng(seed)
-    keys = [f"{s}-{a}" for s in (*PIXEL_SCORES, *PASS_SCORES) for a in AGGREGATORS]
+    keys = ["judge", *(f"{s}-{a}" for s in (*PIXEL_SCORES, *PASS_SCORES) for a in AGGREGATORS)]
     points = rng.normal(size=(n, dim)).astype(np.float32)
     points[n // 2 : n // 2 + 3] = points[:1]
     fields = {
@@ -43,6 +43,7 @@ def make_pool(n: int = 30, seed: int = 0, dim: int = 3, **changes: Any) -> Simpl
         "scores": {key: rng.random(n).round(1).astype(np.float32) for key in keys},
         "embedding": points,
         "class_hist": rng.dirichlet(np.full(4, 0.3), n).astype(np.float32),
+        "gradient": points * rng.random((n, 1)).astype(np.float32).round(1),
     }
     return SimpleNamespace(**{**fields, **changes})
 
@@ -55,17 +56,16 @@ def shuffled(pool: SimpleNamespace, seed: int) -> SimpleNamespace:
         scores={k: v[order] for k, v in pool.scores.items()},
         embedding=pool.embedding[order],
         class_hist=pool.class_hist[order],
+        gradient=pool.gradient[order],
     )
 
 
 def test_every_part_of_the_issue_is_there():
-    assert {"random", "entropy", "margin", "least_confidence", "bald", "expected_entropy", "variation_ratio"} <= set(
-        SCORES
-    )
+    scores = {"random", "entropy", "margin", "least_confidence", "bald", "expected_entropy", "variation_ratio", "judge"}
+    assert scores <= set(SCORES)
     assert set(AGGREGATES) - {"none"} == set(AGGREGATORS) == {"mean", "topk", "class_balanced", "boundary", "patch_max"}
-    assert {"top", "power", "softmax", "softrank", "coreset", "typiclust", "probcover", "class_stratified"} <= set(
-        SELECTS
-    )
+    selects = {"top", "power", "softmax", "softrank", "coreset", "badge", "typiclust", "probcover", "class_stratified"}
+    assert selects <= set(SELECTS)
     assert {str(parse_strategy(s)) for s in SHORT} <= set(STRATEGIES)
     for name in STRATEGIES:
         key = parse_strategy(name).score_key
@@ -99,10 +99,11 @@ def test_a_broken_number_stops_the_choice_and_names_the_image(name: str):
     """baal, nnActive: an image whose prediction is NaN scores 0 and is silently never chosen."""
     sampler = Sampler(name)
     for value in (np.nan, np.inf):
-        for array in sampler.needs:
+        judged = ("judge",) if sampler.strategy.score == "judge" else ()
+        for array in (*sampler.needs, *judged):
             broken = make_pool(12)
-            if array == "scores":
-                broken.scores[sampler.strategy.score_key][7] = value
+            if array in ("scores", "judge"):
+                broken.scores[sampler.strategy.score_key or "judge"][7] = value
             else:
                 getattr(broken, array)[7, 1] = value
             with pytest.raises(DataError, match="im0007"):
@@ -121,7 +122,10 @@ def test_bad_and_odd_pools(name: str):
     with pytest.raises(DataError, match="labelled already.*im0002"):
         sampler.select(pool, pool.ids, 1, make_rng(0), ["im0002"])
     same = make_pool(
-        9, embedding=np.full((9, 4), 0.1, np.float32), class_hist=np.tile(np.float32([[1, 0]]), (9, 1))
+        9,
+        embedding=np.full((9, 4), 0.1, np.float32),
+        class_hist=np.tile(np.float32([[1, 0]]), (9, 1)),
+        gradient=np.zeros((9, 2)),
     )  # identical images of one class
     same.scores = {key: np.full(9, 0.3, np.float32) for key in same.scores}
     ids, _ = sampler.select(same, same.ids[2:][::-1], 4, make_rng(0), labelled=same.ids[:2])

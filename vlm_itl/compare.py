@@ -95,7 +95,7 @@ def _check_recipe(runs: Sequence[Run]) -> None:
             listed = "; ".join(f"{name}: {ours.get(name)!r} and {theirs.get(name)!r}" for name in names[:5])
             raise RunError(
                 f"{first.name} and {run.name} cannot be compared, their settings differ in {listed}. "
-                "Only mode, strategy, judge, policy and seed may differ."
+                "Only mode, strategy and its options, start, unit, judge, policy and seed may differ."
             )
 
 
@@ -110,7 +110,9 @@ def _by_seed(name: str, runs: Sequence[Run]) -> dict[int, Run]:
 
 
 def _check_start(run: Run, other: Run) -> None:
-    "Refuse a pair that did not start from the same images."
+    "Refuse a pair that did not start from the same images, unless the start is what differs."
+    if run.config.get("cold_start", "random") != other.config.get("cold_start", "random"):
+        return
     starts = [one.rounds[0].get("start_ids") or [] for one in (run, other)]
     if all(starts) and sorted(starts[0]) != sorted(starts[1]):
         raise RunError(f"{run.name} and {other.name} have seed {run.seed} but other start images: they are not a pair.")
@@ -165,8 +167,9 @@ def compare(
 ) -> Comparison:  # table, pairs and notes
     """Compare strategies in pairs of the same seed.
 
-    `RunError` where runs differ in more than mode, strategy, judge and policy, where a seed occurs twice, or where the
-    runs of a pair started from different images. Seeds that one side lacks and unfinished runs are left out and named.
+    `RunError` where runs differ in more than mode, strategy, start, unit, judge and policy, where a seed occurs twice,
+    or where the runs of a pair started from different images by the same rule. Seeds that one side lacks and
+    unfinished runs are left out and named.
     """
     check_choice("measure", measure, ("aubc", "final"))
     check_choice("test", test, ("t", "wilcoxon"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'SEGMENTER_DEFAULTS', 'BATCHNORM_MODES', 'Normalisation', 'Segmenter', 'register_model', 'fan_in_init',
            'segformer_nano', 'normalisation_of', 'fix_batchnorm', 'load_model', 'save_model', 'load_weights',
-           'parameter_groups', 'freeze_batchnorm']
+           'parameter_groups', 'freeze_batchnorm', 'LastLayer', 'watch_last_layer']
 
 # %% ../nbs/03_model.ipynb #model-imports
 from collections.abc import Callable, Iterator
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_model as load_safetensors
 from safetensors.torch import save_model as save_safetensors
@@ -373,3 +374,63 @@ def freeze_batchnorm(
     for layer in layers:
         layer.eval()
     return len(layers)
+
+# %% ../nbs/03_model.ipynb #model-last
+class LastLayer:
+    "The linear layer that makes the logits, and what went through it in the newest forward pass."
+
+    def __init__(self, model: Segmenter):
+        self._name = model.name
+        self._seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}  # layer -> input, output
+        self._layer: nn.Module | None = None
+
+    def _remember(self, layer: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        self._seen[layer] = (inputs[0], output)
+
+    def find(
+        self,
+        logits: torch.Tensor,  # (B, C, h, w) of the newest forward pass
+    ) -> nn.Module | None:  # None: no 1 x 1 layer gives these logits
+        "The layer."
+        if self._layer is None:
+            found = [layer for layer, (_, output) in self._seen.items() if _gives(output, logits)]
+            self._layer = found[-1] if found else None
+        return self._layer
+
+    def passed(
+        self,
+        logits: torch.Tensor,  # (B, C, h, w) of the newest forward pass
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # (B, d, h', w') what went in, (B, C, h', w') what came out
+        "What went through the layer; `ConfigError` where the network has no such layer."
+        layer = self.find(logits)
+        if layer is None:
+            raise ConfigError(
+                f"model {self._name!r} has no 1 x 1 convolution that gives its logits: BADGE needs the gradient of one."
+            )
+        return self._seen[layer]
+
+
+def _gives(output: torch.Tensor, logits: torch.Tensor) -> bool:
+    "Is this the logits, or what they were upsampled from?"
+    if output.dim() != 4 or output.shape[:2] != logits.shape[:2]:
+        return False
+    output, size = output.float(), logits.shape[-2:]
+    if output.shape == logits.shape:
+        return torch.allclose(output, logits, rtol=1e-3, atol=1e-4)
+    upsampled = (F.interpolate(output, size=size, mode="bilinear", align_corners=flag) for flag in (False, True))
+    return any(torch.allclose(one, logits, rtol=1e-3, atol=1e-4) for one in upsampled)
+
+
+@contextmanager
+def watch_last_layer(
+    model: Segmenter,  # any segmenter; unchanged afterwards
+) -> Iterator[LastLayer]:  # filled by every forward pass inside the block
+    "Watch the layers that may be the last one."
+    classes, watched = len(model.labels), LastLayer(model)
+    layers = [m for m in model.net.modules() if isinstance(m, nn.Conv2d) and m.out_channels == classes]
+    handles = [m.register_forward_hook(watched._remember) for m in layers if m.kernel_size == (1, 1)]
+    try:
+        yield watched
+    finally:
+        for handle in handles:
+            handle.remove()

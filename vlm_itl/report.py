@@ -77,6 +77,13 @@ class Run:
         if self.mode == "baseline":
             return "full supervision"
         strategy = str(self.config.get("strategy", "?"))
+        options = self.config.get("strategy_options") or {}
+        if options:
+            strategy += f" ({', '.join(f'{name}={value}' for name, value in options.items())})"
+        if self.config.get("unit", "image") != "image":
+            strategy += f", {self.config.get('region')} regions"
+        if self.config.get("cold_start", "random") != "random":
+            strategy += f", {self.config['cold_start']} start"
         if self.mode == "vlm":
             return f"{strategy}, {self.config.get('judge', '?')} judge ({self.config.get('policy', '?')})"
         return strategy
@@ -303,24 +310,25 @@ FREE_SETTINGS = (
     "seed", "output_dir", "log_with", "project", "num_workers", "keep_models", "version", "gallery", "device",
     "test_every_round",
 )  # fmt: skip
-# settings by which runs are compared; beside them all that start with "judge"
-ARM_SETTINGS = ("mode", "strategy", "judge", "policy", "question", "acceptance")
+# settings by which runs are compared; beside them all that start with "judge", "strategy" or "region"
+ARM_SETTINGS = ("mode", "strategy", "cold_start", "unit", "judge", "policy", "question", "acceptance")
+_ARM_STARTS = ("judge", "strategy", "region")
 
 
 def _arm(config: Mapping[str, Any]) -> dict[str, Any]:
     "What is compared: the mode and strategy, and the judge where there is one."
     keys = ["mode"]
     if config.get("mode") != "baseline":
-        keys.append("strategy")
+        keys += [k for k in config if k in ARM_SETTINGS[1:4] or k.startswith(_ARM_STARTS[1:])]
     if config.get("mode") == "vlm":
-        keys += [k for k in config if k in ARM_SETTINGS[2:] or k.startswith("judge")]
+        keys += [k for k in config if k in ARM_SETTINGS[4:] or k.startswith("judge")]
     return {key: config.get(key) for key in dict.fromkeys(keys)}
 
 
 def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     "What must be the same where runs are compared."
     skipped = (*FREE_SETTINGS, *ARM_SETTINGS)
-    return {key: value for key, value in config.items() if key not in skipped and not key.startswith("judge")}
+    return {key: value for key, value in config.items() if key not in skipped and not key.startswith(_ARM_STARTS)}
 
 
 def _key(settings: Mapping[str, Any]) -> str:

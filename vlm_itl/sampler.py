@@ -82,6 +82,10 @@ class PoolView:
         "Features of the labelled images, a copy."
         return self._array("embedding", self.labelled_rows, self.labelled_ids)
 
+    def gradient(self) -> np.ndarray:  # (N, G)
+        "What the candidates would teach the last layer, a copy."
+        return self._array("gradient", self.rows, self.ids)
+
     def class_hist(self) -> np.ndarray:  # (N, C)
         "Predicted class histogram of the candidates."
         return self._array("class_hist", self.rows, self.ids)
@@ -199,6 +203,12 @@ register_aggregate("none", "for scores that are per image already")
 def _random_score(view: PoolView) -> np.ndarray:
     "One number for each image, in id order."
     return view.rng.random(len(view.ids))
+
+
+@register_score("judge", "1 - p_yes of the judge: what it doubts most (mode vlm); 0.5 where it said nothing")
+def _judge_score(view: PoolView) -> np.ndarray:
+    "Delivered by the loop of rounds, after the judge's turn."
+    return view.score("judge")
 
 
 @register_score("none", "no score: the selection looks at features alone")

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Aggregator', 'AGGREGATORS', 'DROPOUT_RATE', 'PIXEL_SCORES', 'PASS_SCORES', 'topk_mean', 'class_balanced_mean',
-           'boundary_mean', 'patch_max', 'PassAccumulator', 'dropout_layers', 'mc_passes', 'split_key', 'make_scorers',
-           'make_second_look', 'scoring_options']
+           'boundary_mean', 'patch_max', 'PassAccumulator', 'dropout_layers', 'mc_passes', 'ensemble_passes',
+           'split_key', 'aggregate_options', 'make_scorers', 'make_second_look', 'scoring_options']
 
 # %% ../nbs/04a_scores.ipynb #scores-imports
+import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .core import ConfigError, check_choice, check_number, derive_seed
-from .model import Segmenter
+from .model import Segmenter, watch_last_layer
 from .train import BatchScorer, PixelScorer, masked_mean, uncertainty_maps
 
 # %% ../nbs/04a_scores.ipynb #scores-topk
@@ -172,16 +174,6 @@ def _mask(layer: nn.Module, shape: Sequence[int], rate: float, seed: int) -> tor
     return keep.float() / (1 - rate)
 
 
-def _last_layer(model: Segmenter, name: str, hidden: torch.Tensor, logits: torch.Tensor) -> nn.Module | None:
-    "The layer `classifier` beside the dropout, if it turns `hidden` into the logits."
-    classifier = getattr(model.net.get_submodule(name.rpartition(".")[0]), "classifier", None)
-    if not isinstance(classifier, nn.Module):
-        return None
-    again = classifier(hidden).float()
-    same = again.shape == logits.shape and torch.allclose(again, logits, rtol=1e-3, atol=1e-4)
-    return classifier if same else None
-
-
 @torch.inference_mode()
 def mc_passes(
     model: Segmenter,  # put into evaluation mode; no weight or statistic changes
@@ -218,18 +210,37 @@ def mc_passes(
 
     seen: dict[str, torch.Tensor] = {}
     only = next(iter(layers)) if len(layers) == 1 else None
-    classifier = None
+    classifier, once = None, None  # the last layer, and what feeds it if one dropout alone decides it
     if only is not None:
-        logits = forward()
-        if only in seen:
-            classifier = _last_layer(model, only, seen[only], logits)
-    hidden = seen[only] if only is not None and classifier is not None else None
+        with watch_last_layer(model) as last:
+            logits = forward()
+            classifier = last.find(logits)
+            if classifier is not None:
+                hidden, output = last.passed(logits)
+                fed = only in seen and torch.equal(seen[only], hidden)
+                once = hidden if fed and output.shape == logits.shape else None
     for index in range(passes):
         look = index
-        if classifier is not None and only is not None and hidden is not None:
-            yield classifier(drop(only, hidden)).float()
+        if only is not None and classifier is not None and once is not None:
+            yield classifier(drop(only, once)).float()
         else:
             yield forward()
+
+# %% ../nbs/04a_scores.ipynb #scores-ensemble
+@torch.inference_mode()
+def ensemble_passes(
+    members: Sequence[Segmenter],  # at least two, with the same classes; put into evaluation mode
+    pixel_values: torch.Tensor,  # (B, 3, H, W) uint8
+) -> Iterator[torch.Tensor]:  # logits (B, C, h, w) float32 of each member; the size of the first one's
+    "Logits of each member of an ensemble."
+    if len({tuple(m.labels.names) for m in members}) > 1 or len(members) < 2:
+        raise ConfigError(f"an ensemble needs two or more segmenters of the same classes, not {len(members)}.")
+    size: torch.Size | None = None
+    for member in members:
+        logits = member.to(pixel_values.device).eval()(pixel_values)
+        size = size or logits.shape[-2:]
+        same = logits.shape[-2:] == size
+        yield logits if same else F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 # %% ../nbs/04a_scores.ipynb #scores-scorers
 PIXEL_SCORES = ("entropy", "margin", "least_confidence")  # from one look
@@ -246,8 +257,21 @@ def split_key(
     return name, aggregate
 
 
+def aggregate_options(
+    name: str,  # an aggregate
+) -> dict[str, Any]:  # option -> default
+    "What may be set of an aggregate: the arguments of its function beyond the first three."
+    return {p.name: p.default for p in list(inspect.signature(AGGREGATORS[name]).parameters.values())[3:]}
+
+
+def _aggregator(name: str, options: Mapping[str, Any] | None) -> Aggregator:
+    "An aggregate with its options."
+    return partial(AGGREGATORS[name], **{k: v for k, v in (options or {}).items() if k in aggregate_options(name)})
+
+
 def make_scorers(
     keys: Iterable[str],  # "entropy-topk", ...; scores of one look only
+    options: Mapping[str, Any] | None = None,  # of the aggregates, e.g. {"share": 0.1}
 ) -> dict[str, PixelScorer]:  # for `score_pool(scorers=...)`
     "Functions of the logits, by key."
 
@@ -257,7 +281,7 @@ def make_scorers(
             raise ConfigError(f"{key!r} needs several looks: use make_second_look.")
 
         def scorer(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-            return AGGREGATORS[aggregate](uncertainty_maps(logits)[name], valid, logits.argmax(1))
+            return _aggregator(aggregate, options)(uncertainty_maps(logits)[name], valid, logits.argmax(1))
 
         return scorer
 
@@ -266,8 +290,11 @@ def make_scorers(
 
 def make_second_look(
     keys: Iterable[str],  # "bald-mean", ...; scores of several looks only
-    passes: int = 10,  # T looks
+    passes: int = 10,  # T looks through dropout
     seed: int = 0,  # of the dropout masks
+    rate: float = DROPOUT_RATE,  # share dropped, where the network has no rate of its own
+    members: Sequence[Segmenter] = (),  # looks from an ensemble instead: the model and these
+    options: Mapping[str, Any] | None = None,  # of the aggregates
 ) -> BatchScorer:  # for `score_pool(second_look=...)`
     "A function of model and pixels that gives all `keys` from the same looks."
     parts = {key: split_key(key) for key in keys}
@@ -277,22 +304,31 @@ def make_second_look(
 
     def look(model: Segmenter, pixel_values: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
         accumulator = PassAccumulator()
-        for logits in mc_passes(model, pixel_values, passes, seed):
+        several = [model, *members]
+        looks = (
+            ensemble_passes(several, pixel_values) if members else mc_passes(model, pixel_values, passes, seed, rate)
+        )
+        for logits in looks:
             accumulator.add(logits)
         maps, predicted = accumulator.maps(), accumulator.probability.argmax(1)
-        return {key: AGGREGATORS[a](maps[name], valid, predicted) for key, (name, a) in parts.items()}
+        return {key: _aggregator(a, options)(maps[name], valid, predicted) for key, (name, a) in parts.items()}
 
     return look
 
 
 def scoring_options(
     keys: Iterable[str],  # what a strategy asks for, in any number
-    passes: int = 10,  # T looks, where several are needed
+    passes: int = 10,  # T looks through dropout, where several are needed
     seed: int = 0,  # of the dropout masks
+    rate: float = DROPOUT_RATE,  # share dropped, where the network has no rate of its own
+    members: Sequence[Segmenter] = (),  # looks from an ensemble instead: the model and these
+    **options: Any,  # of the aggregates, e.g. share=0.1
 ) -> dict[str, Any]:  # keyword arguments for `score_pool`
     "What `score_pool` has to be given so that it delivers `keys`; empty for the means it always delivers."
     wanted = {key: split_key(key) for key in keys}
     single = [key for key, (name, a) in wanted.items() if name in PIXEL_SCORES and a != "mean"]
     several = [key for key, (name, _) in wanted.items() if name in PASS_SCORES]
-    options: dict[str, Any] = {"scorers": make_scorers(single)} if single else {}
-    return {**options, "second_look": make_second_look(several, passes, seed)} if several else options
+    found: dict[str, Any] = {"scorers": make_scorers(single, options)} if single else {}
+    if several:
+        found["second_look"] = make_second_look(several, passes, seed, rate, members, options)
+    return found

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULERS', 'AUGMENT', 'PixelScorer', 'BatchScorer', 'pick_device', 'autocast', 'Inference',
            'predict_batches', 'metrics_dict', 'evaluate', 'TrainSettings', 'pixel_loss', 'FitResult', 'fit',
-           'uncertainty_maps', 'valid_cells', 'masked_mean', 'MaskStore', 'PoolScores', 'score_pool']
+           'uncertainty_maps', 'valid_cells', 'masked_mean', 'MaskStore', 'PoolScores', 'Probe', 'score_pool']
 
 # %% ../nbs/04_train.ipynb #train-imports
 import math
@@ -13,10 +13,10 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -534,6 +534,7 @@ class PoolScores:
     embedding: np.ndarray  # (N, D) float32, mean feature of the valid area
     class_hist: np.ndarray  # (N, C) float32, share of the valid area predicted as each class
     masks: MaskStore | None = None  # predicted masks at native size, on disk
+    gradient: np.ndarray | None = None  # (N, G) float32, what an image would teach the last layer; None: not asked for
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -549,7 +550,8 @@ class PoolScores:
             raise DataError(f"no scores for image {missing[0]!r}.")
         rows = np.array([where[i] for i in ids], dtype=int)
         scores = {name: values[rows] for name, values in self.scores.items()}
-        return PoolScores(list(ids), scores, self.embedding[rows], self.class_hist[rows], self.masks)
+        gradient = None if self.gradient is None else self.gradient[rows]
+        return PoolScores(list(ids), scores, self.embedding[rows], self.class_hist[rows], self.masks, gradient)
 
 # %% ../nbs/04_train.ipynb #train-score
 PixelScorer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits (B, C, h, w), valid (B, h, w) -> (B,)
@@ -557,10 +559,35 @@ PixelScorer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # logits (B,
 BatchScorer = Callable[[Segmenter, torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
+class Probe(Protocol):
+    "Watches a network while it looks at a pool, and turns what it saw into numbers."
+
+    def watch(self, model: Segmenter) -> AbstractContextManager[Any]:
+        "Hooks that live as long as the pass."
+
+    def read(self, logits: torch.Tensor, valid: Callable[[Sequence[int]], torch.Tensor]) -> torch.Tensor:
+        "After each forward pass: (B, G). `valid(shape)`: which cells of a (h, w) map lie inside the images, (B, h, w)."
+
+
 def _image_scores(logits: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
     "The mean uncertainties that every pass reports."
     maps = uncertainty_maps(logits)
     return {f"{name}-mean": masked_mean(values, valid) for name, values in maps.items()}
+
+
+def _mean_feature(feature_map: torch.Tensor | None, valid: Callable[[Sequence[int]], torch.Tensor]) -> torch.Tensor:
+    "Mean feature of the valid area, (B, D); of all tokens where the features are no map."
+    assert feature_map is not None
+    cells = valid(feature_map.shape)
+    is_map = feature_map.shape[-1] > 1 or feature_map.shape[-2] <= 1
+    return masked_mean(feature_map, cells if is_map else torch.ones_like(cells))
+
+
+def _write_masks(masks: MaskStore, batch: dict[str, Any], logits: torch.Tensor, image_size: int) -> None:
+    "Predicted masks at the images' own size."
+    for image_id, one, box, native in zip(batch["id"], logits, batch["box"], batch["native"], strict=True):
+        prediction = unpad_one(one, box, image_size, native).argmax(0)
+        masks.write(image_id, prediction.to(torch.uint8).cpu().numpy())
 
 
 def score_pool(
@@ -570,6 +597,7 @@ def score_pool(
     masks: MaskStore | None = None,  # where predicted masks shall go; None: they are not made
     scorers: dict[str, PixelScorer] | None = None,  # further scores by name
     second_look: BatchScorer | None = None,  # further scores that need the network again, e.g. MC dropout
+    probe: Probe | None = None,  # what else to read from the network; becomes `gradient`
     desc: str = "scoring the pool",  # for the progress bar
 ) -> PoolScores:  # in the order of `images`
     "Look once at every image of a pool. Raises `DataError` naming the image if a prediction is not finite."
@@ -578,30 +606,33 @@ def score_pool(
     classes = len(model.labels)
     ids: list[str] = []
     whole: dict[str, np.ndarray] = {}
-    for batch, logits, feature_map in predict_batches(model, blind, view, features=True, desc=desc):
-        assert feature_map is not None
-        valid = valid_cells(batch["box"], view.image_size, logits.shape[-2:]).to(logits.device)
-        found = _image_scores(logits, valid)
-        for name, scorer in (scorers or {}).items():
-            found[name] = scorer(logits, valid)
-        if second_look is not None:
-            with autocast(logits.device, view.precision):
-                found.update(second_look(model, batch["pixel_values"].to(logits.device), valid))
-        winner = F.one_hot(logits.argmax(1), classes).movedim(-1, 1)  # (B, C, h, w)
-        found["_histogram"] = masked_mean(winner, valid)
-        is_map = feature_map.shape[-1] > 1 or feature_map.shape[-2] <= 1
-        cells = valid_cells(batch["box"], view.image_size, feature_map.shape[-2:]).to(logits.device)
-        found["_embedding"] = masked_mean(feature_map, cells if is_map else torch.ones_like(cells))
-        for name, values in found.items():
-            if name not in whole:  # written in place: many small arrays kept alive would pin the heap
-                whole[name] = np.zeros((len(images), *values.shape[1:]), dtype=np.float32)
-            whole[name][len(ids) : len(ids) + len(values)] = values.float().cpu().numpy()
-        if masks is not None:
-            for image_id, one, box, native in zip(batch["id"], logits, batch["box"], batch["native"], strict=True):
-                prediction = unpad_one(one, box, view.image_size, native).argmax(0)
-                masks.write(image_id, prediction.to(torch.uint8).cpu().numpy())
-        ids += batch["id"]
+    with ExitStack() as hooks:
+        if probe is not None:
+            hooks.enter_context(probe.watch(model))
+        for batch, logits, feature_map in predict_batches(model, blind, view, features=True, desc=desc):
+
+            def valid(shape: Sequence[int], boxes: Any = batch["box"], device: Any = logits.device) -> torch.Tensor:
+                return valid_cells(boxes, view.image_size, shape[-2:]).to(device)
+
+            cells = valid(logits.shape)
+            found = _image_scores(logits, cells)
+            if probe is not None:  # before a second look runs the network again
+                found["_gradient"] = probe.read(logits, valid)
+            for name, scorer in (scorers or {}).items():
+                found[name] = scorer(logits, cells)
+            if second_look is not None:
+                with autocast(logits.device, view.precision):
+                    found.update(second_look(model, batch["pixel_values"].to(logits.device), cells))
+            found["_histogram"] = masked_mean(F.one_hot(logits.argmax(1), classes).movedim(-1, 1), cells)
+            found["_embedding"] = _mean_feature(feature_map, valid)
+            for name, values in found.items():
+                if name not in whole:  # written in place: many small arrays kept alive would pin the heap
+                    whole[name] = np.zeros((len(images), *values.shape[1:]), dtype=np.float32)
+                whole[name][len(ids) : len(ids) + len(values)] = values.float().cpu().numpy()
+            if masks is not None:
+                _write_masks(masks, batch, logits, view.image_size)
+            ids += batch["id"]
     if not ids:
         return PoolScores([], {}, np.zeros((0, 0), np.float32), np.zeros((0, classes), np.float32), masks)
-    embedding, histogram = whole.pop("_embedding"), whole.pop("_histogram")
-    return PoolScores(ids, whole, embedding, histogram, masks)
+    embedding, histogram, gradient = whole.pop("_embedding"), whole.pop("_histogram"), whole.pop("_gradient", None)
+    return PoolScores(ids, whole, embedding, histogram, masks, gradient)
