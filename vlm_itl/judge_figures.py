@@ -40,7 +40,12 @@ def _style(place: int) -> dict[str, Any]:
 
 
 def _legend(axes: Axes) -> None:
-    "Under the axes."
+    "Under the axes; where there is no curve, say so."
+    if not axes.get_legend_handles_labels()[0]:
+        axes.text(
+            0.5, 0.08, "nothing to draw: no scores, or masks of one kind only", ha="center", fontsize=8, color="#767676"
+        )
+        return
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8.5)
 
 
@@ -134,7 +139,7 @@ def plot_reliability(
     if axes.get_legend_handles_labels()[0]:
         _legend(axes)
     else:
-        axes.text(0.5, 0.5, "no judge gives graded scores", ha="center", color="#767676")
+        axes.text(0.5, 0.08, "no judge gives graded scores", ha="center", color="#767676")
     return figure
 
 # %% ../nbs/07f_judge_figures.ipynb #judge-figures-acceptance
