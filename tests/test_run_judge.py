@@ -114,6 +114,8 @@ def test_settings_are_checked(tmp_path: Path):
         ({"tau": 2}, "tau"),
         ({"limit": -1}, "limit"),
         ({"options": "sensitivity"}, "dictionary"),
+        ({"confidences": ["margn"]}, "Did you mean 'margin'"),
+        ({"confidences": "margin"}, "must be a list"),
         ({"question": "qualty"}, "Did you mean 'quality'"),
     ]:
         with pytest.raises(ConfigError, match=message):

@@ -76,6 +76,7 @@ class JudgeConfig:
     model: str = ""  # a segmenter: makes the masks of "model", and its confidence is a free judge
     image_size: int = 513  # what the segmenters see, long side in pixels
     resize: str = "keep"  # keep the aspect and pad, or stretch to a square
+    confidences: list[str] = field(default_factory=lambda: list(CONFIDENCES))  # which kinds of it; tta costs five looks
     second_opinion: str = ""  # another segmenter, a free judge
     limit: int = 12  # images; 0: all
     per_image: int = 0  # spoilt masks of each image (corruption); 0: all
@@ -100,6 +101,10 @@ class JudgeConfig:
                 raise ConfigError(f"{name} must be a dictionary, e.g. {{'name': value}}, not {getattr(self, name)!r}.")
         for name in ("limit", "per_image", "seed", "max_calls"):
             check_number(name, getattr(self, name), low=0, integer=True)
+        if not isinstance(self.confidences, list):
+            raise ConfigError(f"confidences must be a list of {', '.join(CONFIDENCES)}, not {self.confidences!r}.")
+        for kind in self.confidences:
+            check_choice("confidences", kind, CONFIDENCES)
         check_number("tau", self.tau, low=0, high=1)
         for name in ("alpha", "delta"):
             check_number(name, getattr(self, name), low=1e-9, high=1 - 1e-9)
@@ -204,7 +209,7 @@ def trial_judges(
     for name in ("always_yes", "always_no"):
         judges.setdefault(name, make_handler(name))
     if config.model and "confidence" in HANDLERS:
-        for kind in CONFIDENCES:
+        for kind in config.confidences:
             if not (config.handler == "confidence" and config.options.get("kind", CONFIDENCES[0]) == kind):
                 judges[f"confidence ({kind})"] = make_handler("confidence", kind=kind)
     if config.second_opinion:
