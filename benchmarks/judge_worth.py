@@ -1,15 +1,15 @@
 """What a judge is worth on real photographs: Grounded-SAM's masks, a trained segmenter's masks, and spoilt ones.
 
-    python benchmarks/judge_worth.py --shared ../shared                        # all parts; about half an hour on one core
+    python benchmarks/judge_worth.py --shared ../shared                        # all parts; half an hour
     python benchmarks/judge_worth.py --shared ../shared --part sam --limit 50  # one part, fewer images
     python benchmarks/judge_worth.py --shared ../shared --handler hf --options '{"model": "FOLDER"}'
 
 `--shared` holds data/VOCdevkit/VOC2012, data/grounded_sam_voc, weights/deeplabv3-mobilenetv2-voc and
-weights/mobilenet-v2-imagenet. The judge is by default `second_opinion`: a published DeepLabV3-MobileNetV2 whose own mask
-is compared with the one judged. Free judges stand beside it: always yes, always no, and the confidence of a segmenter.
+weights/mobilenet-v2-imagenet. The judge is by default `second_opinion`: a published DeepLabV3-MobileNetV2 whose own
+mask is compared with the one judged. Free judges stand beside it: always yes, always no, the confidence of a segmenter.
 
-- `sam`: the masks of Grounded-SAM for the 437 training images. The DeepLab checkpoint scores better on these images than
-  on the validation images (see its README), so it has probably seen them: its card here flatters it.
+- `sam`: the masks of Grounded-SAM for the 437 training images. The DeepLab checkpoint scores better on these images
+  than on the validation images (see its README), so it has probably seen them: its card here flatters it.
 - `segmenter`: the masks, on the 445 validation images, of a MobileNetV2 with ImageNet weights trained here for a few
   epochs at 192 px (or of `--segmenter FOLDER`); the free confidences are its own.
 - `corruption`: true masks of validation images, spoilt in seven ways, with the same segmenter's confidence in them.

@@ -497,7 +497,10 @@ def rank_judges(
                 trusted += [name] if gap["low"] is not None and gap["low"] > 0 and (auc[name] or 0) > 0.5 else []
                 told.append(_outcome(name, best, gap, name in trusted, strict))
     table = pd.DataFrame(rows).T.rename_axis("judge")
-    return Ranking(table, best, tuple(trusted), _sentence(told, best, auc.get(best or ""), bool(trusted)))
+    free_text = "nothing free stands beside it" if not gratis else "no free judge has an AUC here"
+    if best is not None:
+        free_text = f"the best of what is free is {best} (AUC {auc[best]:.3f})"
+    return Ranking(table, best, tuple(trusted), _sentence(told, free_text, bool(trusted)))
 
 
 _RANKED = (
@@ -517,15 +520,12 @@ def _outcome(name: str, best: str | None, gap: Mapping[str, Any], better: bool, 
     return f"{verdict} ({numbers}, n = {gap['n']})"
 
 
-def _sentence(told: Sequence[str], best: str | None, auc: float | None, any_trusted: bool) -> str:
+def _sentence(told: Sequence[str], free_text: str, any_trusted: bool) -> str:
     "Who deserves trust."
-    free = (
-        f"the best of what is free is {best} (AUC {auc:.3f})" if best and auc is not None else "nothing free beside it"
-    )
     if not told:
-        return f"Only free judges: {free}."
+        return f"Only free judges: {free_text}."
     head = "Deserves trust: " if any_trusted else "No judge deserves more trust than what is free: "
-    return f"{head}{'; '.join(told)}; {free}."
+    return f"{head}{'; '.join(told)}; {free_text}."
 
 # %% ../nbs/07_judge.ipynb #judge-break-even
 def break_even(
