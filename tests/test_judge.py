@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import vlm_itl.experiment  # noqa: F401  makes every judge known
 from vlm_itl.core import ConfigError, DataError, to_json
 from vlm_itl.judge import (
-    RATES as SHARES,
-)
-from vlm_itl.judge import (
+    RATES,
     SCORE_MEASURES,
     VERDICT_MEASURES,
     break_even,
@@ -32,10 +31,18 @@ from vlm_itl.judge import (
     verdict_measures,
     verdict_metrics,
 )
+from vlm_itl.judge_figures import (
+    plot_acceptance,
+    plot_break_even,
+    plot_reliability,
+    plot_risk_coverage,
+    plot_roc,
+    worst_mistakes,
+)
 from vlm_itl.labels import LabelSpace
 from vlm_itl.vlm import Judgement, JudgeQuery, make_handler
 
-RATES = "coverage base_rate acceptance agreement_rate balanced_accuracy sensitivity specificity kappa precision".split()
+PLAIN = "coverage base_rate acceptance agreement_rate balanced_accuracy sensitivity specificity kappa precision".split()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -64,7 +71,7 @@ def test_equal_to_scikit_learn(seed: int):
         if found[name] is not None:
             assert math.isclose(found[name], value, abs_tol=1e-12), name
     if 0 < truth.sum() < len(truth) and said.any():
-        assert all(found[name] is not None for name in RATES)
+        assert all(found[name] is not None for name in PLAIN)
 
 
 def test_abstention_never_counts_as_no():
@@ -75,7 +82,7 @@ def test_abstention_never_counts_as_no():
 
 
 def test_undefined_is_none():
-    assert set(verdict_metrics([], []).items()) == {("n", 0), ("judged", 0), *((name, None) for name in RATES)}
+    assert set(verdict_metrics([], []).items()) == {("n", 0), ("judged", 0), *((name, None) for name in PLAIN)}
     silent = verdict_metrics(["abstain"] * 3, [0.9, 0.1, 0.2])
     assert silent["coverage"] == 0 and silent["base_rate"] == 1 / 3 and silent["agreement_rate"] is None
     one_sided = verdict_metrics(["yes", "yes"], [0.9, 0.8])
@@ -292,7 +299,7 @@ def test_what_never_occurred_is_not_certain():
     found = report_card([Judgement("yes", p_yes=0.9, id=f"im{i % 20}") for i in range(60)], [0.9] * 60)["measures"]
     assert found["precision"]["value"] == found["precision"]["high"] == 1
     assert math.isclose(found["precision"]["low"], 0.025 ** (1 / 20)) and found["specificity"]["value"] is None
-    assert set(SHARES) < set(found)
+    assert set(RATES) < set(found)
     perfect = report_card([Judgement("yes", p_yes=0.9), Judgement("no", p_yes=0.1)] * 10, [0.9, 0.1] * 10)["measures"]
     assert perfect["roc_auc"] == {"value": 1.0, "low": None, "high": None}
 
@@ -385,6 +392,7 @@ def test_ranking_says_who_deserves_trust():
     assert alone.best_free is None and alone.trusted == ("vlm",) and "a coin" in alone.sentence
 
 
+@pytest.mark.slow
 def test_a_judge_that_knows_nothing_is_seldom_trusted():
     """Twenty judges of noise, 40 samples: the level is split, so hardly one is called better."""
     trusted = 0
@@ -410,3 +418,64 @@ def test_report_card_bad_input():
             report_card(["yes"], [0.5], **options)
     with pytest.raises(ConfigError, match="Did you mean 'class'"):
         card_table(report_card(["yes"], [0.5], by={"class": ["cat"]}), by="clas")
+
+
+# ---- figures: the lines that are drawn ----
+
+
+def lines_of(figure: Any) -> dict[str, np.ndarray]:
+    """Label -> points (N, 2)."""
+    return {line.get_label().split(":")[0]: line.get_xydata() for line in figure.axes[0].get_lines()}
+
+
+def test_roc_is_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    said, ious, p, iou = made_up(4, ties=True)
+    drawn = lines_of(plot_roc({"vlm": said, "mute": ["yes"] * len(said)}, ious.tolist(), tau=0.6))
+    false, true, _ = metrics.roc_curve(iou >= 0.6, p, drop_intermediate=False)
+    assert np.allclose(drawn["vlm"], np.stack([false, true], axis=1)) and "mute" not in drawn
+
+
+def test_risk_curve_ends_at_the_share_of_bad_masks():
+    said, ious, p, iou = made_up(5)
+    drawn = lines_of(plot_risk_coverage({"vlm": said}, ious.tolist(), alpha=None))["vlm"]
+    known = (~np.isnan(ious)).sum()
+    assert np.allclose(drawn[-1], [len(p) / known, (iou < 0.7).mean()])
+
+
+def test_acceptance_counts_by_iou():
+    ious = [0.1, 0.2, 0.65, 0.75, 0.75, 1.0, float("nan")]
+    verdicts = ["yes", "no", "abstain", "yes", "no", "yes", "yes"]
+    (figure,) = [plot_acceptance({"vlm": [Judgement(v) for v in verdicts]}, ious)]  # type: ignore[arg-type]
+    points = figure.axes[0].containers[0].lines[0].get_xydata()
+    assert points.tolist() == [[0, 0.5], [4, 0.5], [6, 1.0]]  # the bin of .65 holds only an abstention
+    assert figure.axes[0].get_xticklabels()[0].get_text() == "0 to 0.3\n2"
+
+
+def test_break_even_lines_are_the_formula():
+    said = [Judgement(v) for v in ["yes"] * 3 + ["no"] * 2 + ["yes"]]
+    card = report_card(said, [0.9, 0.9, 0.1, 0.1, 0.9, 0.8], resamples=1)
+    drawn = lines_of(plot_break_even({"vlm": card}, c_mask=100.0))["vlm"]
+    rates = (card["measures"][m]["value"] for m in ("base_rate", "sensitivity", "specificity"))
+    assert np.allclose(drawn[:, 1], break_even(*rates, c_mask=100.0, psi=drawn[:, 0])["saved_s"])
+    with pytest.raises(DataError, match="nothing to draw"):
+        plot_break_even({"vlm": report_card(["yes"], [0.9], resamples=1)})
+
+
+def test_worst_mistakes_come_first():
+    said = [Judgement("yes", p_yes=p) for p in (0.9, 0.6, 0.9, 0.8)] + [
+        Judgement("no", p_yes=0.1),
+        Judgement("abstain"),
+    ]
+    assert worst_mistakes(said, [0.1, 0.1, 0.6, 0.9, 0.95, 0.9]) == [0, 4, 1, 2]
+    assert worst_mistakes(said, [float("nan")] * 6) == [] and len(worst_mistakes(said, [0.1] * 6, count=1)) == 1
+
+
+def test_reliability_leaves_hard_judges_out():
+    said, ious, p, iou = made_up(6, 200)
+    figure = plot_reliability({"vlm": said, "hard": ["yes"] * 200}, ious.tolist(), bins=5)  # type: ignore[dict-item]
+    (container,) = figure.axes[0].containers
+    points = container.lines[0].get_xydata()
+    order = np.argsort(p, kind="stable")
+    wanted = [[p[rows].mean(), (iou[rows] >= 0.7).mean()] for rows in np.array_split(order, 5)]
+    assert np.allclose(points, wanted)

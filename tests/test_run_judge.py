@@ -138,6 +138,7 @@ def test_notebook_offers_every_setting():
         assert repr(defaults[name]).replace("'", '"') == parameter["default"].replace("'", '"'), name
 
 
+@pytest.mark.slow  # nbdev_test runs the notebook as well
 def test_notebook_runs(tmp_path: Path):
     settings = {**TINY, "limit": 2, "output_dir": str(tmp_path / "run")}
     done = run_notebook("run_judge", tmp_path / "out.ipynb", settings, progress_bar=False)

@@ -76,7 +76,7 @@ class JudgeConfig:
     model: str = ""  # a segmenter: makes the masks of "model", and its confidence is a free judge
     image_size: int = 513  # what the segmenters see, long side in pixels
     resize: str = "keep"  # keep the aspect and pad, or stretch to a square
-    confidences: list[str] = field(default_factory=lambda: list(CONFIDENCES))  # which kinds of it; tta costs five looks
+    confidences: list[str] = field(default_factory=lambda: list(CONFIDENCES))  # which kinds of it
     second_opinion: str = ""  # another segmenter, a free judge
     limit: int = 12  # images; 0: all
     per_image: int = 0  # spoilt masks of each image (corruption); 0: all
