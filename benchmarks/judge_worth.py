@@ -94,6 +94,7 @@ def main() -> None:
         "question": given.question,
         "dataset": str(shared / "data/VOCdevkit/VOC2012"),
         "limit": given.limit,
+        "cache": str(given.runs / "judge-worth.sqlite"),
     }
     if given.handler != "second_opinion":
         common["second_opinion"] = deeplab
@@ -108,7 +109,7 @@ def main() -> None:
         "segmenter": {"masks": "model", **own},
         "corruption": {"masks": "corruption", "limit": given.limit or 40, **own},
     }
-    settings["sam"]["confidences"] = ["max_probability", "softmin"]
+    settings["sam"] |= {"confidences": ["max_probability", "softmin"], "min_share": 0.1}  # few of its masks are good
     settings["corruption"]["confidences"] = ["max_probability", "margin", "softmin"]
     for part in parts:
         folder = given.runs / f"judge-worth-{part}-{given.handler}{f'-{given.limit}' if given.limit else ''}"

@@ -93,6 +93,7 @@ class Config:
     judge_threshold: float = 0.5  # for acceptance threshold
     alpha: float = 0.1  # for acceptance certified: largest share of bad masks among the accepted
     delta: float = 0.1  # for acceptance certified: chance that the promise fails, over all rounds together
+    min_share: float = 0.25  # for acceptance certified: look for a threshold from where this share is accepted
     tau: float = 0.7  # a mask is good if its mean IoU reaches this
     seed: int = 0  # of everything random
     initial: float | int = 0.1  # labelled before round 0: share (float up to 1.0) or count
@@ -142,7 +143,7 @@ class Config:
             raise ConfigError(
                 f"strategy {self.strategy!r} asks for the judge's doubt, and only mode 'vlm' has a judge."
             )
-        for name in ("tau", "judge_threshold"):
+        for name in ("tau", "judge_threshold", "min_share"):
             check_number(name, getattr(self, name), low=0, high=1)
         for name in ("alpha", "delta"):
             check_number(name, getattr(self, name), low=1e-9, high=1 - 1e-9)
@@ -390,7 +391,7 @@ def ask_held_out(
 def certify_answers(
     judgements: Sequence[Judgement],  # about held-out masks
     ious: Sequence[float],  # nan: the truth is void, left out
-    config: Config,  # tau, alpha, delta
+    config: Config,  # tau, alpha, delta, min_share
     rounds: int,  # R, among which delta is split
 ) -> dict[str, Any]:  # threshold (None: accept nothing), accepted, bad, bound, n, alpha, delta of this round
     "The threshold of one round."
@@ -399,7 +400,7 @@ def certify_answers(
         accepts(judgement, config)  # a judge without p_yes is refused
     p_yes = [math.nan if j.verdict == "abstain" or j.p_yes is None else min(1.0, j.p_yes) for j, _ in known]
     delta = config.delta / rounds
-    found = certify(p_yes, [iou >= config.tau for _, iou in known], config.alpha, delta)
+    found = certify(p_yes, [iou >= config.tau for _, iou in known], config.alpha, delta, config.min_share)
     return {**found, "alpha": config.alpha, "delta": delta}
 
 # %% ../nbs/08_experiment.ipynb #experiment-choose

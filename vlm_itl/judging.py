@@ -83,6 +83,7 @@ class JudgeConfig:
     tau: float = 0.7  # a mask is good if its mean IoU reaches this
     alpha: float = 0.1  # largest share of bad masks among the accepted
     delta: float = 0.1  # chance that this promise fails
+    min_share: float = 0.25  # a threshold is looked for from where this share of the masks is accepted
     mask_seconds: float = FULL_MASK_SECONDS  # human seconds for one mask
     resamples: int = 1000  # bootstrap samples
     seed: int = 0  # of everything random
@@ -108,6 +109,7 @@ class JudgeConfig:
         check_number("tau", self.tau, low=0, high=1)
         for name in ("alpha", "delta"):
             check_number(name, getattr(self, name), low=1e-9, high=1 - 1e-9)
+        check_number("min_share", self.min_share, low=0, high=1)
         check_number("image_size", self.image_size, low=16, integer=True)
         check_number("resamples", self.resamples, low=1, integer=True)
         for name in ("mask_seconds", "max_usd"):
@@ -254,7 +256,9 @@ def _certified(said: Sequence[Judgement], ious: np.ndarray, config: JudgeConfig)
     known, good = ~np.isnan(ious), ious >= config.tau
     if not (first & known).any():
         return {"threshold": None, "reason": "no image to certify on"}
-    found = certify(p[first & known].tolist(), good[first & known].tolist(), config.alpha, config.delta)
+    found = certify(
+        p[first & known].tolist(), good[first & known].tolist(), config.alpha, config.delta, config.min_share
+    )
     if found["threshold"] is None:
         return {**found, "accepted_share": 0.0, "bad_share": None}
     rest = ~first & known
