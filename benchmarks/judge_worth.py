@@ -114,9 +114,14 @@ def main() -> None:
     for part in parts:
         folder = given.runs / f"judge-worth-{part}-{given.handler}{f'-{given.limit}' if given.limit else ''}"
         trial = try_judge(make_judge_config({**common, **settings[part]}, output_dir=str(folder)))
+        summary = Path(settings[part]["model"]).parent.parent / "summary.json"
         print(f"{part}: {trial.report['sentence']}", flush=True)
         found = read_json(OUT) if OUT.is_file() else {}
         found.setdefault(part, {})[given.handler] = digest(trial)
+        if part != "sam" and summary.is_file():
+            test = read_json(summary)["test"]
+            kept = ("mean_iou_in_truth", "pixel_accuracy")
+            found["segmenter_trained_here"] = {"epochs": 6, "image_size": 192, **{name: test[name] for name in kept}}
         found["about"] = {
             "command": "python benchmarks/judge_worth.py --shared ../shared",
             "data": "437 train and 445 val images of PASCAL VOC 2012, mostly animals and people: not full VOC",
