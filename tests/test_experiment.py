@@ -423,3 +423,73 @@ def test_worked_yaml_files():
     for path in files:
         config = make_config(yaml.safe_load(path.read_text()))
         assert config.model.startswith("nvidia/") and run_path(config)
+
+
+CERTIFIED = {
+    "mode": "vlm",
+    "acceptance": "certified",
+    "judge_options": {"accuracy": 1.0},
+    "val_share": 14,
+    "initial": 5,
+    "increment": 5,
+    "max_labelled": 15,
+    "tau": 0.1,  # after six steps few masks are better
+    "alpha": 0.4,
+    "delta": 0.6,  # 0.2 a round: five clean ones are enough to begin
+}
+
+
+@pytest.fixture(scope="module")
+def certified(scenes, tmp_path_factory):
+    """A whole run with certified acceptance: its folder."""
+    folder = tmp_path_factory.mktemp("certified") / "whole"
+    run(scenes, folder, **CERTIFIED)
+    return folder
+
+
+def test_certified_acceptance_is_paid_for_and_recorded(scenes, certified):
+    """Every round certifies on the validation masks, charges the questions, and accepts only above the threshold."""
+    rounds = run(scenes, certified, **CERTIFIED)
+    asked = 0
+    for record in rounds:
+        made = record.judge["certified"]
+        lines = (certified / f"round_{record.index:03d}/calibration.jsonl").read_text().splitlines()
+        answers = [json.loads(line) for line in lines]
+        assert len(answers) == 14 and made["n"] == 14 and made["delta"] == pytest.approx(0.2)
+        asked += 14 + record.judge["n"]
+        assert record.budget["judge_calls"] == asked
+        audit = made["audit"]
+        assert len(audit["checked"]) == (0 if not record.judge["accepted"] else 1)
+        if made["threshold"] is None:
+            assert record.judge["accepted"] == 0 and record.pseudo_ids == []
+        else:
+            assert made["bound"] <= 0.4 and record.judge["accepted"] > 0
+        assert not set(record.pseudo_ids) & set(audit["bad"])
+    assert any(record.judge["certified"]["threshold"] is not None for record in rounds)
+    checks = sum(len(record.judge["certified"]["audit"]["checked"]) for record in rounds)
+    budget = rounds[-1].budget
+    assert budget["checks"] == checks > 0
+    assert budget["human_seconds"] == pytest.approx(239.7 * budget["images"] + 9 * checks)
+    assert not (certified / "round_000/held_out").exists()
+
+
+def test_certified_acceptance_resumes(scenes, certified, tmp_path):
+    """Killed after a round and started again: the same lines as undisturbed."""
+    rounds = run_al(make_config({**TINY, "dataset": str(scenes), "output_dir": str(tmp_path / "cut"), **CERTIFIED}))
+    next(rounds)
+    rounds.close()
+    (tmp_path / "cut" / ".round_001.tmp" / "held_out").mkdir(parents=True)  # what a kill leaves behind
+    again = run(scenes, tmp_path / "cut", **CERTIFIED)
+    assert len(again) == 3 and lines_without_clock(tmp_path / "cut") == lines_without_clock(certified)
+
+
+def test_a_useless_judge_accepts_nothing(scenes, tmp_path):
+    """A coin, over masks most of which are bad: no threshold passes, and the record says so."""
+    settings = {**CERTIFIED, "tau": 0.9, "judge_options": {"accuracy": 0.5}, "max_labelled": 10}
+    for record in run(scenes, tmp_path, **settings):
+        assert record.judge["certified"]["threshold"] is None and record.judge["accepted"] == 0
+        assert record.pseudo == 0 and record.pseudo_ids == []
+        assert record.judge["certified"]["audit"] == {"checked": [], "bad": []}
+    for wrong in ({"alpha": 0}, {"delta": 1.0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            make_config(**wrong)

@@ -1,19 +1,48 @@
-"""Verdict metrics against scikit-learn, break-even against a simulation, and the certified threshold's promise."""
+"""Measures of a judge against independent implementations, intervals against simulations, break-even, rankings."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from vlm_itl.core import ConfigError, DataError
-from vlm_itl.judge import CERTIFY_GRID, break_even, certify, clopper_pearson_upper, verdict_metrics
-from vlm_itl.vlm import Judgement
+import vlm_itl.experiment  # noqa: F401  makes every judge known
+from vlm_itl.core import ConfigError, DataError, to_json
+from vlm_itl.judge import (
+    RATES,
+    SCORE_MEASURES,
+    VERDICT_MEASURES,
+    break_even,
+    card_table,
+    gather_answers,
+    image_weights,
+    interval_text,
+    mask_groups,
+    paired_difference,
+    rank_judges,
+    report_card,
+    risk_coverage,
+    score_measures,
+    verdict_measures,
+    verdict_metrics,
+)
+from vlm_itl.judge_figures import (
+    plot_acceptance,
+    plot_break_even,
+    plot_reliability,
+    plot_risk_coverage,
+    plot_roc,
+    worst_mistakes,
+)
+from vlm_itl.labels import LabelSpace
+from vlm_itl.vlm import Judgement, JudgeQuery, make_handler
 
-RATES = "coverage base_rate acceptance agreement_rate balanced_accuracy sensitivity specificity kappa precision".split()
+PLAIN = "coverage base_rate acceptance agreement_rate balanced_accuracy sensitivity specificity kappa precision".split()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -42,7 +71,7 @@ def test_equal_to_scikit_learn(seed: int):
         if found[name] is not None:
             assert math.isclose(found[name], value, abs_tol=1e-12), name
     if 0 < truth.sum() < len(truth) and said.any():
-        assert all(found[name] is not None for name in RATES)
+        assert all(found[name] is not None for name in PLAIN)
 
 
 def test_abstention_never_counts_as_no():
@@ -53,7 +82,7 @@ def test_abstention_never_counts_as_no():
 
 
 def test_undefined_is_none():
-    assert set(verdict_metrics([], []).items()) == {("n", 0), ("judged", 0), *((name, None) for name in RATES)}
+    assert set(verdict_metrics([], []).items()) == {("n", 0), ("judged", 0), *((name, None) for name in PLAIN)}
     silent = verdict_metrics(["abstain"] * 3, [0.9, 0.1, 0.2])
     assert silent["coverage"] == 0 and silent["base_rate"] == 1 / 3 and silent["agreement_rate"] is None
     one_sided = verdict_metrics(["yes", "yes"], [0.9, 0.8])
@@ -100,65 +129,353 @@ def test_break_even_of_a_judge_that_accepts_nothing():
     assert break_even([0.2, 0.8], 0.9, [[0.1], [0.5], [0.9]])["saved_s"].shape == (3, 2)
 
 
-def test_clopper_pearson():
-    for bad, accepted in [(0, 10), (3, 50), (49, 50), (7, 7), (0, 0)]:
-        upper = clopper_pearson_upper(bad, accepted, 0.1)
-        if bad == accepted:
-            assert upper == 1
-        else:
-            assert math.isclose(stats.binom.cdf(bad, accepted, upper), 0.1, rel_tol=1e-6)
+def seconds_saved_by_the_mock(s: float, t: float, n: int) -> tuple[float, float]:
+    """Saved an image by the mock's verdicts over n masks, half of them good, and by the formula."""
+    labels, truth, bad = LabelSpace.voc(), np.full((2, 2), 8, np.uint8), np.zeros((2, 2), np.uint8)
+    handler = make_handler("mock", sensitivity=s, specificity=t)
+    handler.bind_truth(lambda image_id: truth)
+    good = np.arange(n) < n // 2
+    queries = [JudgeQuery(f"im{i}", None, truth if g else bad, labels=labels) for i, g in enumerate(good)]
+    yes = np.array([j.verdict == "yes" for j in handler.judge(queries)])
+    return float((239.7 * yes - 9 - 100 * (yes & ~good)).mean()), break_even(0.5, s, t, c_judge=9, psi=100)["saved_s"]
 
 
-def draw(rng: np.random.Generator, n: int, auc: float, base: float) -> tuple[np.ndarray, np.ndarray]:
-    good = rng.random(n) < base
-    latent = rng.normal(size=n) + good * np.sqrt(2) * stats.norm.ppf(auc)
-    return 1 / (1 + np.exp(-latent)), good
+def test_the_mock_follows_the_break_even_formula():
+    saved, formula = seconds_saved_by_the_mock(0.91, 0.23, 6000)
+    assert math.isclose(saved, formula, rel_tol=0.03)
 
 
-def bad_share(threshold: float, auc: float, base: float) -> float:
-    latent = np.log(threshold / (1 - threshold))
-    good = base * stats.norm.sf(latent - np.sqrt(2) * stats.norm.ppf(auc))
-    bad = (1 - base) * stats.norm.sf(latent)
-    return float(bad / (good + bad))
+@pytest.mark.slow
+@pytest.mark.parametrize(("s", "t"), [(0.9, 0.9), (0.91, 0.23), (0.6, 0.7), (1.0, 0.5), (0.7, 0.95)])
+def test_the_mock_reproduces_the_break_even_formula(s: float, t: float):
+    saved, formula = seconds_saved_by_the_mock(s, t, 60_000)
+    assert math.isclose(saved, formula, rel_tol=0.01)
 
 
-@pytest.mark.parametrize(("auc", "n"), [(0.92, 200), (0.92, 500), (0.85, 500)])
-def test_certify_keeps_its_promise(auc: float, n: int):
-    repetitions, alpha, delta = 500, 0.1, 0.1
-    broken = naive = 0
-    for seed in range(repetitions):
-        p_yes, good = draw(np.random.default_rng(seed), n, auc, 0.6)
-        threshold = certify(p_yes, good, alpha, delta)["threshold"]
-        broken += threshold is not None and bad_share(threshold, auc, 0.6) > alpha
-        ordered = np.argsort(-p_yes)
-        observed = np.cumsum(~good[ordered]) / np.arange(1, n + 1)
-        passing = np.flatnonzero(observed <= alpha)
-        naive += len(passing) > 0 and bad_share(p_yes[ordered][passing[-1]], auc, 0.6) > alpha
-    assert broken <= repetitions * delta + 3 * math.sqrt(repetitions * delta * (1 - delta))
-    assert naive > 0.3 * repetitions  # what it protects from
+# ---- scores against independent implementations ----
 
 
-def test_certify_accepts_nothing_rather_than_something_wrong():
+def made_up(seed: int, n: int = 0, ties: bool = False) -> tuple[list[Judgement], np.ndarray, np.ndarray, np.ndarray]:
+    """Judgements with scores, some abstaining, some IoUs unknown; scores and IoUs of the rows that count."""
+    rng = np.random.default_rng(seed)
+    n = n or int(rng.integers(20, 300))
+    iou = rng.beta(3, 2, n)
+    p = 1 / (1 + np.exp(-(4 * (iou - 0.6) + rng.normal(0, 1.5, n))))
+    p = np.round(p, 1) if ties else p
+    iou = np.round(iou, 1) if ties else iou
+    quiet = rng.random(n) < 0.1
+    shown = np.where(rng.random(n) < 0.05, np.nan, iou)
+    said = [
+        Judgement("abstain", p_yes=0.5, id=f"im{i}")
+        if q
+        else Judgement("yes" if x >= 0.5 else "no", p_yes=x, id=f"im{i}")
+        for i, (x, q) in enumerate(zip(p.tolist(), quiet, strict=True))
+    ]
+    counted = ~quiet & ~np.isnan(shown)
+    return said, shown, p[counted], iou[counted]
+
+
+def brute_aurc(p: np.ndarray, good: np.ndarray) -> float:
+    """Mean risk over k = 1..n, the tied in random order: by linear interpolation of the bad count inside each tie."""
+    total, done, bad_done = 0.0, 0, 0
+    for value in sorted(set(p.tolist()), reverse=True):
+        members = ~good[p == value]
+        for k in range(1, len(members) + 1):
+            total += (bad_done + k * members.mean()) / (done + k)
+        done, bad_done = done + len(members), bad_done + members.sum()
+    return total / done
+
+
+def brute_ece(p: np.ndarray, good: np.ndarray) -> float:
+    """Fifteen bins by the middle rank of each distinct score."""
+    bins: dict[int, list[int]] = {}
+    for i, value in enumerate(p.tolist()):
+        middle = (p < value).sum() * 2 + (p == value).sum()
+        bins.setdefault(min(14, int(15 * middle) // (2 * len(p))), []).append(i)
+    return sum(abs(good[rows].sum() - p[rows].sum()) for rows in map(np.array, bins.values())) / len(p)
+
+
+@pytest.mark.parametrize(("seed", "ties"), itertools.product(range(12), (False, True)))
+def test_scores_equal_to_scikit_learn_and_scipy(seed: int, ties: bool):
+    metrics = pytest.importorskip("sklearn.metrics")
+    said, ious, p, iou = made_up(seed, ties=ties)
+    good = iou >= 0.6
+    card = report_card(said, ious, tau=0.6, resamples=20)
+    found = {name: row["value"] for name, row in card["measures"].items()}
+    yes = p >= 0.5
+    wanted = {
+        "roc_auc": metrics.roc_auc_score(good, p),
+        "average_precision": metrics.average_precision_score(good, p),
+        "brier": metrics.brier_score_loss(good, p),
+        "mcc": metrics.matthews_corrcoef(good, yes),
+        "kappa": metrics.cohen_kappa_score(good, yes),
+        "spearman": stats.spearmanr(p, iou).statistic,
+        "aurc": brute_aurc(p, good),
+        "ece": brute_ece(p, good) if ties else found["ece"],
+    }
+    for name, value in wanted.items():
+        assert math.isclose(found[name], value, abs_tol=1e-9), name
+    assert card["scored"] == len(p) == card["judged"]
+    plain = verdict_metrics(said, ious, tau=0.6)
+    assert all(math.isclose(plain[n], found[n]) for n in VERDICT_MEASURES if n in plain)
+
+
+def test_scores_equal_to_torchmetrics():
+    classification = pytest.importorskip("torchmetrics.functional.classification")
+    import torch
+
+    said, ious, p, iou = made_up(5, 400)
+    good = torch.tensor(iou >= 0.7)
+    found = {name: row["value"] for name, row in report_card(said, ious, resamples=1)["measures"].items()}
+    scores = torch.tensor(p)
+    assert math.isclose(found["roc_auc"], classification.binary_auroc(scores, good), abs_tol=1e-6)
+    assert math.isclose(found["average_precision"], classification.binary_average_precision(scores, good), abs_tol=1e-6)
+    assert math.isclose(found["mcc"], classification.binary_matthews_corrcoef(scores, good), abs_tol=1e-6)
+
+
+def test_ece_has_bins_of_equal_mass():
+    """150 distinct scores: fifteen bins of ten."""
     rng = np.random.default_rng(0)
-    assert certify(rng.random(300), rng.random(300) < 0.5)["threshold"] is None
-    assert certify([0.9] * 21, [True] * 21)["threshold"] is None  # too few to know
-    found = certify([0.9] * 22 + [float("nan")] * 5, [True] * 22 + [False] * 5)
-    assert found["accepted"] == 22 and found["threshold"] <= 0.9 and found["n"] == 27
-    assert certify([0.0] * 50, [True] * 50)["threshold"] is None  # below every threshold of the grid
-    assert certify([1.0] * 50, [True] * 50)["accepted"] == 50
-    assert np.all(np.diff(CERTIFY_GRID) < 0)
+    p, iou = np.sort(rng.random(150)), rng.random(150)
+    good = iou >= 0.7
+    wanted = sum(abs(good[k : k + 10].sum() - p[k : k + 10].sum()) for k in range(0, 150, 10)) / 150
+    order = rng.permutation(150)
+    said = [Judgement("yes", p_yes=p[i]) for i in order]
+    assert math.isclose(report_card(said, iou[order], resamples=1)["measures"]["ece"]["value"], wanted)
 
 
-def test_certify_stops_at_the_first_failure():
-    scores, good = [0.99] * 25 + [0.5] * 975, [True] * 20 + [False] * 5 + [True] * 975
-    assert certify(scores, good, min_share=0.5)["accepted"] == 1000  # 5 bad of 1000: passes where it begins
-    assert certify(scores, good, min_share=0.02)["threshold"] is None  # 5 bad of 25 comes first, and fails
+@pytest.mark.parametrize("ties", [False, True])
+def test_weights_are_repeated_rows(ties: bool):
+    """A bootstrap sample by weights equals the measures of the rows written out as often as they were drawn."""
+    said, ious, _, _ = made_up(3, 80, ties)
+    answers = gather_answers(said, ious, 0.6)
+    weights = image_weights(answers.image, 25, np.random.default_rng(0))
+    by_weight = {**verdict_measures(weights, answers), **score_measures(weights, answers)}
+    for r, row in enumerate(weights.astype(int)):
+        copy = answers.take(np.repeat(np.arange(len(answers)), row))
+        once = np.ones((1, len(copy)))
+        for name, value in {**verdict_measures(once, copy), **score_measures(once, copy)}.items():
+            assert math.isclose(by_weight[name][r], value[0], abs_tol=1e-9), name
 
 
-def test_certify_bad_input():
-    for scores, good in [([], []), ([0.5], [True, False]), ([1.5], [True])]:
+def test_images_are_drawn_not_rows():
+    """Ten copies of each row change no interval; ten times the images narrow it."""
+    said, ious, _, _ = made_up(7, 100)
+    once = report_card(said, ious)["measures"]["roc_auc"]
+    copies = report_card(said * 10, np.tile(ious, 10))["measures"]["roc_auc"]
+    apart = report_card(said * 10, np.tile(ious, 10), images=range(1000))["measures"]["roc_auc"]
+    assert once == pytest.approx(copies)
+    assert 2.5 < (once["high"] - once["low"]) / (apart["high"] - apart["low"]) < 4  # the root of ten
+
+
+def test_card_is_pure_by_seed_and_plain():
+    said, ious, _, _ = made_up(1, 60)
+    by = {"round": [i % 3 for i in range(60)], "class": [("cat", "dog") if i % 2 else ("dog",) for i in range(60)]}
+    card = report_card(said, ious, by=by, resamples=50)
+    assert to_json(card) == to_json(report_card(said, ious, by=by, resamples=50))
+    assert to_json(card) != to_json(report_card(said, ious, by=by, resamples=50, seed=1))
+    known = ~np.isnan(ious)
+    assert card["by"]["class"]["dog"]["n"] == known.sum() and card["by"]["class"]["cat"]["n"] == known[1::2].sum()
+    assert sum(part["n"] for part in card["by"]["round"].values()) == card["n"] == known.sum()
+    alone = report_card(said[1::3], ious[1::3], resamples=1)["measures"]["roc_auc"]["value"]
+    assert math.isclose(card["by"]["round"]["1"]["measures"]["roc_auc"]["value"], alone)
+    assert list(card_table(card, "round").index) == ["0", "1", "2"]
+    assert set(card_table(card).index) == {*VERDICT_MEASURES, *SCORE_MEASURES}
+
+
+def test_undefined_measures_are_none():
+    empty = report_card([], [])
+    assert empty["n"] == 0 and all(row["value"] is None for row in empty["measures"].values())
+    silent = report_card([Judgement("abstain", p_yes=0.9)] * 3, [0.9, 0.1, float("nan")])
+    assert silent["n"] == 2 and silent["scored"] == 0 and silent["measures"]["coverage"]["value"] == 0
+    assert silent["measures"]["roc_auc"]["value"] is None and silent["measures"]["brier"]["value"] is None
+    hard = report_card(["yes", "no"], [0.9, 0.1], resamples=10)  # verdicts without scores
+    assert hard["measures"]["kappa"]["value"] == 1 and hard["measures"]["roc_auc"]["value"] is None
+    assert interval_text(hard["measures"]["roc_auc"]) == "-"
+
+
+def test_what_never_occurred_is_not_certain():
+    """20 good masks accepted: precision 1, and the exact interval instead of (1, 1)."""
+    found = report_card([Judgement("yes", p_yes=0.9, id=f"im{i % 20}") for i in range(60)], [0.9] * 60)["measures"]
+    assert found["precision"]["value"] == found["precision"]["high"] == 1
+    assert math.isclose(found["precision"]["low"], 0.025 ** (1 / 20)) and found["specificity"]["value"] is None
+    assert set(RATES) < set(found)
+    perfect = report_card([Judgement("yes", p_yes=0.9), Judgement("no", p_yes=0.1)] * 10, [0.9, 0.1] * 10)["measures"]
+    assert perfect["roc_auc"] == {"value": 1.0, "low": None, "high": None}
+
+
+def test_risk_coverage():
+    coverage, risk = risk_coverage([0.2, 0.9, 0.9, float("nan")], [False, True, False, True])
+    assert coverage.tolist() == [0.5, 0.75] and risk.tolist() == [0.5, 2 / 3]
+    assert risk_coverage([], [])[0].size == 0
+    with pytest.raises(DataError, match="pair up"):
+        risk_coverage([0.5], [])
+
+
+def test_groups_of_a_mask():
+    voc = LabelSpace.voc()
+    truth = np.zeros((10, 10), np.uint8)
+    truth[:1, :3], truth[5] = 8, 255
+    mask = truth.copy()
+    mask[:1, :3] = 12
+    assert mask_groups(mask, truth, voc) == {"class": ("cat", "dog"), "size": "small", "error": "swapped"}
+    assert mask_groups(np.zeros_like(truth), truth, voc)["error"] == "missing"
+    assert mask_groups(truth, np.full_like(truth, 255), voc)["class"] == ()  # nothing is known
+
+
+# ---- judges beside each other ----
+
+
+def pair_of_judges(seed: int, n: int, skill: float) -> tuple[list[Judgement], list[Judgement], np.ndarray]:
+    """Two judges that see the same hard images; the first has `skill` more."""
+    rng = np.random.default_rng(seed)
+    good = rng.random(n) < 0.6
+    hard = rng.normal(size=n)
+    out = []
+    for gain in (1.0 + skill, 1.0):
+        latent = gain * good + hard + 0.5 * rng.normal(size=n)
+        out.append([Judgement("yes", p_yes=1 / (1 + math.exp(-z)), id=f"im{i}") for i, z in enumerate(latent)])
+    return out[0], out[1], np.where(good, 0.9, 0.1)
+
+
+def test_paired_difference_is_narrower_and_signed():
+    better, worse, ious = pair_of_judges(0, 400, 0.8)
+    gap = paired_difference(better, worse, ious)
+    assert gap["low"] > 0 and gap["n"] == 400
+    back = paired_difference(worse, better, ious)
+    assert math.isclose(back["value"], -gap["value"]) and back["high"] < 0
+    a, b = (report_card(judge, ious)["measures"]["roc_auc"] for judge in (better, worse))
+    assert math.isclose(gap["value"], a["value"] - b["value"])
+    apart = math.hypot(a["high"] - a["low"], b["high"] - b["low"])  # if each had images of its own
+    assert gap["high"] - gap["low"] < 0.85 * apart
+
+
+def test_paired_difference_uses_what_both_answered():
+    one, two, ious = pair_of_judges(1, 50, 0.5)
+    one[:10] = [Judgement("abstain", id=j.id) for j in one[:10]]
+    two[5:20] = [Judgement("abstain", id=j.id) for j in two[5:20]]
+    assert paired_difference(one, two, ious)["n"] == 30
+    assert paired_difference(one, two, ious, "balanced_accuracy")["n"] == 30
+    assert paired_difference(one[:5], two[:5], ious[:5])["value"] is None
+    with pytest.raises(ConfigError, match="roc_auc"):
+        paired_difference(one, two, ious, "auc")
+
+
+@pytest.mark.slow
+def test_paired_difference_covers_the_truth():
+    """At least 95 % - 3 sigma of 300 intervals hold the true difference of AUCs."""
+    z = math.sqrt(2 * (1 + 0.25))
+    true = stats.norm.cdf(1.5 / z) - stats.norm.cdf(1 / z)
+    hits = 0
+    for seed in range(300):
+        one, two, ious = pair_of_judges(seed, 200, 0.5)
+        gap = paired_difference(one, two, ious, resamples=500)
+        hits += gap["low"] <= true <= gap["high"]
+    assert hits >= 300 * 0.95 - 3 * math.sqrt(300 * 0.95 * 0.05), hits
+
+
+def test_ranking_says_who_deserves_trust():
+    better, worse, ious = pair_of_judges(2, 400, 1.0)
+    nods = [Judgement("yes", p_yes=1.0, id=j.id) for j in better]
+    judges: dict[str, Any] = {"always_yes": nods, "confidence (margin)": worse, "vlm": better}
+    ranking = rank_judges(judges, ious)
+    assert list(ranking.table.index) == ["vlm", "confidence (margin)", "always_yes"]
+    assert ranking.best_free == "confidence (margin)" and ranking.trusted == ("vlm",)
+    assert ranking.sentence.startswith("Deserves trust: vlm is better than confidence (margin)")
+    assert math.isnan(float(ranking.table.loc["confidence (margin)"]["difference"]))
+    other = rank_judges({**judges, "confidence (margin)": better, "vlm": worse}, ious)
+    assert other.trusted == () and other.sentence.startswith("No judge deserves more trust than what is free")
+    assert rank_judges({"always_yes": nods}, ious).sentence.startswith("Only free judges")
+    mute = rank_judges({"vlm": [Judgement("abstain", id=j.id) for j in better], "always_yes": nods}, ious)
+    assert mute.trusted == () and "cannot be compared" in mute.sentence
+    alone = rank_judges({"vlm": better}, ious)
+    assert alone.best_free is None and alone.trusted == ("vlm",) and "a coin" in alone.sentence
+
+
+@pytest.mark.slow
+def test_a_judge_that_knows_nothing_is_seldom_trusted():
+    """Twenty judges of noise, 40 samples: the level is split, so hardly one is called better."""
+    trusted = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        ious = rng.random(120)
+        said = {f"noise {k}": [Judgement("yes", p_yes=float(p)) for p in rng.random(120)] for k in range(5)}
+        said["always_yes"] = [Judgement("yes", p_yes=1.0)] * 120
+        trusted += bool(rank_judges(said, ious, resamples=400).trusted)
+    assert trusted <= 40 * 0.05 + 3 * math.sqrt(40 * 0.05 * 0.95)
+
+
+def test_report_card_bad_input():
+    for call in (
+        lambda: report_card(["yes"], []),
+        lambda: report_card(["yes"], [0.5], images=[]),
+        lambda: report_card(["yes"], [0.5], by={"class": ["cat", "dog"]}),
+    ):
         with pytest.raises(DataError):
-            certify(scores, good)
-    for options in ({"alpha": 0}, {"delta": 1}, {"min_share": 2}):
+            call()
+    for options in ({"resamples": 0}, {"level": 1}, {"tau": 2}):
         with pytest.raises(ConfigError):
-            certify([0.5], [True], **options)
+            report_card(["yes"], [0.5], **options)
+    with pytest.raises(ConfigError, match="Did you mean 'class'"):
+        card_table(report_card(["yes"], [0.5], by={"class": ["cat"]}), by="clas")
+
+
+# ---- figures: the lines that are drawn ----
+
+
+def lines_of(figure: Any) -> dict[str, np.ndarray]:
+    """Label -> points (N, 2)."""
+    return {line.get_label().split(":")[0]: line.get_xydata() for line in figure.axes[0].get_lines()}
+
+
+def test_roc_is_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    said, ious, p, iou = made_up(4, ties=True)
+    drawn = lines_of(plot_roc({"vlm": said, "mute": ["yes"] * len(said)}, ious.tolist(), tau=0.6))
+    false, true, _ = metrics.roc_curve(iou >= 0.6, p, drop_intermediate=False)
+    assert np.allclose(drawn["vlm"], np.stack([false, true], axis=1)) and "mute" not in drawn
+
+
+def test_risk_curve_ends_at_the_share_of_bad_masks():
+    said, ious, p, iou = made_up(5)
+    drawn = lines_of(plot_risk_coverage({"vlm": said}, ious.tolist(), alpha=None))["vlm"]
+    known = (~np.isnan(ious)).sum()
+    assert np.allclose(drawn[-1], [len(p) / known, (iou < 0.7).mean()])
+
+
+def test_acceptance_counts_by_iou():
+    ious = [0.1, 0.2, 0.65, 0.75, 0.75, 1.0, float("nan")]
+    verdicts = ["yes", "no", "abstain", "yes", "no", "yes", "yes"]
+    (figure,) = [plot_acceptance({"vlm": [Judgement(v) for v in verdicts]}, ious)]  # type: ignore[arg-type]
+    points = figure.axes[0].containers[0].lines[0].get_xydata()
+    assert points.tolist() == [[0, 0.5], [4, 0.5], [6, 1.0]]  # the bin of .65 holds only an abstention
+    assert figure.axes[0].get_xticklabels()[0].get_text() == "0 to 0.3\n2"
+
+
+def test_break_even_lines_are_the_formula():
+    said = [Judgement(v) for v in ["yes"] * 3 + ["no"] * 2 + ["yes"]]
+    card = report_card(said, [0.9, 0.9, 0.1, 0.1, 0.9, 0.8], resamples=1)
+    drawn = lines_of(plot_break_even({"vlm": card}, c_mask=100.0))["vlm"]
+    rates = (card["measures"][m]["value"] for m in ("base_rate", "sensitivity", "specificity"))
+    assert np.allclose(drawn[:, 1], break_even(*rates, c_mask=100.0, psi=drawn[:, 0])["saved_s"])
+    with pytest.raises(DataError, match="nothing to draw"):
+        plot_break_even({"vlm": report_card(["yes"], [0.9], resamples=1)})
+
+
+def test_worst_mistakes_come_first():
+    said = [Judgement("yes", p_yes=p) for p in (0.9, 0.6, 0.9, 0.8)] + [
+        Judgement("no", p_yes=0.1),
+        Judgement("abstain"),
+    ]
+    assert worst_mistakes(said, [0.1, 0.1, 0.6, 0.9, 0.95, 0.9]) == [0, 4, 1, 2]
+    assert worst_mistakes(said, [float("nan")] * 6) == [] and len(worst_mistakes(said, [0.1] * 6, count=1)) == 1
+
+
+def test_reliability_leaves_hard_judges_out():
+    said, ious, p, iou = made_up(6, 200)
+    figure = plot_reliability({"vlm": said, "hard": ["yes"] * 200}, ious.tolist(), bins=5)  # type: ignore[dict-item]
+    (container,) = figure.axes[0].containers
+    points = container.lines[0].get_xydata()
+    order = np.argsort(p, kind="stable")
+    wanted = [[p[rows].mean(), (iou[rows] >= 0.7).mean()] for rows in np.array_split(order, 5)]
+    assert np.allclose(points, wanted)

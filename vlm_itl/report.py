@@ -312,7 +312,19 @@ FREE_SETTINGS = (
     "test_every_round",
 )  # fmt: skip
 # settings by which runs are compared; beside them all that start with "judge", "strategy" or "region"
-ARM_SETTINGS = ("mode", "strategy", "cold_start", "unit", "judge", "policy", "question", "acceptance")
+ARM_SETTINGS = (
+    "mode",
+    "strategy",
+    "cold_start",
+    "unit",
+    "judge",
+    "policy",
+    "question",
+    "acceptance",
+    "alpha",
+    "delta",
+    "min_share",
+)
 _ARM_STARTS = ("judge", "strategy", "region")
 
 
