@@ -21,12 +21,11 @@ import tiny_vlms
 
 from vlm_itl.core import ConfigError, JudgeError
 from vlm_itl.experiment import make_config, run_al
-from vlm_itl.hf_judge import (
-    HFJudge,
+from vlm_itl.hf_judge import HFJudge, share_image_features
+from vlm_itl.hf_model import (
     answer_tokens,
     first_logits,
     load_vlm,
-    share_image_features,
     vlm_inputs,
     yes_no,
 )
