@@ -68,19 +68,47 @@ def main(repeats: int = 5) -> None:
     matrix, jaccard = ConfusionMatrix(C), JaccardIndex("multiclass", num_classes=C, ignore_index=VOID)
     ways = [(matrix.update, pairs), (matrix.update, as_tensors), (evaluate_way, pairs), (jaccard.update, as_tensors)]
     ours, wide, theirs, torchmetrics = milliseconds(ways, repeats)
-    row("mIoU, uint8 masks, against evaluate's way", round(ours, 3), round(theirs, 3), "ms/image",
-        round(theirs / ours, 1), ">= 8", theirs / ours >= 8)
-    row("mIoU, uint8 masks, against torchmetrics", round(ours, 3), round(torchmetrics, 3), "ms/image",
-        round(torchmetrics / ours, 1), ">= 8", torchmetrics / ours >= 8)
-    row("mIoU, int64 tensors, against torchmetrics", round(wide, 3), round(torchmetrics, 3), "ms/image",
-        round(torchmetrics / wide, 1), "none", True)
+    row(
+        "mIoU, uint8 masks, against evaluate's way",
+        round(ours, 3),
+        round(theirs, 3),
+        "ms/image",
+        round(theirs / ours, 1),
+        ">= 8",
+        theirs / ours >= 8,
+    )
+    row(
+        "mIoU, uint8 masks, against torchmetrics",
+        round(ours, 3),
+        round(torchmetrics, 3),
+        "ms/image",
+        round(torchmetrics / ours, 1),
+        ">= 8",
+        torchmetrics / ours >= 8,
+    )
+    row(
+        "mIoU, int64 tensors, against torchmetrics",
+        round(wide, 3),
+        round(torchmetrics, 3),
+        "ms/image",
+        round(torchmetrics / wide, 1),
+        "none",
+        True,
+    )
 
     hits, predicted, true = sum(evaluate_way(p, t) for p, t in pairs).astype(float)
     peer_iou = hits / (predicted + true - hits)
     our_iou = class_iou(sum(count_pairs(p, t, C) for p, t in pairs))
     difference = float(np.nanmax(np.abs(our_iou - peer_iou)))
-    row("mIoU, largest difference of a class", float(np.nanmean(our_iou)), float(np.nanmean(peer_iou)), "IoU",
-        difference, "<= 1e-9", difference <= 1e-9)
+    row(
+        "mIoU, largest difference of a class",
+        float(np.nanmean(our_iou)),
+        float(np.nanmean(peer_iou)),
+        "IoU",
+        difference,
+        "<= 1e-9",
+        difference <= 1e-9,
+    )
 
 
 if __name__ == "__main__":

@@ -105,11 +105,25 @@ def memory(work: str, repeats: int) -> None:
             whole[count].append(before + more)
     few, lot = median(whole[SCENES]), median(whole[3 * SCENES])
     ratio = lot / few
-    row(f"{work}, peak memory, 600 images against 200", round(lot, 1), round(few, 1), "MB", round(ratio, 3),
-        "0.9 to 1.1", 0.9 <= ratio <= 1.1)
+    row(
+        f"{work}, peak memory, 600 images against 200",
+        round(lot, 1),
+        round(few, 1),
+        "MB",
+        round(ratio, 3),
+        "0.9 to 1.1",
+        0.9 <= ratio <= 1.1,
+    )
     few, lot = median(added[SCENES]), median(added[3 * SCENES])
-    row(f"{work}, memory above the loaded model, 600 against 200", round(lot, 1), round(few, 1), "MB",
-        round(lot / few, 3), "0.9 to 1.1", 0.9 <= lot / few <= 1.1)
+    row(
+        f"{work}, memory above the loaded model, 600 against 200",
+        round(lot, 1),
+        round(few, 1),
+        "MB",
+        round(lot / few, 3),
+        "0.9 to 1.1",
+        0.9 <= lot / few <= 1.1,
+    )
 
 
 # --- uncertainty ------------------------------------------------------------------------------------------------------
@@ -146,8 +160,10 @@ def segformer_b0(labels: LabelSpace) -> Segmenter:
 def uncertainty(repeats: int) -> None:
     "Fused maps against three softmaxes, and against the forward pass they follow."
     labels = LabelSpace.voc()
-    sizes = {"segformer-b0 at 512": (segformer_b0(labels), 512),
-             "segformer-nano at 96": (load_model("segformer-nano", labels), SIZE)}
+    sizes = {
+        "segformer-b0 at 512": (segformer_b0(labels), 512),
+        "segformer-nano at 96": (load_model("segformer-nano", labels), SIZE),
+    }
     for name, (model, side) in sizes.items():
         batch = 1 if side == 512 else 8
         pixels = torch.randint(0, 256, (batch, 3, side, side), dtype=torch.uint8)
@@ -155,16 +171,32 @@ def uncertainty(repeats: int) -> None:
             logits = model(pixels)
             ours, theirs = uncertainty_maps(logits), three_softmaxes(logits)
         difference = max(float((ours[key] - theirs[key]).abs().max()) for key in theirs)
-        ways = [lambda x=logits: uncertainty_maps(x), lambda x=logits: three_softmaxes(x),
-                lambda m=model, p=pixels: m(p)]
+        ways = [
+            lambda x=logits: uncertainty_maps(x),
+            lambda x=logits: three_softmaxes(x),
+            lambda m=model, p=pixels: m(p),
+        ]
         fused, separate, forward = milliseconds(ways, repeats)
         counts = name.startswith("segformer-b0")  # the goal speaks of a network of the usual size
-        row(f"uncertainty, {name}, against three softmaxes", round(fused, 3), round(separate, 3), "ms",
-            round(fused / separate, 3), "< 1", fused < separate)
-        row(f"uncertainty, {name}, against a forward pass", round(fused, 3), round(forward, 3), "ms",
-            round(fused / forward, 4), "<= 0.03" if counts else "none", fused <= 0.03 * forward or not counts)
-        row(f"uncertainty, {name}, largest difference", difference, 0.0, "", difference, "<= 1e-5",
-            difference <= 1e-5)
+        row(
+            f"uncertainty, {name}, against three softmaxes",
+            round(fused, 3),
+            round(separate, 3),
+            "ms",
+            round(fused / separate, 3),
+            "< 1",
+            fused < separate,
+        )
+        row(
+            f"uncertainty, {name}, against a forward pass",
+            round(fused, 3),
+            round(forward, 3),
+            "ms",
+            round(fused / forward, 4),
+            "<= 0.03" if counts else "none",
+            fused <= 0.03 * forward or not counts,
+        )
+        row(f"uncertainty, {name}, largest difference", difference, 0.0, "", difference, "<= 1e-5", difference <= 1e-5)
 
 
 # --- Trainer ----------------------------------------------------------------------------------------------------------
@@ -219,15 +251,36 @@ def trainer(repeats: int) -> None:
                 way(data, count)
                 taken[count].append(time.process_time() - start)
     one, two = slope(times[0]), slope(times[1])
-    row("training step, Trainer against a bare loop", round(one, 1), round(two, 1), "ms", round(one / two, 3),
-        "<= 1.03", one <= 1.03 * two)
+    row(
+        "training step, Trainer against a bare loop",
+        round(one, 1),
+        round(two, 1),
+        "ms",
+        round(one / two, 3),
+        "<= 1.03",
+        one <= 1.03 * two,
+    )
     start = [median(t[STEPS[0]]) - STEPS[0] * s / 1000 for t, s in zip(times, (one, two), strict=True)]
-    row("training, cost of a call without its steps", round(start[0], 2), round(start[1], 2), "s",
-        round(start[0] / max(start[1], 1e-3), 2), "none", True)
+    row(
+        "training, cost of a call without its steps",
+        round(start[0], 2),
+        round(start[1], 2),
+        "s",
+        round(start[0] / max(start[1], 1e-3), 2),
+        "none",
+        True,
+    )
     first, second = ours(data, 3).state_dict(), bare(data, 3).state_dict()
     difference = max(float((first[key].double() - second[key].double()).abs().max()) for key in first)
-    row("training, largest difference of a weight after 3 steps", difference, 0.0, "", difference, "<= 1e-6",
-        difference <= 1e-6)
+    row(
+        "training, largest difference of a weight after 3 steps",
+        difference,
+        0.0,
+        "",
+        difference,
+        "<= 1e-6",
+        difference <= 1e-6,
+    )
 
 
 def main(repeats: int = 5) -> None:
