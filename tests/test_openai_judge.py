@@ -101,7 +101,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         content = wish["messages"][-1]["content"]
         assert content[0]["image_url"]["url"].startswith("data:image/png;base64,")
-        match = re.match(r"Q(\d+)", content[1]["text"])
+        match = re.search(r"\bQ(\d+):", content[1]["text"])
         number = int(match[1]) if match else -1
         server = self.server
         with server.lock:
@@ -531,7 +531,8 @@ def test_what_is_in_the_key_of_the_cache() -> None:
         {"model": "n"},
         {"base_url": "http://127.0.0.1:2/v1"},
         {"revision": "b"},
-        {"alpha": 0.4},
+        {"style": "contour"},
+        {"max_side": None},
         {"system": "You are strict."},
         {"temperature": 0.1},
         {"max_tokens": 65},
@@ -539,7 +540,7 @@ def test_what_is_in_the_key_of_the_cache() -> None:
         {"stated": True},
         {"extra_body": {"top_k": 1}},
     ]
-    assert len({query_key(ask(1), make_handler("openai", **{**base, **other})) for other in others} | {key}) == 11
+    assert len({query_key(ask(1), make_handler("openai", **{**base, **other})) for other in others} | {key}) == 12
 
 
 def test_prices() -> None:

@@ -25,7 +25,8 @@ from PIL import Image
 
 from .cache import JudgeStopped
 from .core import ConfigError, JudgeError, check_choice, check_number, progress
-from .vlm import Judgement, JudgeQuery, VLMHandler, abstain, parse_answer, register_handler, render_overlay
+from .render import STYLES, instruct, render
+from .vlm import Judgement, JudgeQuery, VLMHandler, abstain, parse_answer, register_handler
 
 # %% ../nbs/06d_openai_judge.ipynb #openai-price
 PRICES_AS_OF = "2025-07"  # list prices; look them up before a large run
@@ -148,8 +149,8 @@ class OpenAIHandler(VLMHandler):
         base_url: str | None = None,  # "http://localhost:8000/v1"; None: OpenAI
         api_key_env: str | None = None,  # variable that holds the key; None: OPENAI_API_KEY for OpenAI, else no key
         revision: str = "",  # of a model you serve yourself, for the cache
-        style: str = "overlay",  # how the mask is drawn
-        alpha: float = 0.5,  # weight of the colour, in [0, 1]
+        style: str = "overlay",  # how the mask is drawn: a row of `render.STYLES`
+        max_side: int | None = 768,  # longest side of the picture in pixels; None: native size
         system: str = "",  # a system message
         logprobs: bool = True,  # ask for log-probabilities
         votes: int = 0,  # answers to sample where no log-probabilities come; 0 or 1: none
@@ -171,8 +172,10 @@ class OpenAIHandler(VLMHandler):
         self.model, self.revision, self.system = model, revision, system
         self.base_url = self._checked_url(base_url)
         self.api_key_env = self._checked_variable(api_key_env)
-        self.style = check_choice("judge 'openai': style", style, ("overlay",))
-        self.alpha = check_number("judge 'openai': alpha", alpha, 0, 1)
+        self.style = check_choice("judge 'openai': style", style, STYLES)
+        self.max_side = (
+            None if max_side is None else check_number("judge 'openai': max_side", max_side, 8, integer=True)
+        )
         self.logprobs, self.stated, self.structured = bool(logprobs), bool(stated), bool(structured or stated)
         self.votes = check_number("judge 'openai': votes", votes, 0, integer=True)
         self.max_tokens = check_number("judge 'openai': max_tokens", max_tokens, 1, integer=True)
@@ -233,7 +236,7 @@ class OpenAIHandler(VLMHandler):
     def identity(self) -> dict[str, Any]:  # for the cache
         "What can change an answer. How fast it is asked cannot."
         names = (
-            "model revision base_url style alpha system logprobs votes stated structured max_tokens temperature "
+            "model revision base_url style max_side system logprobs votes stated structured max_tokens temperature "
             "min_mass extra_body"
         )
         return {name: getattr(self, name) for name in names.split()}
@@ -243,14 +246,21 @@ class OpenAIHandler(VLMHandler):
         query: JudgeQuery,  # with an image
     ) -> Image.Image:  # RGB, what the judge sees
         "The picture that is sent."
-        return render_overlay(query.picture(), query.mask, query.labels, self.alpha, query.classes())
+        return render(query, self.style, self.max_side)
+
+    def query_text(
+        self,
+        query: JudgeQuery,  # classes and question
+    ) -> str:  # what the judge is asked
+        "How to read the picture, legend and question."
+        return instruct(query, self.style)
 
     def _request(self, query: JudgeQuery, sampled: int = 0) -> dict[str, Any]:
         "The fields of a request; `sampled` > 0: so many answers at temperature 1."
         buffer = io.BytesIO()
         self.render_query(query).save(buffer, "PNG")
         url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-        text = query.text() + (_NUMBER if self.stated else "")
+        text = self.query_text(query) + (_NUMBER if self.stated else "")
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
         messages: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
         fields: dict[str, Any] = {
