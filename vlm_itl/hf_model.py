@@ -21,7 +21,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from .core import ConfigError, JudgeError, stable_hash
+from .core import ConfigError, JudgeError, refuse_secrets, stable_hash
 from .labels import short_error
 
 # %% ../nbs/06ab_hf_model.ipynb #hf-words
@@ -131,6 +131,8 @@ def load_vlm(
 ) -> LoadedVLM:
     "Load a model; `ConfigError` if it cannot judge, `JudgeError` if it cannot be had."
     options = dict(model_options or {})
+    for what, given in (("model_options", model_options), ("processor_options", processor_options)):
+        refuse_secrets(f"judge 'hf': {what}", given)  # HF_TOKEN is read by transformers itself
     if not isinstance(name, str) or not name.strip():
         raise ConfigError(f"judge 'hf': model must be a folder or a name on the Hub, not {name!r}.")
     place = str(Path(name).expanduser()) if _is_path(name) else name
