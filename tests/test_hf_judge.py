@@ -119,6 +119,21 @@ def test_equals_the_decision_pipeline(kind: str, folders: dict[str, Path], judge
     assert [f.p_yes for f in found] == pytest.approx(wanted, abs=1e-5)
 
 
+def test_the_decision_pipeline_cannot_ask_blip(folders: dict[str, Path]) -> None:
+    """BLIP-VQA has no chat template and starts its answer in a decoder: its own `generate`, below, is the measure."""
+    pytest.importorskip("transformers.pipelines.decision")
+    from transformers.decision import DecisionConfig
+
+    model = transformers.BlipForQuestionAnswering.from_pretrained(folders["blip"]).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folders["blip"], backend="pil")
+    pipe = transformers.pipeline(
+        "decision", model=model, tokenizer=processor.tokenizer, processor=processor, decision_config=DecisionConfig()
+    )
+    request = {"state": "img-1", "questions": {"q": {"type": "noul", "instructions": "Good?"}}}
+    with pytest.raises(ValueError, match="chat template"):
+        pipe({**request, "assets": {"img-1": photo(0)}})
+
+
 @pytest.mark.parametrize("kind", tiny_vlms.KINDS)
 def test_equals_one_step_of_generate(kind: str, judge: Callable[..., HFJudge]) -> None:
     """The first step of the model's own `generate`, one item at a time."""
