@@ -493,6 +493,7 @@ def test_a_killed_judge_asks_at_most_one_batch_again(tmp_path: Path) -> None:
     assert len(before | after) == 400 == len(JudgementCache(tmp_path / "c.sqlite"))
 
 
+@pytest.mark.slow
 def test_two_judging_processes_share_one_file(tmp_path: Path) -> None:
     """The same 400 questions from two processes at once: both end, every answer is there once."""
     command = [sys.executable, "-c", JUDGING, str(tmp_path / "c.sqlite")]
