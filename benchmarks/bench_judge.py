@@ -1,4 +1,4 @@
-"""What a local judge costs, side by side with `generate`, on two tiny models of real proportions.
+"""What a local judge costs, side by side with `generate`, on two tiny models.
 
 Run as `python benchmarks/bench_judge.py [rounds]` (default 5; three minutes): one thread, CPU time, everything from
 photograph and mask to the verdict. All ways take turns within a round; the medians over rounds are compared. One JSON
@@ -7,8 +7,10 @@ row a line with the keys {part, ours, peer, unit, ratio, goal, holds}, all of th
 The models have random weights, 26 and 29 million of them: a LLaVA (CLIP, 256 tokens a picture, all read by the language
 model) and an Idefics3 like SmolVLM (64 tokens a picture; a deep, narrow language model; a large vocabulary). Their
 tokenizer is trained on the questions, so that a question has as many tokens as with a real one: 48 to 98, legend
-included. Where reading the picture is nearly all the work, as in this LLaVA, two more tokens cost little, and one
-question a picture gains little over `generate`.
+included. Where looking and reading are nearly all the work, as in this LLaVA, two more tokens cost little, and one
+question a picture gains little over `generate`; an Idefics3 of 25 million weights that saw 512-pixel pictures (1,024
+patches) gained nothing there (ratio 1.0), so that figure tells more about the shape of a model than about the judge.
+The comparison of both passes on the first batches (see `SharedPrefix`) happens once a run and is not in the medians.
 """
 
 import json
