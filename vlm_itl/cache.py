@@ -55,10 +55,12 @@ def query_key(
     elif query.image is not None:
         shown = np.asarray(query.picture())  # (H, W, 3)
     simulated = (query.id, handler.truth(query.id)) if handler.needs_truth else None
+    text: Callable[[JudgeQuery], str] | None = getattr(handler, "query_text", None)
+    asked = query.text() if text is None else text(query)
     extra = json.dumps(plain(query.extra), sort_keys=True)
     names = tuple(query.labels.names)
     classes = tuple(query.classes())
-    return stable_hash(who, query.question, query.text(), names, classes, extra, shown, query.mask, simulated).hex()
+    return stable_hash(who, query.question, asked, names, classes, extra, shown, query.mask, simulated).hex()
 
 # %% ../nbs/06c_cache.ipynb #cache-final
 def is_final(
