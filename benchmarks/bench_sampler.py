@@ -1,45 +1,262 @@
-"""What scores and selects cost, side by side with the plain way of doing the same.
+"""What scores and selects cost, side by side with the plain way of doing the same and with other libraries.
 
-Run as `python benchmarks/bench_sampler.py [N [k]]` (default 10000 images, 500 picks: a minute, and 0.4 GB for the full
-matrix): one thread, CPU time, medians, one JSON row a line with the keys {part, ours, peer, unit, ratio, goal, holds}.
-The peers here are formulas, not libraries: three softmaxes, T full forward passes, the full distance matrix.
+Run as `python benchmarks/bench_sampler.py` (six minutes, 3 GB) in an environment that holds the peers, as settings.ini
+says beside `extra_peers`; rows of absent peers say so. One thread, CPU time, medians of turns taken in one process;
+memory is the peak over what was there before, each measured in a process of its own. One JSON row a line with the keys
+{part, ours, peer, unit, ratio, goal, holds}, all of them also in results/bench_sampler.json.
 """
 
+import gc
+import importlib.util
 import json
+import math
+import os
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch read it
+
 import numpy as np
 import torch
+from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from vlm_itl.labels import LabelSpace
-from vlm_itl.model import Segmenter
-from vlm_itl.sampler import kcenter_greedy
-from vlm_itl.scores import make_second_look
-from vlm_itl.train import uncertainty_maps
+from vlm_itl.core import make_rng, project_root, write_json
+from vlm_itl.labels import DecodeRows, LabelSpace, make_rows
+from vlm_itl.model import Segmenter, load_model
+from vlm_itl.sampler import Sampler, kcenter_greedy
+from vlm_itl.scores import make_second_look, scoring_options
+from vlm_itl.selects import ball_radius, probcover
+from vlm_itl.train import Inference, MaskStore, score_pool, uncertainty_maps
 
 T = 10  # looks
+IMAGES = 32  # of BALD, 256 x 256
+BATCH = 8
+PEERS = {"baal": "pip install baal==2.1.0", "skmatter": "pip install --no-deps skmatter==0.4.1"}
+ROWS: list[dict[str, Any]] = []
 
 
-def cpu_seconds(function: Callable[[], Any], repeats: int = 3) -> float:
-    "Median CPU time of a call, after one to warm up."
+def show(row: dict[str, Any]) -> None:
+    "Print one line and keep it."
+    ROWS.append(row)
+    print(json.dumps(row), flush=True)
+
+
+def row(part: str, ours: float, peer: float, unit: str, ratio: float, goal: str, holds: bool) -> None:
+    "One comparison."
+    numbers = {"ours": round(ours, 2), "peer": round(peer, 2), "unit": unit, "ratio": float(f"{ratio:.3g}")}
+    show({"part": part, **numbers, "goal": goal, "holds": bool(holds)})
+
+
+def missing(name: str, *parts: str) -> bool:
+    "Is a peer absent? Then its rows say so."
+    if importlib.util.find_spec(name):
+        return False
+    for part in parts:
+        show({"part": part, "holds": None, "missing": PEERS[name]})
+    return True
+
+
+def turns(functions: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
+    "Median CPU milliseconds of each, one after the other in every round, after one round to warm up."
+    found: dict[str, list[float]] = {name: [] for name in functions}
+    for number in range(repeats + 1):
+        for name, function in functions.items():
+            start = time.process_time()
+            function()
+            if number:
+                found[name].append(1e3 * (time.process_time() - start))
+    return {name: median(values) for name, values in found.items()}
+
+
+# ---- memory, and what is measured in a process of its own
+
+
+def status(key: str) -> float:
+    "A number of /proc/self/status in MB."
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+
+
+def extra(function: Callable[[], Any]) -> dict[str, float]:
+    "Peak memory over what there was before, MB, and CPU seconds."
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before, start = status("VmRSS"), time.process_time()
     function()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        function()
-        times.append(time.process_time() - start)
-    return median(times)
+    seconds = time.process_time() - start
+    peak = min(status("VmHWM"), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return {"mb": peak - before, "seconds": seconds}
 
 
-def row(part: str, ours: float, peer: float, ratio: float, goal: str, holds: bool) -> None:
-    "Print one line."
-    record = {"part": part, "ours": round(1e3 * ours, 2), "peer": round(1e3 * peer, 2), "unit": "ms"}
-    print(json.dumps({**record, "ratio": round(ratio, 4), "goal": goal, "holds": holds}), flush=True)
+def small_model() -> Segmenter:
+    "A SegFormer of the size of B0 with random weights, for VOC."
+    labels = LabelSpace.voc()
+    torch.manual_seed(0)
+    net = SegformerForSemanticSegmentation(SegformerConfig(num_labels=len(labels)))
+    return Segmenter(net, labels, name="b0").eval()
+
+
+def bald(way: str) -> dict[str, float]:
+    "BALD of images by us or by baal, at 1/4 size, from the same network and pixels."
+    model = small_model()
+    pixels = torch.randint(0, 256, (IMAGES, 3, 256, 256), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.inference_mode():
+        model(pixels[:1])
+    if way == "ours":
+        look = make_second_look(["bald-mean"], passes=T)
+        valid = torch.ones(BATCH, 64, 64, dtype=torch.bool)
+        return extra(lambda: [look(model, pixels[i : i + BATCH], valid) for i in range(0, IMAGES, BATCH)])
+    from baal import ModelWrapper
+    from baal.active.heuristics import BALD
+    from baal.bayesian.dropout import patch_module
+    from baal.modelwrapper import TrainingArgs
+
+    args = TrainingArgs(batch_size=BATCH, workers=0, use_cuda=False, replicate_in_memory=way != "lean")
+    wrapper = ModelWrapper(patch_module(model), args)
+    data = torch.utils.data.TensorDataset(pixels)
+    if way == "array":
+        return extra(
+            lambda: BALD(reduction="mean").get_ranks(wrapper.predict_on_dataset(data, T, verbose=False))  # type: ignore[arg-type]
+        )
+    return extra(
+        lambda: BALD(reduction="mean").get_ranks(wrapper.predict_on_dataset_generator(data, T, verbose=False))  # type: ignore[arg-type]
+    )
+
+
+def scoring(count: str) -> dict[str, float]:
+    "One pass over images on disk: scores of one look and of several, embedding, masks written."
+    labels = LabelSpace.voc()
+    with tempfile.TemporaryDirectory() as name:
+        folder, rng = Path(name), make_rng(0, "bench", "images")
+        paths = [folder / f"{i:05d}.png" for i in range(int(count))]
+        for path in paths:
+            coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            coarse.resize((128, 96), Image.Resampling.BICUBIC).save(path, compress_level=1)
+        rows = make_rows([p.stem for p in paths], paths).with_transform(DecodeRows(labels))
+        model = load_model("segformer-nano", labels)
+        options = scoring_options(["entropy-topk", "bald-mean", "bald-patch_max"], passes=4)
+        masks = MaskStore(folder / "masks", labels)
+        return extra(lambda: score_pool(model, rows, Inference(96, batch_size=BATCH), masks=masks, **options))
+
+
+class Pool:
+    "Features and nothing else."
+
+    def __init__(self, embedding: np.ndarray) -> None:
+        self.ids = [f"{i:06d}" for i in range(len(embedding))]
+        self.scores: dict[str, np.ndarray] = {}
+        self.embedding = embedding
+        self.class_hist = np.full((len(embedding), 21), 1 / 21, dtype=np.float32)
+
+
+def grouped(n: int, dim: int) -> np.ndarray:
+    "Features of 21 groups that overlap a little."
+    rng = make_rng(0, "bench", "features")
+    group = rng.integers(0, 21, n)
+    return (rng.normal(size=(21, dim))[group] + rng.normal(size=(n, dim))).astype(np.float32)
+
+
+def coreset_large(count: str) -> dict[str, float]:
+    "1000 picks of N by core-set, d = 256, through the sampler."
+    pool = Pool(grouped(int(count), 256))
+    found = extra(lambda: Sampler("coreset").select(pool, pool.ids, 1000, make_rng(0)))
+    return {**found, "features": pool.embedding.nbytes / 2**20}
+
+
+def probcover_large(count: str) -> dict[str, float]:
+    "1000 picks of N by probcover, d = 64, with the radius it finds."
+    points = grouped(int(count), 64)
+    radius = ball_radius(points, 21, make_rng(0))
+    found = extra(lambda: probcover(points, points[:0], 1000, radius))
+    return {**found, "features": points.nbytes / 2**20}
+
+
+CHILDREN: dict[str, Callable[[str], dict[str, float]]] = {
+    "bald": bald,
+    "scoring": scoring,
+    "coreset": coreset_large,
+    "probcover": probcover_large,
+}
+
+
+def alone(name: str, argument: str) -> dict[str, float]:
+    "The same in a fresh process."
+    command = [sys.executable, __file__, "--measure", name, argument]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.strip().splitlines()[-1])
+
+
+# ---- the parts
+
+
+def score_rows() -> None:
+    "Fused scores and BALD against forward passes."
+    model = small_model()
+    pixels = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
+    valid = torch.ones(2, 64, 64, dtype=torch.bool)
+    look = make_second_look(["bald-mean"], passes=T)
+    with torch.inference_mode():
+        logits = model(pixels)
+        full = torch.nn.functional.interpolate(logits, scale_factor=4, mode="bilinear")
+        cost = turns(
+            {
+                "forward": lambda: model(pixels),
+                "fused": lambda: uncertainty_maps(logits),
+                "full": lambda: uncertainty_maps(full),
+                "bald": lambda: look(model, pixels, valid),
+            }
+        )
+    forward = cost["forward"]
+    ratio = cost["fused"] / forward
+    row("three fused scores at 1/4 size / forward pass", cost["fused"], forward, "ms", ratio, "<= 0.03", ratio <= 0.03)
+    ratio = cost["full"] / forward
+    row("three fused scores at full size / forward pass", cost["full"], forward, "ms", ratio, "<= 0.35", ratio <= 0.35)
+    ratio = cost["bald"] / (T * forward)
+    part = f"BALD T = {T} / T forward passes (last layer's dropout: encoded once)"
+    row(part, cost["bald"], T * forward, "ms", ratio, "<= 1.1", ratio <= 1.1)
+    inside = next(m for m in model.encoder.modules() if isinstance(m, torch.nn.Dropout))
+    inside.p = 0.1  # one more active layer, at the start: T whole passes
+    with torch.inference_mode():
+        cost = turns({"forward": lambda: model(pixels), "bald": lambda: look(model, pixels, valid)}, repeats=3)
+    ratio = cost["bald"] / (T * cost["forward"])
+    part = f"BALD T = {T} / T forward passes (dropout in the encoder too: T whole passes)"
+    row(part, cost["bald"], T * cost["forward"], "ms", ratio, "<= 1.1", ratio <= 1.1)
+
+
+def baal_rows() -> None:
+    "BALD against baal's three ways."
+    ways = {
+        "array": "array (its default)",
+        "generator": "generator",
+        "lean": "generator with replicate_in_memory=False (its leanest)",
+    }
+    head = f"BALD T = {T}, {IMAGES} images 256 x 256, 1/4 size, {BATCH} at once"
+    if missing("baal", *[f"{head}: {what} / baal's {way}" for way in ways.values() for what in ("CPU time", "memory")]):
+        return
+    ours = alone("bald", "ours")
+    for way, words in ways.items():
+        theirs = alone("bald", way)
+        ratio = ours["seconds"] / theirs["seconds"]
+        row(
+            f"{head}: CPU time / baal's {words}",
+            ours["seconds"],
+            theirs["seconds"],
+            "s",
+            ratio,
+            "<= 0.333",
+            ratio <= 1 / 3,
+        )
+        ratio = ours["mb"] / theirs["mb"]
+        row(f"{head}: extra memory / baal's {words}", ours["mb"], theirs["mb"], "MB", ratio, "<= 0.5", ratio <= 0.5)
 
 
 def full_matrix(points: np.ndarray, k: int) -> list[int]:
@@ -54,45 +271,61 @@ def full_matrix(points: np.ndarray, k: int) -> list[int]:
     return picks
 
 
-def main(n: int = 10_000, k: int = 500) -> None:
+def coreset_rows(n: int = 10_000, k: int = 500) -> None:
+    "Core-set against the full matrix and skmatter."
+    points = make_rng(0, "bench", "coreset").normal(size=(n, 256)).astype(np.float32)
+    right = kcenter_greedy(points, None, k)[0]
+    size = f"N = {n}, k = {k}, d = 256"
+    assert full_matrix(points, k) == right
+    cost = turns({"ours": lambda: kcenter_greedy(points, None, k), "full": lambda: full_matrix(points, k)}, repeats=1)
+    ratio = cost["full"] / cost["ours"]
+    row(f"full-matrix core-set / ours, {size}", cost["ours"], cost["full"], "ms", ratio, ">= 30", ratio >= 30)
+    part = f"core-set / skmatter's FPS, same picks, {size}"
+    if missing("skmatter", part):
+        return
+    from skmatter.sample_selection import FPS
+
+    def peer() -> Any:
+        return FPS(n_to_select=k, initialize=right[0]).fit(points)
+
+    assert peer().selected_idx_.tolist() == right
+    cost = turns({"ours": lambda: kcenter_greedy(points, None, k), "peer": peer}, repeats=3)
+    ratio = cost["ours"] / cost["peer"]
+    row(part, cost["ours"], cost["peer"], "ms", ratio, "<= 1", ratio <= 1)
+
+
+def memory_rows(large: int = 50_000) -> None:
+    "What must not grow."
+    few, many = (median(alone("scoring", count)["mb"] for _ in range(3)) for count in ("200", "2000"))
+    part = "memory of scoring, 2000 images / 200 images"
+    row(part, many, few, "MB", many / few, "0.9 to 1.1", 0.9 <= many / few <= 1.1)
+    found = alone("coreset", str(large))
+    ratio = found["mb"] / found["features"]
+    part = f"core-set of 1000 of {large}, d = 256: extra memory / features"
+    row(part, found["mb"], found["features"], "MB", ratio, "< 2", ratio < 2)
+    found = alone("probcover", str(large))
+    matrix = large * large * 4 / 2**20
+    ratio = found["mb"] / matrix
+    part = f"probcover of 1000 of {large}, d = 64 ({found['seconds']:.0f} s): extra memory / an N x N matrix in float32"
+    row(part, found["mb"], matrix, "MB", ratio, "<= 0.05", ratio <= 0.05)
+
+
+def main() -> None:
     "All rows."
     torch.set_num_threads(1)
-    labels = LabelSpace.voc()
-    net = SegformerForSemanticSegmentation(SegformerConfig(num_labels=len(labels)))  # the size of B0
-    model = Segmenter(net, labels, name="b0").eval()
-    pixels = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
-    with torch.inference_mode():
-        forward = cpu_seconds(lambda: model(pixels))
-        logits = model(pixels)
-        fused = cpu_seconds(lambda: uncertainty_maps(logits))
-        row(
-            "fused scores at 1/4 size / forward pass",
-            fused,
-            forward,
-            fused / forward,
-            "<= 0.03",
-            fused <= 0.03 * forward,
-        )
-        valid = torch.ones(2, *logits.shape[-2:], dtype=torch.bool)
-        look = make_second_look(["bald-mean"], passes=T)
-        bald = cpu_seconds(lambda: look(model, pixels, valid))
-        row(
-            f"BALD T = {T} / T forward passes",
-            bald,
-            T * forward,
-            bald / forward / T,
-            "<= 1.1",
-            bald <= 1.1 * T * forward,
-        )
-    points = np.random.default_rng(0).normal(size=(n, 256)).astype(np.float32)
-    ours = cpu_seconds(lambda: kcenter_greedy(points, None, k), repeats=1)
-    start = time.process_time()
-    picks = full_matrix(points, k)
-    peer = time.process_time() - start
-    assert picks == kcenter_greedy(points, None, k)[0]
-    part = f"full-matrix core-set / ours, N = {n}, k = {k}, d = 256"
-    row(part, ours, peer, peer / ours, ">= 30", peer >= 30 * ours)
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(CHILDREN[sys.argv[2]](sys.argv[3])))
+        return
+    names = ["numpy", "scikit-learn", "torch", "transformers"] + [n for n in PEERS if importlib.util.find_spec(n)]
+    versions = {name: version(name) for name in names}
+    print(json.dumps({"versions": versions, "missing": [n for n in PEERS if n not in versions]}), flush=True)
+    score_rows()
+    baal_rows()
+    coreset_rows()
+    memory_rows()
+    assert all(math.isfinite(r.get("ratio", 0)) for r in ROWS)
+    write_json(project_root() / "results" / "bench_sampler.json", {"versions": versions, "rows": ROWS})
 
 
 if __name__ == "__main__":
-    main(*(int(a) for a in sys.argv[1:3]))
+    main()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import http.server
+import json
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import time
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,7 @@ from PIL import Image
 from vlm_itl.cache import CachedHandler, JudgementCache, JudgeStopped, handler_identity, is_final, query_key
 from vlm_itl.core import ConfigError, JudgeError
 from vlm_itl.labels import LabelSpace
+from vlm_itl.simulated import MockHandler
 from vlm_itl.vlm import Judgement, JudgeQuery, VLMHandler, abstain, make_handler
 
 VOC = LabelSpace.voc()
@@ -92,7 +97,7 @@ def test_option_handler_and_truth_are_in_the_key() -> None:
     one, two = Counting(seed=1), Counting(seed=2)
     assert query_key(ask(), one) != query_key(ask(), two)
     assert query_key(ask(), make_handler("always_yes")) != query_key(ask(), make_handler("always_no"))
-    mock = make_handler("mock", accuracy=0.5)
+    mock = MockHandler(accuracy=0.5)
     mock.bind_truth(lambda image_id: MASK)
     before = query_key(ask(), mock)
     assert before != query_key(ask(id="other"), mock)
@@ -162,12 +167,12 @@ def test_a_table_of_somebody_else_is_refused(tmp_path: Path) -> None:
 
 
 WRITER = """
-import sys, time
+import sys
 from vlm_itl.cache import JudgementCache
 from vlm_itl.vlm import Judgement
-path, name, batches, go = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
-while time.time() < go:
-    time.sleep(0.001)
+path, name, batches = sys.argv[1], sys.argv[2], int(sys.argv[3])
+print("ready", flush=True)
+sys.stdin.readline()
 cache = JudgementCache(path)
 for batch in range(batches):
     own = {f"{name} {batch} {i}": Judgement("yes", id=f"{i}") for i in range(8)}
@@ -176,14 +181,26 @@ for batch in range(batches):
 """
 
 
-def start_writer(path: Path, name: str, batches: int, go: float) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-c", WRITER, str(path), name, str(batches), str(go)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_writer(path: Path, name: str, batches: int) -> subprocess.Popen[str]:
+    """A process that has imported everything and waits for a line before it opens the file."""
+    arguments = [sys.executable, "-c", WRITER, str(path), name, str(batches)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(arguments, **pipes, text=True)
+
+
+def let_go(writers: list[subprocess.Popen[str]]) -> None:
+    """Start all of them at the same moment."""
+    for writer in writers:
+        assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        assert writer.stdin is not None
+        writer.stdin.write("go\n")
+        writer.stdin.flush()
 
 
 def test_two_processes_write_at_once(tmp_path: Path) -> None:
-    go = time.time() + 8  # both have imported everything by then
-    writers = [start_writer(tmp_path / "c.sqlite", name, 100, go) for name in ("a", "b")]
+    writers = [start_writer(tmp_path / "c.sqlite", name, 100) for name in ("a", "b")]
+    let_go(writers)
     for writer in writers:
         _, complaints = writer.communicate(timeout=60)
         assert writer.returncode == 0, complaints
@@ -192,7 +209,8 @@ def test_two_processes_write_at_once(tmp_path: Path) -> None:
 
 
 def test_a_killed_run_loses_at_most_one_batch(tmp_path: Path) -> None:
-    writer = start_writer(tmp_path / "c.sqlite", "a", 10**6, 0)
+    writer = start_writer(tmp_path / "c.sqlite", "a", 10**6)
+    let_go([writer])
     assert writer.stdout is not None
     said = [writer.stdout.readline() for _ in range(40)]
     os.kill(writer.pid, signal.SIGKILL)
@@ -264,10 +282,12 @@ def test_max_usd_stops_before_it_is_passed(tmp_path: Path) -> None:
     with pytest.raises(JudgeStopped, match="max_usd=0.1"):
         judge.judge(queries)
     assert len(judge.cache) == 3 and judge.usd <= 0.1
+    judge = CachedHandler(judge=Counting(usd=0.03), path=tmp_path / "c.sqlite", max_usd=0.3)
+    assert len(judge.judge(queries)) == 10 and judge.calls == 7 and judge.usd == pytest.approx(0.21)  # resumed
     unknown = CachedHandler(judge=Counting(seed=9, usd=None), path=tmp_path / "c.sqlite", max_usd=0.1)
     with pytest.raises(JudgeStopped, match="no known price"):
         unknown.judge(queries)
-    assert unknown.calls == 1 and len(unknown.cache) == 4  # its one answer is kept
+    assert unknown.calls == 1 and len(unknown.cache) == 11  # its one answer is kept
 
 
 def test_a_judge_that_stops_midway_leaves_its_answers(tmp_path: Path) -> None:
@@ -302,3 +322,200 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
         make_handler("cached", judge=3, path=tmp_path / "c")
     with pytest.raises(ConfigError, match="max_calls"):
         make_handler("cached", judge="always_yes", path=tmp_path / "c", max_calls=-1)
+
+
+# ---- through a run and a notebook ----
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Says yes to everything, and counts."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.requests: list[str] = []
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Server
+
+    def log_message(self, *parts: Any) -> None:
+        """Quiet."""
+
+    def do_POST(self) -> None:
+        self.server.requests.append(self.rfile.read(int(self.headers["Content-Length"])).decode())
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "Yes"}}
+        body = {"id": "1", "object": "chat.completion", "created": 0, "model": "toy", "choices": [choice]}
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    made = Server()
+    threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    yield made
+    made.shutdown()
+    made.server_close()
+
+
+def test_a_second_run_of_an_experiment_makes_no_call(server: Server, tmp_path: Path) -> None:
+    """The whole loop twice, in two run folders: trained, predicted and drawn anew, and not one question asked again."""
+    pytest.importorskip("openai")
+    from vlm_itl.experiment import make_config, run_al
+
+    asked = {"judge": "openai", "options": {"model": "toy", "base_url": server.url}, "path": str(tmp_path / "c.sqlite")}
+    tiny = {"steps": 2, "batch_size": 4, "image_size": 48, "initial": 6, "increment": 6, "max_labelled": 12}
+    scenes = {"dataset": "scenes", "data_options": {"n_train": 30, "n_test": 2, "size": [48, 64]}, "val_share": 4}
+    judged = {"mode": "vlm", "judge": "cached", "judge_options": asked, "policy": "pseudo", "gallery": 0}
+    counts, verdicts = [], []
+    for name in ("one", "two"):
+        before = len(server.requests)
+        rounds = list(run_al(make_config({**tiny, **scenes, **judged, "output_dir": str(tmp_path / name)})))
+        counts.append(len(server.requests) - before)
+        verdicts.append([(r.judge["n"], r.judge["accepted"]) for r in rounds if r.judge])
+    assert counts[0] >= verdicts[0][0][0] == 20 and counts[1] == 0 and verdicts[0] == verdicts[1]
+
+
+NOTEBOOK = """
+import json
+import numpy as np
+from dataclasses import replace
+from vlm_itl.cache import CachedHandler
+from vlm_itl.data import toy_images
+from vlm_itl.openai_judge import OpenAIHandler
+from vlm_itl.vlm import JudgeQuery
+
+toy = toy_images()
+queries = [JudgeQuery(r["id"], r["image"], r["mask"], question=q, labels=toy.labels)
+           for r in toy.train for q in ("quality", "exhaustive")]
+if flip:
+    mask = queries[0].mask.copy()
+    mask[0, 0] = 1 - mask[0, 0]
+    queries[0] = replace(queries[0], mask=mask)
+answers = CachedHandler(judge=OpenAIHandler(model="toy", base_url=url), path=path).judge(queries)
+print([j.verdict for j in answers].count("yes"), "of", len(answers))
+"""
+
+
+def test_a_notebook_run_again_makes_no_call_and_one_pixel_makes_one(server: Server, tmp_path: Path) -> None:
+    """Through papermill, in fresh kernels."""
+    pytest.importorskip("openai")
+    import nbformat
+    import papermill
+
+    cells = [nbformat.v4.new_code_cell(text) for text in ('url = path = ""\nflip = False', NOTEBOOK)]
+    cells[0].metadata["tags"] = ["parameters"]
+    language = {"language_info": {"name": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=language), tmp_path / "book.ipynb")
+    calls = []
+    for turn, flip in enumerate([False, False, True]):
+        given = {"url": server.url, "path": str(tmp_path / "c.sqlite"), "flip": flip}
+        out = tmp_path / f"done{turn}.ipynb"
+        before = len(server.requests)
+        papermill.execute_notebook(
+            tmp_path / "book.ipynb", out, given, kernel_name="python3", progress_bar=False, log_output=False
+        )
+        calls.append(len(server.requests) - before)
+        assert "8 of 8" in out.read_text()
+    assert calls == [8, 0, 1]
+
+
+READER = """
+import sqlite3, sys
+with sqlite3.connect(f"file:{sys.argv[1]}?mode=ro", uri=True) as reader:
+    rows = reader.execute("SELECT verdict, COUNT(*), AVG(p_yes) FROM judgements GROUP BY verdict").fetchall()
+print(rows)
+"""
+
+
+def test_any_sqlite_tool_reads_it_while_it_is_in_use(tmp_path: Path) -> None:
+    """Another process without this library, read-only, with our connection open; and Python's own command line."""
+    judge = CachedHandler(judge=Counting(), path=tmp_path / "c.sqlite")
+    judge.judge([ask(i) for i in range(3)])
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", READER, str(tmp_path / "c.sqlite")], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[('yes', 3, 0.75)]"
+    if shutil.which("sqlite3"):
+        shell = subprocess.run(
+            ["sqlite3", str(tmp_path / "c.sqlite"), "SELECT COUNT(*) FROM judgements"], capture_output=True, text=True
+        )
+        assert shell.stdout.strip() == "3"
+
+
+JUDGING = """
+import sys, time
+import numpy as np
+from vlm_itl.cache import CachedHandler
+from vlm_itl.labels import LabelSpace
+from vlm_itl.vlm import Judgement, JudgeQuery, VLMHandler
+
+class Slow(VLMHandler):
+    name = "slow"
+    def _judge_one(self, query):
+        print("asked", query.id, flush=True)
+        time.sleep(0.002)
+        return Judgement("yes", raw="Yes", score_kind="hard", usd=0.0)
+
+labels = LabelSpace.voc()
+queries = []
+for i in range(400):
+    mask = np.zeros((6, 6), np.uint8)
+    mask[0], mask[1] = i % 20 + 1, i // 20 + 1
+    queries.append(JudgeQuery(f"im{i}", None, mask, labels=labels))
+CachedHandler(judge=Slow(), path=sys.argv[1], batch_size=8).judge(queries)
+print("done", flush=True)
+"""
+
+
+def test_a_killed_judge_asks_at_most_one_batch_again(tmp_path: Path) -> None:
+    """SIGKILL while judging in batches of 8, then the same command again: at most 8 questions are asked twice."""
+    command = [sys.executable, "-c", JUDGING, str(tmp_path / "c.sqlite")]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert first.stdout is not None
+    said = [first.stdout.readline() for _ in range(101)]
+    os.kill(first.pid, signal.SIGKILL)
+    said += first.stdout.readlines()
+    first.wait(timeout=20)
+    before = {line.split()[1] for line in said if line.startswith("asked") and line.endswith("\n")}
+    kept = len(JudgementCache(tmp_path / "c.sqlite"))
+    assert kept % 8 == 0 and 0 <= len(before) - kept <= 8
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = {line.split()[1] for line in second.stdout.splitlines() if line.startswith("asked")}
+    assert second.stdout.endswith("done\n") and len(after) == 400 - kept and len(before & after) <= 8
+    assert len(before | after) == 400 == len(JudgementCache(tmp_path / "c.sqlite"))
+
+
+@pytest.mark.slow
+def test_two_judging_processes_share_one_file(tmp_path: Path) -> None:
+    """The same 400 questions from two processes at once: both end, every answer is there once."""
+    command = [sys.executable, "-c", JUDGING, str(tmp_path / "c.sqlite")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in both:
+        said, complaints = process.communicate(timeout=60)
+        assert process.returncode == 0 and said.endswith("done\n"), complaints
+    connection = sqlite3.connect(tmp_path / "c.sqlite")
+    assert connection.execute("SELECT COUNT(*), COUNT(DISTINCT key) FROM judgements").fetchone() == (400, 400)
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_what_the_judge_is_told_is_in_the_key() -> None:
+    """The sentence that says how to read the picture belongs to the question."""
+
+    class Told(Counting):
+        note = "Lines are borders."
+
+        def query_text(self, query: JudgeQuery) -> str:
+            return f"{self.note} {query.text()}"
+
+    before = query_key(ask(), Told())
+    Told.note = "Lines are borders!"
+    assert query_key(ask(), Told()) != before

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_vlms
 
+from vlm_itl.cache import CachedHandler, query_key
 from vlm_itl.core import ConfigError, JudgeError
 from vlm_itl.experiment import make_config, run_al
-from vlm_itl.hf_judge import (
-    HFJudge,
+from vlm_itl.hf_judge import HFJudge, by_length, common_prefix, padded, share_image_features
+from vlm_itl.hf_model import (
     answer_tokens,
     first_logits,
     load_vlm,
-    share_image_features,
     vlm_inputs,
     yes_no,
 )
@@ -117,6 +119,21 @@ def test_equals_the_decision_pipeline(kind: str, folders: dict[str, Path], judge
     assert [f.p_yes for f in found] == pytest.approx(wanted, abs=1e-5)
 
 
+def test_the_decision_pipeline_cannot_ask_blip(folders: dict[str, Path]) -> None:
+    """BLIP-VQA has no chat template and starts its answer in a decoder: its own `generate`, below, is the measure."""
+    pytest.importorskip("transformers.pipelines.decision")
+    from transformers.decision import DecisionConfig
+
+    model = transformers.BlipForQuestionAnswering.from_pretrained(folders["blip"]).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folders["blip"], backend="pil")
+    pipe = transformers.pipeline(
+        "decision", model=model, tokenizer=processor.tokenizer, processor=processor, decision_config=DecisionConfig()
+    )
+    request = {"state": "img-1", "questions": {"q": {"type": "noul", "instructions": "Good?"}}}
+    with pytest.raises(ValueError, match="chat template"):
+        pipe({**request, "assets": {"img-1": photo(0)}})
+
+
 @pytest.mark.parametrize("kind", tiny_vlms.KINDS)
 def test_equals_one_step_of_generate(kind: str, judge: Callable[..., HFJudge]) -> None:
     """The first step of the model's own `generate`, one item at a time."""
@@ -173,6 +190,212 @@ def test_equal_pictures_pass_the_tower_once(kind: str, folders: dict[str, Path])
 
 def test_a_model_without_a_known_tower_is_left_alone() -> None:
     assert not share_image_features(torch.nn.Linear(2, 2))
+
+
+# ---- several questions about one picture ----
+
+FOUR = ["quality", "exhaustive", "Does the mask stay inside the {class_names}? Answer yes or no.", "Right?"]
+
+
+def four_each(count: int, question_first: bool = False) -> list[JudgeQuery]:
+    """Four questions about each of some pictures, by picture or by question."""
+    base = [ask(seed) for seed in range(count)]
+    pairs = [(b, q) for q in FOUR for b in base] if question_first else [(b, q) for b in base for q in FOUR]
+    return [replace(b, question=q) for b, q in pairs]
+
+
+@pytest.mark.parametrize("question_first", [False, True], ids=["by picture", "by question"])
+@pytest.mark.parametrize("style", ["overlay", "marks"])
+@pytest.mark.parametrize("kind", tiny_vlms.KINDS)
+def test_shared_equals_plain(kind: str, style: str, question_first: bool, judge: Callable[..., HFJudge]) -> None:
+    """After the first batches, which are computed both ways, the shared pass alone gives the plain numbers."""
+    queries = four_each(5, question_first)
+    plain = judge(kind, style=style, share_images=False, batch_size=1).judge(queries)
+    shared = judge(kind, style=style, batch_size=8)
+    first = shared.judge(queries)
+    second = shared.judge(queries)
+    assert np.ptp([p.p_yes for p in plain]) > 1e-3
+    for found in (first, second):
+        assert [f.id for f in found] == [q.id for q in queries]
+        assert [f.p_yes for f in found] == pytest.approx([p.p_yes for p in plain], abs=1e-5)
+        assert [f.p_mass for f in found] == pytest.approx([p.p_mass for p in plain], abs=1e-5)
+        assert [(f.verdict, f.tokens, f.raw) for f in found] == [(p.verdict, p.tokens, p.raw) for p in plain]
+    wanted = {"llava": "on", "idefics3": "on", "paligemma": "off: its logits would change", "blip": "off: encoder and"}
+    assert shared.sharing.startswith(wanted[kind])
+
+
+def test_the_shared_pass_reads_less(judge: Callable[..., HFJudge]) -> None:
+    """Eight rows of two pictures: two beginnings, eight rests, and no plain pass once it has been compared."""
+    made = judge("llava", batch_size=8)
+    passes: list[tuple[int, int]] = []
+    made.vlm.net.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    made.judge(four_each(2))
+    compared = list(passes)
+    made.judge(four_each(2))
+    again = passes[len(compared) :]
+    (heads, *tails), plain = again, compared[-1]
+    assert compared == [*again, plain] and plain[0] == 8  # the plain pass came last, and once
+    assert heads[0] == 2 and sum(rows for rows, _ in tails) == 8
+    assert heads[1] > 60 and heads[1] + max(tokens for _, tokens in tails) == plain[1]  # beginning + rest = all
+    assert sum(rows * tokens for rows, tokens in again) < 0.75 * plain[0] * plain[1]
+
+
+def test_pictures_asked_about_once_take_the_plain_pass(judge: Callable[..., HFJudge]) -> None:
+    """Mixed batches: groups of two and three beside single rows, in any order."""
+    queries = four_each(4)
+    mixed = [queries[i] for i in (12, 0, 5, 1, 6, 7, 8)]  # pictures 3 0 1 0 1 1 2
+    plain = judge("llava", share_images=False, batch_size=1).judge(mixed)
+    made = judge("llava", batch_size=7)
+    for _ in range(2):
+        assert [f.p_yes for f in made.judge(mixed)] == pytest.approx([p.p_yes for p in plain], abs=1e-5)
+    assert made.sharing == "on"
+
+
+@pytest.mark.parametrize("fault", ["wrong", "subtle", "error"])
+def test_a_model_that_reads_on_wrongly_is_found_out(fault: str, judge: Callable[..., HFJudge]) -> None:
+    """Wrong numbers or an error where a past is given: plain numbers all the same, and never tried again."""
+    made = judge("llava", batch_size=8)
+    real, tried = made.vlm.net.forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("past_key_values") is None:
+            return real(*args, **kwargs)
+        tried.append(1)
+        if fault == "error":
+            raise ValueError("no past here")
+        out = real(*args, **kwargs)
+        out.logits[:, :, 7] += 1 if fault == "wrong" else 0.01  # neither yes nor no
+        return out
+
+    forward.__signature__ = inspect.signature(real)  # type: ignore[attr-defined]
+    made.vlm.net.forward = forward
+    plain = judge("llava", share_images=False).judge(four_each(4))
+    assert [f.p_yes for f in made.judge(four_each(4))] == pytest.approx([p.p_yes for p in plain], abs=1e-5)
+    assert made.sharing == ("off: ValueError: no past here" if fault == "error" else made.sharing)
+    before = len(tried)
+    made.judge(four_each(4))
+    assert made.sharing.startswith("off") and 1 <= len(tried) == before
+
+
+def test_a_picture_behind_the_question_is_not_shared(judge: Callable[..., HFJudge]) -> None:
+    made = judge("llava", prompt="{question} {image} A:", batch_size=8)
+    plain = judge("llava", prompt="{question} {image} A:", share_images=False, batch_size=1).judge(four_each(2))
+    assert [f.p_yes for f in made.judge(four_each(2))] == pytest.approx([p.p_yes for p in plain], abs=1e-5)
+    assert made._prefix is not None and not made._prefix._seen and made.sharing == "on"
+
+
+def test_common_prefix_and_padding_by_hand() -> None:
+    rows = [torch.tensor(r) for r in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 4, 6])]
+    assert common_prefix(rows) == 2 and common_prefix(rows[:1]) == 3 and common_prefix([rows[0]] * 2) == 3
+    assert common_prefix([rows[0], rows[2]]) == 3  # one token is left to each
+    ids, mask = padded(rows[:2], "left", 0)
+    assert ids.tolist() == [[1, 2, 3, 4], [0, 1, 2, 5]] and mask.tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
+    assert padded(rows[:2], "right", 9)[0].tolist() == [[1, 2, 3, 4], [1, 2, 5, 9]]
+
+
+def test_rows_in_passes_of_similar_length() -> None:
+    assert by_length([25, 70, 18, 19]) == [[2, 3, 0], [1]]  # spares 3 * (70 - 25) = 135 tokens
+    assert by_length([25, 70, 18, 19], worth=136) == [[2, 3, 0, 1]]
+    assert by_length([5]) == [[0]] and by_length([7, 7, 7], worth=1) == [[0, 1, 2]]
+    assert by_length([10, 100, 11, 300], worth=100) == [[0, 2], [1], [3]]
+
+
+@pytest.mark.parametrize("kind", tiny_vlms.KINDS)
+def test_equal_pictures_are_drawn_and_prepared_once(
+    kind: str, judge: Callable[..., HFJudge], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, drawn, prepared = judge(kind, batch_size=8), [], []
+    real = made.render_query
+    monkeypatch.setattr(made, "render_query", lambda query: drawn.append(query.id) or real(query))
+    processor = made.vlm.processor.image_processor
+    original = type(processor).preprocess
+
+    def counting(self: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        prepared.append(len(images))
+        return original(self, images, *args, **kwargs)
+
+    monkeypatch.setattr(type(processor), "preprocess", counting)
+    made.judge(four_each(2))
+    assert drawn == ["im0", "im1"] and prepared == [2]
+    assert "preprocess" not in vars(processor)  # nothing is left behind
+
+
+def test_prepared_once_leaves_pictures_in_parts_alone(folders: dict[str, Path]) -> None:
+    """Idefics3 with splitting: pictures of different size become different numbers of parts."""
+    split = {
+        "do_image_splitting": True,
+        "size": {"longest_edge": 64},
+        "max_image_size": {"longest_edge": 32},
+    }
+    vlm = load_vlm(str(folders["idefics3"]), processor_options=split)
+    pictures = [photo(0, (96, 40)), photo(1), photo(0, (96, 40))]
+    together = vlm_inputs(vlm, pictures, ["a", "b", "a"])
+    alone = [vlm_inputs(vlm, [picture], ["a"]) for picture in pictures]
+    assert together["pixel_values"].shape[1] == max(one["pixel_values"].shape[1] for one in alone) > 1
+    for row, one in enumerate(alone):
+        parts = one["pixel_values"].shape[1]
+        assert torch.equal(together["pixel_values"][row, :parts], one["pixel_values"][0])
+
+
+# ---- who is asked, for the cache ----
+
+
+def test_weights_and_options_are_in_the_key_of_the_cache(folders: dict[str, Path], tmp_path: Path) -> None:
+    base = {"model": str(folders["llava"]), "min_mass": 0.0}
+    made = make_handler("hf", **base)
+    key = query_key(ask(1), made)
+    assert query_key(ask(1), make_handler("hf", **base, batch_size=3, share_images=False)) == key
+    others = [{"style": "contour"}, {"max_side": 32}, {"prompt": "{image} {question}"}, {"dtype": "bfloat16"}]
+    others += [{"min_mass": 0.2}, {"model_options": {"attn_implementation": "eager"}}]
+    keys = {query_key(ask(1), make_handler("hf", **{**base, **other})) for other in others}
+    assert len(keys | {key}) == 7
+    vlm = load_vlm(base["model"])
+    with torch.no_grad():
+        vlm.net.lm_head.weight.add_(1e-3)
+    vlm.net.save_pretrained(tmp_path / "taught")
+    vlm.processor.save_pretrained(tmp_path / "taught")
+    taught = make_handler("hf", model=str(tmp_path / "taught"))
+    assert taught.identity()["weights"] != made.identity()["weights"]
+
+
+def test_through_the_cache_nothing_is_computed_twice(judge: Callable[..., HFJudge], tmp_path: Path) -> None:
+    made = judge("llava")
+    asked: list[int] = []
+    real = made.ask
+    made.ask = lambda pictures, texts: asked.append(len(pictures)) or real(pictures, texts)  # type: ignore[method-assign]
+    cached = CachedHandler(judge=made, path=tmp_path / "c.sqlite")
+    first = cached.judge(four_each(3))
+    again = cached.judge(four_each(3))
+    assert sum(asked) == 12 and all(a.cached for a in again)
+    assert [a.p_yes for a in again] == [f.p_yes for f in first]
+    changed = four_each(3)
+    mask = changed[5].mask.copy()
+    mask[0, 0] = 8
+    changed[5] = replace(changed[5], mask=mask)
+    cached.judge(changed)
+    assert sum(asked) == 13
+
+
+def test_quantisation_reaches_from_pretrained(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The very object arrives, the device is left to it, and dtype stays as given. (Running it needs a GPU.)"""
+    seen: dict[str, Any] = {}
+    real = transformers.AutoModelForImageTextToText.from_pretrained
+
+    def spy(place: str, **options: Any) -> Any:
+        seen.update(options)
+        options.pop("quantization_config", None)
+        return real(place, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", spy)
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    made = make_handler("hf", model=str(folders["llava"]), model_options={"quantization_config": config})
+    assert seen["quantization_config"] is config and seen["dtype"] == torch.float32
+    assert "load_in_4bit" in str(made.identity()["model_options"])
+    other = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    monkeypatch.setitem(made._options, "model_options", {"quantization_config": other})
+    assert query_key(ask(1), made) != query_key(ask(1), make_handler("hf", model=str(folders["llava"])))
 
 
 # ---- the words and the numbers ----

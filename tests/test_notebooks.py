@@ -17,7 +17,7 @@ from papermill import inspect_notebook
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 RUNS = [path for path in NOTEBOOKS if path.name.startswith("run_")]
-CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d[a-z]?_", path.name)]
+CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d[a-z]*_", path.name)]
 MODULES = [path for path in sorted((ROOT / "vlm_itl").glob("*.py")) if not path.name.startswith("_")]
 MAX_BYTES = 300 * 1024
 

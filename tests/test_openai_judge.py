@@ -15,8 +15,10 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,7 @@ from PIL import Image
 from vlm_itl.cache import CachedHandler, JudgeStopped, query_key
 from vlm_itl.core import ConfigError, JudgeError
 from vlm_itl.labels import LabelSpace
-from vlm_itl.openai_judge import OpenAIHandler, price_of, yes_share
+from vlm_itl.openai_judge import PRICES, OpenAIHandler, price_of, yes_share
 from vlm_itl.vlm import HANDLERS, Judgement, JudgeQuery, make_handler
 
 pytest.importorskip("openai")
@@ -101,7 +103,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         wish = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         content = wish["messages"][-1]["content"]
         assert content[0]["image_url"]["url"].startswith("data:image/png;base64,")
-        match = re.match(r"Q(\d+)", content[1]["text"])
+        match = re.search(r"\bQ(\d+):", content[1]["text"])
         number = int(match[1]) if match else -1
         server = self.server
         with server.lock:
@@ -160,52 +162,92 @@ def failing(message: str) -> dict[str, Any]:
 # ---- the storm ----
 
 
+FIRST = {**{kind: "429" for kind in range(20)}, 20: "500", 21: "500", 22: "silence"}
+LASTING = {
+    30: ("no JSON", "not JSON"),
+    31: ("no completion", "not a chat completion"),
+    32: ("refusal", "refused"),
+    33: ("filter", "refused"),
+    34: ("cut off", "cut off at max_tokens"),
+    35: ("cut off", "cut off at max_tokens"),
+    36: ("no answer", "neither yes nor no"),
+    37: ("empty", "neither yes nor no"),
+    **{kind: ("no logprobs", "") for kind in range(40, 50)},
+}  # kind -> what is wrong with every answer, and what the abstention says
+
+
 def storm(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
     """First attempts: 20 % 429, 2 % 500, 1 % silence. For good: garbage, refusals, cut-off, no log-probabilities."""
     kind = number % 100
-    if attempt == 1 and kind < 20:
+    now = FIRST.get(kind, "") if attempt == 1 else ""
+    if now == "429":
         return 429, failing("slow down"), {"Retry-After": f"{0.01 * (1 + number % 3):.2f}"}
-    if attempt == 1 and kind in (20, 21):
+    if now == "500":
         return 500, failing("oops")
-    if attempt == 1 and kind == 22:
+    if now == "silence":
         return 0, 2.0
     text = "Yes" if number % 2 else "No"
-    if kind == 30:
+    wrong = LASTING.get(kind, ("", ""))[0]
+    if wrong == "no JSON":
         return OK, b"<html>bad gateway</html>"
-    if kind == 31:
+    if wrong == "no completion":
         return OK, {"unexpected": True}
-    if kind in (32, 33):
-        return OK, reply(None, refusal="I'm sorry, I can't help with that.")
-    if kind in (34, 35):
-        return OK, reply(text, wish=wish, finish_reason="length")
-    if kind == 36:
+    if wrong == "refusal":
+        return OK, reply(None, refusal="No. I can't help with that.")
+    if wrong == "filter":
+        return OK, reply("No", wish=wish, finish_reason="content_filter")
+    if wrong == "cut off":
+        return OK, reply("No", wish=wish, finish_reason="length")
+    if wrong == "no answer":
         return OK, reply("No errors are visible.", wish=None)
-    if 40 <= kind < 50:
-        return OK, reply(text, wish=None)
-    return OK, reply(text, wish=wish)
+    if wrong == "empty":
+        return OK, reply("", wish=None)
+    return OK, reply(text, wish=None if wrong == "no logprobs" else wish)
 
 
 def test_500_questions_in_a_storm(serve: Callable[..., Server]) -> None:
-    server = serve(storm)
+    """Everything was really injected, everything is answered in order, and no failure became a "no"."""
+    sent: Counter[str] = Counter()
+
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        made = storm(number, attempt, wish)
+        first = FIRST.get(number % 100, "") if attempt == 1 else ""
+        sent[first or LASTING.get(number % 100, ("fine", ""))[0]] += 1  # one Counter step, under the interpreter's lock
+        assert first != "429" or "Retry-After" in made[2]
+        return made
+
+    server = serve(script)
     judge = judge_at(server, concurrency=8, timeout_s=1.0)
     judge.judge([ask(10**6 + 50)])  # the client's imports are not what is timed out here
     server.attempts.clear()
+    sent.clear()
     server.most = 0
     answers = judge.judge([ask(i) for i in range(500)])
     assert [j.id for j in answers] == [f"im{i}" for i in range(500)]
     calls = sum(server.attempts.values())
-    forced = 500 // 100 * (20 + 2 + 1)
-    assert calls <= 1.3 * 500 and calls <= 500 + forced + 5, f"{calls} calls"
+    least = 500 + 500 // 100 * len(FIRST)
+    wanted: Counter[str] = Counter()
+    for kind in range(100):
+        wanted[LASTING.get(kind, ("fine", ""))[0]] += 5
+        if kind in FIRST:
+            wanted[FIRST[kind]] += 5
+    if calls == least:  # a call more is an answer that came too late on a busy machine
+        assert sent == wanted
+    assert sent["429"] == 100 and sent["500"] == 10 and sent["silence"] == 5 and sent["no logprobs"] >= 50
+    assert least <= calls <= least + 5 and calls <= 1.3 * 500, f"{calls} calls"
     assert sum(j.attempts for j in answers) >= calls
     assert 6 <= server.most <= 8
     for i, j in enumerate(answers):
         kind = i % 100
-        if 30 <= kind <= 36:
-            assert j.verdict == "abstain" and j.error, f"{i}: {j}"
+        wrong, says = LASTING.get(kind, ("", ""))
+        if says:
+            assert j.verdict == "abstain" and j.p_yes is None and says in str(j.error), f"{i}: {j}"
         else:
             assert j.verdict == ("yes" if i % 2 else "no"), f"{i}: {j}"
-            assert j.score_kind == ("hard" if 40 <= kind < 50 else "logprobs")
+            assert j.score_kind == ("hard" if wrong == "no logprobs" else "logprobs")
             assert j.model == "toy-1" and j.tokens == 101 and j.usd is None
+        assert j.attempts == (2 if kind in FIRST else 1) or calls > least
+    assert Counter(j.verdict for j in answers)["no"] == sum(1 for i in range(0, 500, 2) if i % 100 not in range(30, 38))
     print(f"{calls} calls, at most {server.most} at once")
 
 
@@ -341,6 +383,46 @@ def token(word: str, p: float, **top: float) -> SimpleNamespace:
     return SimpleNamespace(token=word, logprob=math.log(p), top_logprobs=others)
 
 
+def listing(text: str, p: float) -> dict[str, Any]:
+    """A reply in two parts, its tokens as words; the last word carries the probabilities."""
+    words = re.findall(r"\S+\s*", text)
+    body = reply(text)
+    tokens: list[dict[str, Any]] = [{"token": w, "logprob": -0.01, "bytes": None, "top_logprobs": []} for w in words]
+    last = words[-1]
+    other = "no" if "yes" in last else "yes"
+    top = [{"token": t, "logprob": math.log(q), "bytes": None} for t, q in ((last, p), (other, 0.9 - p))]
+    tokens[-1] = {**top[0], "top_logprobs": top}
+    body["choices"][0]["logprobs"] = {"content": tokens}
+    return body
+
+
+@pytest.mark.parametrize(
+    ("text", "verdict", "p_yes"),
+    [
+        ("No dog, one cat.\nVerdict: yes", "yes", 0.6 / 0.9),
+        ("Yes: a cat, a dog.\nVerdict: no", "no", 0.3 / 0.9),
+        ("yes and no, 2 cats\n**Verdict:** yes", "yes", 0.6 / 0.9),
+        ("cat: yes\ndog: yes", "abstain", None),
+    ],
+)
+def test_a_list_is_read_behind_its_mark(
+    serve: Callable[..., Server], text: str, verdict: str, p_yes: float | None
+) -> None:
+    server = serve(lambda number, attempt, wish: (OK, listing(text, 0.6)))
+    query = replace(ask(1), question="list")
+    (answer,) = judge_at(server).judge([query])
+    assert answer.verdict == verdict and answer.raw == text and answer.p_yes == (p_yes and pytest.approx(p_yes))
+    assert "Verdict: yes" in server.wishes[0]["messages"][0]["content"][1]["text"]
+
+
+def test_a_structured_list(serve: Callable[..., Server]) -> None:
+    server = serve(lambda number, attempt, wish: (OK, reply('{"objects": ["no dog"], "answer": "yes"}')))
+    answers = judge_at(server, structured=True).judge([replace(ask(1), question="list"), ask(2)])
+    assert [a.verdict for a in answers] == ["yes", "yes"]
+    schemas = [wish["response_format"]["json_schema"]["schema"]["required"] for wish in server.wishes]
+    assert schemas == [["objects", "answer"], ["answer"]]
+
+
 @pytest.mark.parametrize(
     ("tokens", "verdict", "wanted"),
     [
@@ -470,6 +552,66 @@ def test_the_key_is_written_nowhere(
     assert not [text[:80] for text in written if KEY in text]
 
 
+ECHOES: dict[str, Callable[[str], tuple[Any, ...]]] = {
+    "headers in JSON": lambda key: (400, {"error": {"message": "bad", "headers": {"Authorization": f"Bearer {key}"}}}),
+    "headers as text": lambda key: (500, f"<html>GET / Authorization: Bearer {key}</html>".encode()),
+    "header of the reply": lambda key: (500, failing("x"), {"WWW-Authenticate": f"Bearer {key}", "X-Echo": key}),
+    "no completion": lambda key: (OK, {"request": {"authorization": key}}),
+    "name of the model": lambda key: (OK, reply("Yes", model=f"toy {key}")),
+    "refusal": lambda key: (OK, reply(None, refusal=f"not for {key}")),
+    "wrong key": lambda key: (401, failing(f"Incorrect API key provided: {key}")),
+    "forbidden": lambda key: (403, f"{key} may not".encode()),
+    "unknown model": lambda key: (404, failing(f"no such model for {key}")),
+    "redirect": lambda key: (302, b"", {"Location": f"http://127.0.0.1:1/{key}"}),
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+def test_no_echo_of_the_key_survives(
+    echo: str,
+    serve: Callable[..., Server],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Whatever part of a reply repeats the key: not in judgements, errors, tracebacks, the cache or our log."""
+    monkeypatch.setenv("TOY_KEY", KEY)
+    server = serve(lambda number, attempt, wish: ECHOES[echo](KEY))
+    inner = judge_at(server, api_key_env="TOY_KEY", max_retries=0, patience=2)
+    judge = CachedHandler(judge=inner, path=tmp_path / "c.sqlite")
+    written = []
+    try:
+        written.append(repr(judge.judge([ask(1), ask(2), ask(3)])))
+    except JudgeError as error:
+        written += ["".join(traceback.format_exception(error)), repr(getattr(error, "judgements", ""))]
+        assert "\n" not in str(error)
+    written += [repr(inner), repr(judge), str(vars(inner)), pickle.dumps(vars(inner)).decode("latin-1")]
+    written += [record.getMessage() for record in caplog.records if record.name.startswith("vlm_itl")]
+    written += [path.read_bytes().decode("latin-1") for path in tmp_path.iterdir()]
+    assert server.keys == {f"Bearer {KEY}"} and not [text[:80] for text in written if KEY in text]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"judge": "openai", "judge_options": {"model": "m", "api_key": KEY}},
+        {"judge": "openai", "judge_options": {"model": "m", "api_key_env": KEY}},
+        {"judge": "openai", "judge_options": {"model": "m", "extra_body": {"x-api-key": KEY}}},
+        {"judge": "openai", "judge_options": {"model": "m", "base_url": f"http://u:{KEY}@127.0.0.1/v1"}},
+        {"judge": "cached", "judge_options": {"judge": "openai", "options": {"model": "m", "key": KEY}, "path": "c"}},
+        {"judge": "hf", "judge_options": {"model": "m/m", "model_options": {"token": KEY}}},
+    ],
+    ids=["option", "variable", "body", "address", "cached", "token"],
+)
+def test_a_run_with_a_key_in_its_settings_writes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
+    from vlm_itl.experiment import make_config, run_al
+
+    scenes = {"dataset": "scenes", "data_options": {"n_train": 30, "n_test": 2, "size": [48, 64]}, "mode": "vlm"}
+    with pytest.raises(ConfigError) as caught:
+        next(iter(run_al(make_config({**scenes, **options, "output_dir": str(tmp_path / "run")}))))
+    assert KEY not in str(caught.value) and not list(tmp_path.iterdir())
+
+
 def test_a_key_goes_only_where_it_belongs(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server = serve(lambda number, attempt, wish: (OK, reply(wish=wish)))
@@ -491,6 +633,12 @@ def test_a_key_goes_only_where_it_belongs(serve: Callable[..., Server], monkeypa
         ({"api_key": KEY}, "no option 'api_key'"),
         ({"style": "cubist"}, "style"),
         ({"concurrency": 0}, "concurrency"),
+        ({"extra_body": {"api_key": KEY}}, "must hold no 'api_key'"),
+        ({"extra_body": {"headers": {"Authorization": f"Bearer {KEY}"}}}, "must hold no 'Authorization'"),
+        ({"extra_body": [KEY]}, "must be a dictionary"),
+        ({"price": 0.5}, "price must be two numbers"),
+        ({"price": [0.1]}, "price must be two numbers"),
+        ({"price": [0.1, -1]}, "price must be a number >= 0"),
     ],
 )
 def test_wrong_options_are_refused_without_repeating_a_key(options: dict[str, Any], message: str) -> None:
@@ -514,12 +662,12 @@ def test_second_run_asks_only_what_failed(serve: Callable[..., Server], tmp_path
     queries = [ask(i) for i in range(29, 61)]
     judge.judge(queries)
     before = sum(server.attempts.values())
-    assert sum(j.cached for j in judge.judge(queries)) == 30
-    assert sum(server.attempts.values()) - before == 2  # the two that were no chat completions
+    assert sum(j.cached for j in judge.judge(queries)) == 29
+    assert sum(server.attempts.values()) - before == 3  # two were no chat completions, one was empty
     changed = MASK.copy()
     changed[5, 5] = 1
-    judge.judge([*queries[3:], ask(60, mask=changed)])
-    assert sum(server.attempts.values()) - before == 3
+    judge.judge([*queries[9:], ask(60, mask=changed)])
+    assert sum(server.attempts.values()) - before == 4
 
 
 def test_what_is_in_the_key_of_the_cache() -> None:
@@ -531,7 +679,8 @@ def test_what_is_in_the_key_of_the_cache() -> None:
         {"model": "n"},
         {"base_url": "http://127.0.0.1:2/v1"},
         {"revision": "b"},
-        {"alpha": 0.4},
+        {"style": "contour"},
+        {"max_side": None},
         {"system": "You are strict."},
         {"temperature": 0.1},
         {"max_tokens": 65},
@@ -539,12 +688,28 @@ def test_what_is_in_the_key_of_the_cache() -> None:
         {"stated": True},
         {"extra_body": {"top_k": 1}},
     ]
-    assert len({query_key(ask(1), make_handler("openai", **{**base, **other})) for other in others} | {key}) == 11
+    assert len({query_key(ask(1), make_handler("openai", **{**base, **other})) for other in others} | {key}) == 12
 
 
-def test_prices() -> None:
-    assert price_of("gpt-4o-mini-2024-07-18") == price_of("gpt-4o-mini") == (0.15, 0.60)
+def test_prices_are_dated_and_unknown_is_none() -> None:
+    mini = price_of("gpt-4o-mini-2024-07-18")
+    assert mini is not None and mini == price_of("gpt-4o-mini") and (mini.read, mini.written) == (0.15, 0.60)
     assert price_of("gpt-4o-mini", "http://127.0.0.1/v1") is None and price_of("o99") is None
+    for price in PRICES.values():
+        assert re.fullmatch(r"20\d\d-\d\d", price.as_of) and price.source and 0 < price.read < price.written
+
+
+def test_money_follows_the_price(serve: Callable[..., Server]) -> None:
+    """Unknown stays unknown, a price of one's own counts, free is 0; a refusal costs, a failure is unknown."""
+
+    def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        return {1: (OK, reply("Yes")), 2: (OK, reply(None, refusal="No.")), 3: (400, failing("bad"))}[number]
+
+    server, queries = serve(script), [ask(1), ask(2), ask(3)]
+    assert [j.usd for j in judge_at(server).judge(queries)] == [None] * 3
+    paid = (100 * 2.0 + 1 * 8.0) / 1e6
+    assert [j.usd for j in judge_at(server, price=[2, 8]).judge(queries)] == [pytest.approx(paid)] * 2 + [None]
+    assert [j.usd for j in judge_at(server, price=[0, 0]).judge(queries)] == [0.0, 0.0, None]
 
 
 def test_a_run_knows_the_judges() -> None:

@@ -5,17 +5,23 @@ from __future__ import annotations
 import inspect
 import sys
 import tracemalloc
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from torch import nn
 
-from vlm_itl.core import ConfigError, DataError, make_rng
+from vlm_itl.core import ConfigError, DataError, make_rng, read_json
 from vlm_itl.experiment import Experiment, make_config
-from vlm_itl.model import MODELS, register_model
-from vlm_itl.sampler import AGGREGATES, SCORES, SELECTS, SHORT, Sampler, parse_strategy
+from vlm_itl.gradient import GradientProbe
+from vlm_itl.labels import DecodeRows, LabelSpace, make_rows
+from vlm_itl.model import MODELS, Segmenter, load_model, register_model
+from vlm_itl.sampler import AGGREGATES, SCORES, SELECTS, SHORT, Sampler, kcenter_greedy, parse_strategy
 from vlm_itl.scores import AGGREGATORS, PASS_SCORES, PIXEL_SCORES, scoring_options
 from vlm_itl.selects import (
     ball_radius,
@@ -26,8 +32,10 @@ from vlm_itl.selects import (
     probcover,
     typiclust,
 )
+from vlm_itl.train import Inference, score_pool
 
 STRATEGIES = known_strategies()
+LABELS = LabelSpace(("background", "red", "blue"))
 DRAWN = ("power", "softmax", "softrank")  # selects that draw
 NO_POINTS = np.empty((0, 3), np.float32)
 
@@ -94,9 +102,94 @@ def test_properties_of_every_combination(name: str):
         assert other == (ids, reasons)
 
 
+# ---- from images to ids
+
+
+class LocalNet(nn.Module):
+    """Predicts every cell of 4 x 4 pixels from these alone, so that padding can be compared bit by bit."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Conv2d(3, 6, 4, stride=4)
+        self.dropout = nn.Dropout2d(0.3)  # drops channels: the same ones whatever the padding
+        self.classifier = nn.Conv2d(6, classes, 1)
+        self.classifier.weight.data *= 4  # sure of some cells, unsure of others
+
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> SimpleNamespace:
+        features = self.body(pixel_values).relu()
+        return SimpleNamespace(logits=self.classifier(self.dropout(features)), hidden_states=(features,))
+
+
+@dataclass(frozen=True)
+class Padded(Inference):
+    """Noise on the right and below, `extra` pixels of it, beyond the padding that every image gets."""
+
+    extra: int = 0
+
+    def loader(self, images: Any, labels: Any = None) -> Any:
+        inner = Inference(self.image_size - self.extra, batch_size=self.batch_size)
+        for batch in inner.loader(images, labels):
+            whole = torch.randint(0, 256, (len(batch["id"]), 3, self.image_size, self.image_size), dtype=torch.uint8)
+            whole[:, :, : inner.image_size, : inner.image_size] = batch["pixel_values"]
+            yield {**batch, "pixel_values": whole}
+
+
+@pytest.fixture(scope="module")
+def images() -> Any:
+    """Fourteen images of different sizes, smooth enough to differ, three of them copies."""
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(12):
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        width, height = (int(side) for side in rng.integers(21, 80, 2))
+        pictures.append(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    pictures[8:8] = [pictures[7]] * 2
+    masks = [Image.new("L", picture.size) for picture in pictures]
+    return make_rows([f"im{i:04d}" for i in range(14)], pictures, masks).with_transform(DecodeRows(LABELS))
+
+
+def choose_all(scored: Any) -> dict[str, list[str]]:
+    """What every strategy picks: six of eleven candidates, three labelled."""
+    scored.scores["judge"] = scored.scores["margin-mean"]  # what a judge would add
+    picked = {}
+    for name in STRATEGIES:
+        labelled = scored.ids[:3]
+        rest = [i for i in scored.ids if i not in labelled]
+        picked[name] = Sampler(name).select(scored, rest, 6, make_rng(0, "select"), labelled)[0]
+    return picked
+
+
+KEYS = [f"{score}-{aggregate}" for score in (*PIXEL_SCORES, *PASS_SCORES) for aggregate in AGGREGATORS]
+
+
+@pytest.mark.parametrize("kind", ["segformer", "local"])
+def test_order_padding_and_batch_size_change_no_choice(images: Any, kind: str):
+    """Every combination, from images of different sizes to ids."""
+    model = (
+        load_model("segformer-nano", LABELS) if kind == "segformer" else Segmenter(LocalNet(3), LABELS, name="local")
+    )
+    options = scoring_options(KEYS, passes=4)
+    views: dict[str, Inference] = {f"batch of {n}": Inference(48, batch_size=n) for n in (1, 3, 8)}
+    if kind == "local":  # attention sees the padding, and so does a convolution wider than its step
+        views |= {f"{extra} more pixels": Padded(48 + extra, batch_size=3, extra=extra) for extra in (4, 20)}
+    pools = {name: score_pool(model, images, view, probe=GradientProbe(8), **options) for name, view in views.items()}
+    backwards = score_pool(
+        model, images.select(range(14)[::-1]), views["batch of 3"], probe=GradientProbe(8), **options
+    )
+    pools["backwards"] = backwards.take(images["id"])
+    first = pools["batch of 1"]
+    right = choose_all(first)
+    assert len({tuple(ids) for ids in right.values()}) > 20  # the choices differ, so something could go wrong
+    for name, pool in pools.items():
+        for key in KEYS:
+            assert np.allclose(pool.scores[key], first.scores[key], atol=1e-5), (name, key)
+        assert choose_all(pool) == right, name
+
+
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_a_broken_number_stops_the_choice_and_names_the_image(name: str):
-    """baal, nnActive: an image whose prediction is NaN scores 0 and is silently never chosen."""
+    """From arrays; test_defects.py goes there from predictions."""
     sampler = Sampler(name)
     for value in (np.nan, np.inf):
         judged = ("judge",) if sampler.strategy.score == "judge" else ()
@@ -176,20 +269,11 @@ def test_second_draw_is_without_replacement():
 
 
 @pytest.mark.parametrize("kind", DRAWN)
-def test_large_beta_is_top_and_unsure_comes_first(kind: str):
-    """baal 2.1: PowerSampling(Margin()) picks the confident images, and uses the global generator."""
+def test_large_beta_is_top(kind: str):
     pool = make_pool(30)
     pool.scores["margin-mean"] = np.linspace(0.01, 1, 30)[np.random.default_rng(0).permutation(30)]
     top = Sampler("margin").select(pool, pool.ids, 6, make_rng(0))[0]
     assert Sampler(f"margin-mean-{kind}", beta=1e6).select(pool, pool.ids, 6, make_rng(0))[0] == top
-    state = np.random.get_state()[1].copy()
-    scores = dict(zip(pool.ids, pool.scores["margin-mean"], strict=True))
-    means = [
-        np.mean([scores[i] for i in Sampler(f"margin-mean-{kind}").select(pool, pool.ids, 6, make_rng(s))[0]])
-        for s in range(40)
-    ]
-    assert np.mean(means) > np.mean(list(scores.values()))
-    assert (np.random.get_state()[1] == state).all()
 
 
 def test_scores_of_zero_come_last_and_negative_ones_are_refused():
@@ -235,14 +319,6 @@ def test_typiclust_leaves_covered_groups_and_outliers():
     assert sorted(everything) == list(range(len(candidates)))
 
 
-def test_kmeans_is_seeded():
-    """The TypiClust repository's k-means is not."""
-    points = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
-    assert (cluster(points, 10, make_rng(3)) == cluster(points, 10, make_rng(3))).all()
-    assert (cluster(points, 100, make_rng(3)) == cluster(points, 100, make_rng(3))).all()  # in batches
-    assert set(cluster(np.zeros((5, 2)), 3, make_rng(0))) == {0}
-
-
 def plain_probcover(points: np.ndarray, labelled: np.ndarray, k: int, delta: float) -> tuple[list[int], list[int]]:
     """The full matrix."""
     near = np.sqrt(((points[:, None].astype(float) - points[None]) ** 2).sum(-1)) <= delta
@@ -269,21 +345,23 @@ def test_probcover_equals_the_full_matrix(seed: int, delta: float):
     assert probcover(points, labelled[:0], 40, delta) == plain_probcover(points, labelled[:0], 40, delta)
 
 
-def test_probcover_loses_no_candidate():
-    """The TypiClust repository's ProbCover drops the last N % 500 candidates."""
-    points = np.zeros((503, 2))
-    points[:500] = np.random.default_rng(0).normal(0, 0.01, (500, 2))
-    points[500:] += np.array([[100, 0], [200, 0], [300, 0]])
-    assert set(probcover(points, np.empty((0, 2)), 4, 1.0)[0][1:]) == {500, 501, 502}
-
-
-def test_probcover_needs_no_full_matrix():
-    points = np.random.default_rng(0).normal(size=(8000, 8)).astype(np.float32)  # N x N in float32: 256 MB
+@pytest.mark.parametrize("spread", [1.0, 0.001])
+def test_probcover_needs_no_full_matrix(spread: float):
+    """Not even where every ball holds a quarter of the pool, and a sparse graph would be as large as a full one."""
+    rng = np.random.default_rng(0)
+    points = np.eye(4, 8)[rng.integers(0, 4, 8000)] + spread * rng.normal(size=(8000, 8))  # N x N in float32: 256 MB
     tracemalloc.start()
-    picks, _ = probcover(points, np.empty((0, 8), np.float32), 50, 0.8)
+    picks, gains = probcover(points.astype(np.float32), np.empty((0, 8), np.float32), 50, 0.8)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert len(picks) == 50 and peak < 40e6
+    assert peak < 40e6 and (len(picks) == 50 if spread == 1.0 else sum(gains) == 8000 and len(picks) == 4)
+
+
+def test_probcover_takes_copies_together():
+    """Rounding must not part them, nor an image from its own ball, however small the ball."""
+    points = np.repeat(np.random.default_rng(0).normal(5, 1, (20, 64)), 3, axis=0)
+    picks, gains = probcover(points, points[:2], 60, 1e-12)
+    assert gains == [3] * 19 and picks == list(range(3, 60, 3))
 
 
 def test_radius_separates_the_groups():
@@ -306,11 +384,134 @@ def test_prefilter_keeps_the_most_unsure(select: str):
         Sampler(f"bald-topk-{select}", prefilter=0).select(pool, pool.ids, 3, make_rng(0))
 
 
-@pytest.mark.parametrize("select", ["coreset", "typiclust", "probcover"])
-def test_diversity_works_when_nothing_is_labelled(select: str):
-    """DISTIL's core-set fails when nothing is labelled."""
-    pool = make_pool(40)
-    assert len(Sampler(f"none-none-{select}").select(pool, pool.ids, 7, make_rng(0))[0]) == 7
+# ---- the same by other libraries
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_coreset_equals_skmatter(seed: int, dtype: type):
+    """Farthest points from the same start, in the same order."""
+    fps = pytest.importorskip("skmatter.sample_selection", reason="skmatter is not installed").FPS
+    points = np.random.default_rng(seed).normal(size=(400, 12)).astype(dtype)
+    free, distances = kcenter_greedy(points, None, 80)
+    assert free == fps(n_to_select=80, initialize=free[0]).fit(points).selected_idx_.tolist()
+    theirs = fps(n_to_select=81, initialize=5).fit(points).selected_idx_.tolist()
+    rest = np.delete(np.arange(400), 5)
+    assert rest[kcenter_greedy(points[rest], points[5:6], 80)[0]].tolist() == theirs[1:]
+    assert np.isfinite(distances[1:]).all()
+
+
+def test_coreset_equals_what_skmatter_chose(root: Path):
+    """The recorded picks, for where skmatter cannot be installed beside the newest scikit-learn."""
+    points = make_rng(0, "peers", "fps").normal(size=(2000, 64)).astype(np.float32)
+    rows = read_json(root / "results" / "peers_samplers.json")["rows"]
+    (recorded,) = [row["picks"] for row in rows if row["library"] == "skmatter" and row["how"] == "run"]
+    assert len(recorded) == 200 and kcenter_greedy(points, None, 200)[0] == recorded
+
+
+def test_coreset_equals_scikit_activeml():
+    """The farthest from what is labelled, in the same order."""
+    pool = pytest.importorskip("skactiveml.pool")
+    points = np.random.default_rng(0).normal(size=(300, 6))
+    known = np.full(300, np.nan)
+    known[280:] = 0
+    theirs = pool.CoreSet(random_state=0).query(points, known, batch_size=60).tolist()
+    assert kcenter_greedy(points[:280], points[280:], 60)[0] == theirs
+
+
+class GivenClusters:
+    """A clustering that is known already, in the shape scikit-activeml asks for."""
+
+    def __init__(self, groups: Any = None, n_clusters: int = 0) -> None:
+        self.groups = groups
+
+    def fit_predict(self, points: np.ndarray) -> np.ndarray:
+        return np.asarray(self.groups)
+
+
+def their_typiclust(points: np.ndarray, labelled: int, k: int, groups: np.ndarray, neighbours: int) -> list[int]:
+    """scikit-activeml's picks; the last `labelled` points are labelled."""
+    pool = pytest.importorskip("skactiveml.pool")
+    known = np.full(len(points), np.nan)
+    known[len(points) - labelled :] = 0
+    query = pool.TypiClust(
+        random_state=0, k=neighbours, cluster_algo=GivenClusters, cluster_algo_dict={"groups": groups}
+    )
+    return query.query(points, known, batch_size=k).tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_typiclust_equals_scikit_activeml(seed: int):
+    """On the same clusters of different sizes, each at least twice as large as the neighbourhood."""
+    sizes = np.array([26, 22, 30, 24, 34, 28])
+    rng = np.random.default_rng(seed)
+    group = np.repeat(np.arange(6), sizes)
+    points = 20 * np.eye(6, 9)[group] + rng.normal(size=(len(group), 9))
+    order = rng.permutation(len(points))
+    points = points[order]
+    labelled = points[len(points) - 2 :]
+    groups = cluster(points, 6, make_rng(seed))
+    ours = typiclust(points[:-2], labelled, 4, make_rng(seed), neighbours=10)[0]
+    assert ours == their_typiclust(points, 2, 4, groups, neighbours=10)
+
+
+def test_typiclust_differs_where_a_cluster_is_small():
+    """In a cluster smaller than twice the neighbourhood we look at half of it, as the authors do: all is no density."""
+    rng = np.random.default_rng(0)
+    knot, scattered = rng.normal(0, 0.05, (7, 2)), rng.normal(0, 1, (6, 2))
+    points = np.concatenate([np.array([4.0, 0]) + knot, scattered])
+    (ours,), _, _ = typiclust(points, points[:0], 1, make_rng(0), neighbours=12)
+    (theirs,) = their_typiclust(points, 0, 1, np.zeros(13, int), neighbours=12)
+    assert ours < 7  # in the knot
+    assert theirs == np.linalg.norm(points[:, None] - points[None], axis=-1).sum(1).argmin()  # the middle of all
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_typiclust_differs_where_copies_leave_too_few_clusters():
+    """We go on with the least covered cluster; scikit-activeml 1.0.1 draws from all, an image twice if it comes so."""
+    points = np.repeat(np.random.default_rng(0).normal(size=(4, 3)), 5, axis=0)
+    pool = pytest.importorskip("skactiveml.pool")
+    theirs = pool.TypiClust(random_state=0).query(points, np.full(20, np.nan), batch_size=8).tolist()
+    picks, _, counts = typiclust(points, points[:0], 8, make_rng(0))
+    assert len(set(theirs)) < 8 == len(set(picks)) and counts == [0] * 4 + [1] * 4
+
+
+@pytest.mark.filterwarnings("ignore:The maximum purity")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("delta", [0.4, 0.9, 1.6])
+def test_probcover_equals_scikit_activeml(seed: int, delta: float):
+    """Each pick is one of their best, worth what they say; they draw among the best, we take the first."""
+    pool = pytest.importorskip("skactiveml.pool")
+    points = np.random.default_rng(seed).normal(size=(200, 4))
+    known = np.full(200, np.nan)
+    known[190:] = 0
+    theirs = pool.ProbCover(deltas=[delta], random_state=0)
+    picks, gains = probcover(points[:190], points[190:], 40, delta)
+    for pick, gain in zip(picks, gains, strict=True):
+        worth = theirs.query(points, known, batch_size=1, return_utilities=True)[1][0]
+        assert worth[pick] == np.nanmax(worth) == gain
+        assert np.flatnonzero(worth == gain)[0] == pick
+        known[pick] = 0
+    if len(picks) < 40:  # all is covered: for them everything is worth 0 and they draw; we stop, and spread out
+        worth = theirs.query(points, known, batch_size=1, return_utilities=True)[1][0]
+        assert np.nanmax(worth) == 0
+
+
+@pytest.mark.filterwarnings("ignore:The maximum purity")
+def test_radius_equals_scikit_activeml():
+    """Theirs is the largest of given numbers; with a fine grid it is ours, with its own (0.2 to 2) it covers little."""
+    pool = pytest.importorskip("skactiveml.pool")
+    points, _ = blobs(30)
+    groups = cluster(points, 4, make_rng(0))
+    known = np.full(len(points), np.nan)
+    grid = np.linspace(0.5, 40, 400)
+    same = {"n_classes": 4, "cluster_algo": GivenClusters, "cluster_algo_dict": {"groups": groups}}
+    fine, own = pool.ProbCover(deltas=grid, **same), pool.ProbCover(**same)
+    fine.query(points, known), own.query(points, known)
+    radius = ball_radius(points, 4, make_rng(0))
+    assert fine.delta_max_ <= radius < fine.delta_max_ + grid[1] - grid[0]
+    covered = [sum(probcover(points, points[:0], 4, r)[1]) for r in (radius, own.delta_max_)]
+    assert covered[0] == len(points) and covered[1] < 0.5 * len(points)
 
 
 # ---- balancing

@@ -1,9 +1,8 @@
-"""Questions, the answer parser's table, the handler's promises, and the mock's rates."""
+"""Questions, the answer parser's table, and the handler's promises."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,8 @@ from vlm_itl.vlm import (
     color_name,
     format_question,
     handler_options,
+    in_two_parts,
+    judging_part,
     legend_text,
     make_handler,
     parse_answer,
@@ -48,12 +49,6 @@ def one_thread():
 
 def ask(i: int = 0, mask: Any = TRUTH, **fields: Any) -> JudgeQuery:
     return JudgeQuery(f"im{i}", fields.pop("image", None), mask, labels=fields.pop("labels", VOC), **fields)
-
-
-def mock(**options: Any) -> VLMHandler:
-    handler = make_handler("mock", **options)
-    handler.bind_truth(lambda image_id: TRUTH)
-    return handler
 
 
 # ---- the parser ----
@@ -130,6 +125,53 @@ def test_what_is_cut_off_is_no_answer(text: str):
 @pytest.mark.parametrize("text", [None, 1, True, b"yes", ["yes"]])
 def test_what_is_no_text_is_no_answer(text: Any):
     assert parse_answer(text) == "abstain"
+
+
+LISTS = [  # answers to a question that asks for a list first: only what follows `Verdict:` is read
+    ("Objects: cat, dog.\nVerdict: yes", "yes"),
+    ("No dog, one cat.\nVerdict: yes", "yes"),
+    ("Yes, there is a cat; a dog is not coloured.\nVerdict: no", "no"),
+    ("1. cat: yes\n2. dog: no\n\n**Verdict:** no", "no"),
+    ("cat, dog\n**Verdict**: Yes.", "yes"),
+    ("cat\nVERDICT: YES", "yes"),
+    ("cat\nVerdict : no - the dog is missing", "no"),
+    ("cat\nVerdict: Yes, there are no errors", "yes"),
+    ("cat. Verdict: no", "no"),
+    ("None.\nVerdict: yes", "yes"),
+    ("cat: yes\ndog: yes", "abstain"),
+    ("yes", "abstain"),
+    ("No.", "abstain"),
+    ("cat\nVerdict: not sure", "abstain"),
+    ("cat\nVerdict: None", "abstain"),
+    ("cat\nVerdict:", "abstain"),
+    ("cat\nVerdict: yes\nWait, a dog.\nVerdict: no", "abstain"),
+    ("I end with 'Verdict: yes' or 'Verdict: no'.\ncat\nVerdict: no", "abstain"),
+    ("My verdict is out: yes", "abstain"),
+    ("I'm sorry, but I can't help with that.", "abstain"),
+    ("", "abstain"),
+]
+
+
+@pytest.mark.parametrize(("text", "verdict"), LISTS)
+def test_parser_table_for_lists(text: str, verdict: str):
+    assert parse_answer(judging_part(text, "list")) == verdict
+    assert parse_answer(judging_part(text, "List {all_class_names}, then write 'Verdict: yes' or 'no'")) == verdict
+
+
+def test_what_is_read_of_an_answer():
+    assert in_two_parts("list") and not any(in_two_parts(name) for name in QUESTIONS if name != "list")
+    assert judging_part("cat\nVerdict: yes", "quality") == "cat\nVerdict: yes"
+    assert judging_part(None, "list") is None and parse_answer(judging_part(None, "list")) == "abstain"
+    assert parse_answer(judging_part("cat\nVerdict: yes", "list"), cut_off=True) == "abstain"
+    with pytest.raises(ConfigError, match="Did you mean 'list'"):
+        judging_part("yes", "lists")
+
+
+def test_the_tables_hold_every_case_that_is_known_to_go_wrong():
+    known = {"Yes, there are no errors", "Not sure", "None", "no - the dog is missing", ""}
+    known.add("I'm sorry, but I can't help with that.")
+    assert known <= {text for text, _ in ANSWERS} and len(ANSWERS) >= 25
+    assert len({text for text, _ in ANSWERS}) == len(ANSWERS) and len({text for text, _ in LISTS}) == len(LISTS)
 
 
 # ---- questions, legend, rendering ----
@@ -234,10 +276,9 @@ BAD_QUERIES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["always_yes", "always_no", "mock"])
+@pytest.mark.parametrize("name", ["always_yes", "always_no"])
 def test_bad_queries_abstain_and_cost_only_themselves(name: str):
     handler = make_handler(name)
-    handler.bind_truth(lambda image_id: TRUTH)
     queries = [q for bad, _ in BAD_QUERIES for q in (bad, ask(1))]
     found = handler.judge(queries)
     assert len(found) == len(queries)
@@ -290,21 +331,65 @@ def test_a_judge_that_cannot_work_raises():
 
     with pytest.raises(JudgeError, match="key"):
         Keyless().judge([ask(0), ask(1)])
+
+
+class Wrapper(Shaky):
+    """Asks another."""
+
+    def __init__(self, judge: VLMHandler):
+        self.judges = [judge]
+        self.needs_truth, self.needs_segmenter = judge.needs_truth, judge.needs_segmenter
+
+    def inner(self) -> list[VLMHandler]:
+        return self.judges
+
+    def _judge_one(self, query: JudgeQuery) -> Judgement:
+        return self.judges[0].judge([query])[0]
+
+
+class Needs(Shaky):
+    """Needs truth and segmenter."""
+
+    name = "needs"
+    needs_truth = needs_segmenter = True
+
+    def _judge_one(self, query: JudgeQuery) -> Judgement:
+        assert self.segmenter() == ("model", "view")
+        return Judgement("yes" if self.truth(query.id).any() else "no")
+
+
+def test_what_is_bound_reaches_the_judge_inside():
+    leaf = Needs()
+    nested = Wrapper(Wrapper(leaf))
+    with pytest.raises(JudgeError, match="judge 'needs' is simulated.*bind_truth"):
+        nested.judge([ask()])
+    nested.bind_truth(lambda image_id: TRUTH)
+    with pytest.raises(JudgeError, match="judge 'needs' looks at .*bind_segmenter"):
+        nested.judge([ask()])
+    nested.bind_segmenter("model", "view")
+    assert [nested.judge([ask()])[0].verdict, leaf.judge([ask()])[0].verdict] == ["yes", "yes"]
+    assert Wrapper(Wrapper(leaf)).judge([ask()])[0].verdict == "yes"  # bound before it was wrapped
+    assert Wrapper(leaf).truth("im0") is TRUTH
+    nested.close()
     with pytest.raises(JudgeError, match="bind_truth"):
-        make_handler("mock").judge([ask()])
-    closed = mock()
-    closed.close()
+        leaf.judge([ask()])
     with pytest.raises(JudgeError, match="bind_truth"):
-        closed.judge([ask()])
+        Shaky().truth("im0")
+
+
+def test_a_judge_of_one_word_is_not_asked_for_a_list():
+    class OneWord(Shaky):
+        name, one_word = "word", True
+
+    listed, plain = OneWord().judge([ask(0, question="list"), ask(1)])
+    assert listed.verdict == "abstain" and "judge 'word' reads the first word" in str(listed.error)
+    assert plain.verdict == "yes" and Shaky().judge([ask(0, question="list")])[0].verdict == "yes"
 
 
 def test_registry():
-    assert {"mock", "always_yes", "always_no"} <= set(HANDLERS)
-    assert handler_options("mock")["abstain_rate"] == 0.0
-    with pytest.raises(ConfigError, match="judge='mok'.*Did you mean 'mock'"):
-        make_handler("mok")
-    with pytest.raises(ConfigError, match="'acuracy'.*Did you mean 'accuracy'"):
-        make_handler("mock", acuracy=0.9)
+    assert {"always_yes", "always_no"} <= set(HANDLERS) and handler_options("always_yes") == {}
+    with pytest.raises(ConfigError, match="judge='always_yse'.*Did you mean 'always_yes'"):
+        make_handler("always_yse")
     with pytest.raises(ConfigError, match="Its options: none"):
         make_handler("always_yes", accuracy=1.0)
     assert make_handler("always_yes", seed=3, tau=0.5).judge([ask()])[0].verdict == "yes"
@@ -324,108 +409,8 @@ def test_registry():
         HANDLERS.pop("needy")
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"accuracy": 1.1},
-        {"accuracy": -0.1},
-        {"accuracy": "high"},
-        {"accuracy": float("nan")},
-        {"sensitivity": 0.9},
-        {"specificity": 0.9},
-        {"accuracy": 0.9, "sensitivity": 0.9, "specificity": 0.9},
-        {"sensitivity": 0.9, "specificity": 2},
-        {"abstain_rate": 1.5},
-        {"tau": 2},
-        {"seed": 1.5},
-    ],
-)
-def test_mock_refuses_impossible_options(options: dict[str, Any]):
-    with pytest.raises(ConfigError):
-        make_handler("mock", **options)
-
-
-# ---- the mock's rates and purity ----
-
-N = 10_000
-
-
-def within(count: float, n: int, p: float) -> bool:
-    """Three standard deviations; exact where p is 0 or 1."""
-    return abs(count - n * p) <= 3 * np.sqrt(n * p * (1 - p)) + 1e-9
-
-
-@pytest.fixture(scope="module")
-def many() -> list[JudgeQuery]:
-    """10,000 queries, good and bad in turn."""
-    return [ask(i, BAD if i % 2 else TRUTH) for i in range(N)]
-
-
-@pytest.mark.parametrize("accuracy", [0.0, 0.6, 0.9, 1.0])
-def test_mock_agrees_with_reality_as_often_as_it_is_told(many: list[JudgeQuery], accuracy: float):
-    said = [j.verdict for j in mock(accuracy=accuracy, seed=5).judge(many)]
-    agree = sum((v == "yes") == (i % 2 == 0) for i, v in enumerate(said))
-    assert set(said) <= {"yes", "no"} and within(agree, N, accuracy)
-
-
-def test_mock_has_its_sensitivity_specificity_and_abstentions(many: list[JudgeQuery]):
-    said = np.array([j.verdict for j in mock(sensitivity=0.91, specificity=0.23, abstain_rate=0.1).judge(many)])
-    assert within((said == "abstain").sum(), N, 0.1)
-    good, bad = said[::2], said[1::2]
-    good, bad = good[good != "abstain"], bad[bad != "abstain"]
-    assert within((good == "yes").sum(), len(good), 0.91) and within((bad == "no").sum(), len(bad), 0.23)
-
-
-def test_mock_is_a_pure_function(many: list[JudgeQuery]):
-    queries = many[:300]
-    said = [j.verdict for j in mock(accuracy=0.5, seed=1).judge(queries)]
-    for batch_size in (1, 7, 1000):
-        handler = mock(accuracy=0.5, seed=1)
-        handler.batch_size = batch_size
-        assert [j.verdict for j in handler.judge(queries[::-1])][::-1] == said
-        assert handler.judge(queries[17:18])[0].verdict == said[17]
-
-    def differ(other: list[JudgeQuery], seed: int = 1) -> float:
-        return float(
-            np.mean([a != j.verdict for a, j in zip(said, mock(accuracy=0.5, seed=seed).judge(other), strict=True)])
-        )
-
-    pixel = [replace(q, mask=np.where(np.arange(36).reshape(6, 6) == 35, 8, q.mask).astype(np.uint8)) for q in queries]
-    for changed in (
-        differ(queries, seed=2),
-        differ([replace(q, question="exhaustive") for q in queries]),
-        differ([replace(q, id="x" + q.id) for q in queries]),
-        differ(pixel),
-    ):
-        assert 0.35 < changed < 0.65  # another throw of a fair coin
-    # what is no part of the question changes nothing
-    assert differ([replace(q, extra={"round": 3}, image=Image.new("RGB", (6, 6))) for q in queries]) == 0
-    # nothing global is touched
-    state = np.random.get_state()[1].copy()
-    mock().judge(queries[:5])
-    assert (np.random.get_state()[1] == state).all()
-
-
-def test_mock_follows_tau():
-    # background 18 of 18, cat 9 of 18, dog 0 of 9: mean IoU 0.5
-    assert mock(accuracy=1.0, tau=0.5).judge([ask(mask=BAD)])[0].verdict == "yes"
-    assert mock(accuracy=1.0, tau=0.51).judge([ask(mask=BAD)])[0].verdict == "no"
-    empty = ask(mask=np.zeros((6, 6), np.uint8))  # all background is a mask, and a bad one here
-    assert mock(accuracy=1.0).judge([empty])[0].verdict == "no"
-
-
-def test_mock_abstains_where_there_is_no_reality():
-    handler = mock(accuracy=1.0)
-    truths = {"im0": np.full((6, 6), VOID, np.uint8), "im1": TRUTH[:4]}
-    handler.bind_truth(truths.__getitem__)
-    void, shape, missing = handler.judge([ask(0), ask(1), ask(2)])
-    assert "void everywhere" in void.error and "shape" in shape.error and "KeyError" in missing.error
-
-
 def test_free_judges_cost_nothing():
-    for name in ("always_yes", "always_no", "mock"):
-        handler = make_handler(name)
-        handler.bind_truth(lambda image_id: TRUTH)
-        (found,) = handler.judge([ask()])
+    for name in ("always_yes", "always_no"):
+        (found,) = make_handler(name).judge([ask()])
         assert found.usd == 0.0 and found.latency_s == 0.0 and found.p_yes == float(found.verdict == "yes")
         assert found.model and found.id == "im0"

@@ -23,7 +23,7 @@ from .core import ConfigError, DataError, JudgeError, check_number, plain, resol
 from .vlm import Judgement, JudgeQuery, VLMHandler, make_handler, register_handler
 
 # %% ../nbs/06c_cache.ipynb #cache-identity
-_NO_MATTER = ("batch_size", "name", "needs_truth")  # cannot change an answer
+_NO_MATTER = ("batch_size", "name", "needs_truth", "needs_segmenter")  # cannot change an answer
 
 
 def handler_identity(
@@ -55,10 +55,12 @@ def query_key(
     elif query.image is not None:
         shown = np.asarray(query.picture())  # (H, W, 3)
     simulated = (query.id, handler.truth(query.id)) if handler.needs_truth else None
+    text: Callable[[JudgeQuery], str] | None = getattr(handler, "query_text", None)
+    asked = query.text() if text is None else text(query)
     extra = json.dumps(plain(query.extra), sort_keys=True)
     names = tuple(query.labels.names)
     classes = tuple(query.classes())
-    return stable_hash(who, query.question, query.text(), names, classes, extra, shown, query.mask, simulated).hex()
+    return stable_hash(who, query.question, asked, names, classes, extra, shown, query.mask, simulated).hex()
 
 # %% ../nbs/06c_cache.ipynb #cache-final
 def is_final(
@@ -228,21 +230,24 @@ class CachedHandler(VLMHandler):
         size = min(64, self.judge_handler.batch_size) if batch_size is None else batch_size
         check_number("batch_size", size, 1, integer=True)
         self.batch_size = min(size, self.judge_handler.batch_size)  # one batch here is one batch there
-        self.needs_truth = self.judge_handler.needs_truth  # type: ignore[misc]
+        self.needs_truth = self.judge_handler.needs_truth
+        self.needs_segmenter = self.judge_handler.needs_segmenter
         self.model = self.judge_handler.model or self.judge_handler.name
         self.cache = JudgementCache(path)
         self.calls, self.usd, self.hits = 0, 0.0, 0  # so far
         self._dearest: float | None = None
 
-    def bind_truth(self, truth: Callable[[str], np.ndarray]) -> None:
-        "Hand the truth on to a simulated judge."
-        super().bind_truth(truth)
-        self.judge_handler.bind_truth(truth)
+    def inner(self) -> tuple[VLMHandler, ...]:
+        "The judge behind the cache."
+        return (self.judge_handler,)
+
+    def identity(self) -> dict[str, Any]:
+        "That of the judge: a cache changes no answer."
+        return handler_identity(self.judge_handler)
 
     def close(self) -> None:
         "Let go of the file and of the judge."
         super().close()
-        self.judge_handler.close()
         self.cache.close()
 
     def _judge_one(self, query: JudgeQuery) -> Judgement:

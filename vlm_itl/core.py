@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['VlmItlError', 'ConfigError', 'DataError', 'RunError', 'JudgeError', 'closest', 'check_choice', 'check_number',
-           'stable_hash', 'derive_seed', 'make_rng', 'stable_uniform', 'seed_everything', 'seeded', 'project_root',
-           'resolve_path', 'write_bytes', 'write_text', 'plain', 'to_json', 'write_json', 'read_json', 'RunFolder',
-           'progress']
+           'refuse_secrets', 'stable_hash', 'derive_seed', 'make_rng', 'stable_uniform', 'seed_everything', 'seeded',
+           'project_root', 'resolve_path', 'write_bytes', 'write_text', 'plain', 'to_json', 'write_json', 'read_json',
+           'RunFolder', 'progress']
 
 # %% ../nbs/00_core.ipynb #core-threads-import
 import os
@@ -96,6 +96,26 @@ def check_number(
     if (low is not None and value < low) or (high is not None and value > high):
         raise ConfigError(f"{wanted}, not {value!r}.")
     return value
+
+# %% ../nbs/00_core.ipynb #core-secrets
+_SECRET = re.compile(r"(?i)(?:^|[_-])(?:api[_-]?key|authorization|bearer|secret|password|token)$")
+
+
+def refuse_secrets(
+    name: str,  # the setting, for the message
+    value: Any,  # dictionaries and lists are looked through
+) -> None:
+    "`ConfigError` if a name inside is one that keys and passwords go by: settings are written into run folders."
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if isinstance(inner, str) and inner and _SECRET.search(str(key)):
+                raise ConfigError(
+                    f"{name} must hold no {key!r}: it would be written down. Use an environment variable."
+                )
+            refuse_secrets(name, inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            refuse_secrets(name, inner)
 
 # %% ../nbs/00_core.ipynb #core-hash
 def stable_hash(

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MODES', 'POLICIES', 'ACCEPTANCES', 'KEEP_MODELS', 'COLD_STARTS', 'FREE_SETTINGS', 'JUDGE_CHUNK', 'AUDIT_SHARE',
-           'GALLERY_SIDE', 'Config', 'make_config', 'notebook_settings', 'run_path', 'Round', 'judge_pool', 'doubts',
-           'accepts', 'measure_judge', 'ask_held_out', 'certify_answers', 'choose', 'write_gallery', 'Experiment',
-           'summarise', 'run_experiment', 'run_baseline', 'run_al']
+           'GALLERY_SIDE', 'ASKED_SHOWN', 'Config', 'make_config', 'notebook_settings', 'run_path', 'Round',
+           'judge_pool', 'doubts', 'accepts', 'measure_judge', 'ask_held_out', 'certify_answers', 'policy_groups',
+           'choose', 'write_gallery', 'choose_parts', 'spent_pixels', 'write_asked', 'Experiment', 'summarise',
+           'run_experiment', 'run_baseline', 'run_al']
 
 # %% ../nbs/08_experiment.ipynb #experiment-imports
 import copy
@@ -25,6 +26,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from .baselines import ConfidenceHandler  # noqa: F401  "confidence", "second_opinion", "human"
 from .certify import certify
 from vlm_itl.core import (
     ConfigError,
@@ -44,6 +46,7 @@ from vlm_itl.core import (
     write_text,
 )
 from .data import SegData, load_data
+from .ensemble import EnsembleHandler  # noqa: F401  "ensemble", "both"
 from .gradient import GradientProbe
 from .hf_judge import HFJudge  # noqa: F401  the import makes the judge "hf" known
 from .judge import verdict_metrics
@@ -52,10 +55,22 @@ from .metrics import image_iou
 from .model import Segmenter, load_model, load_weights, save_model
 from .openai_judge import OpenAIHandler  # noqa: F401  makes "openai" and "cached" known
 from .pool import FULL_MASK_SECONDS, Ledger, Oracle, Pool, budget_schedule, mask_pixels, training_rows
+from vlm_itl.regions import (
+    CHOICE_OPTIONS,
+    REGION_LABELS,
+    REGIONS,
+    Regions,
+    choose_regions,
+    count_clicks,
+    draw_asked,
+    score_regions,
+    split_region,
+)
 from .report import aubc, save_figures
 from .sampler import Sampler
 from .scores import PASS_SCORES, dropout_layers, scoring_options
 from .selects import parse_strategy, sort_options  # from selects, so that its strategies are registered
+from .simulated import MockHandler  # noqa: F401  "mock"
 from .tracking import Tracker, make_tracker
 from .train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
 from .vlm import Judgement, JudgeQuery, VLMHandler, check_question, make_handler
@@ -83,6 +98,10 @@ class Config:
     model_options: dict[str, Any] = field(default_factory=dict)  # e.g. {"output_stride": 16}
     strategy: str = "entropy"  # score-aggregate-select, or a short name
     strategy_options: dict[str, Any] = field(default_factory=dict)  # of its parts, e.g. {"beta": 4, "passes": 20}
+    unit: str = "image"  # what is asked for: image, region
+    region: str = "slic"  # superpixels (slic) or a grid (window)
+    region_options: dict[str, Any] = field(default_factory=dict)  # e.g. {"count": 60, "per_image": 5, "gap": True}
+    region_labels: str = "precise"  # how the human answers: precise, or dominant (one click, one class)
     cold_start: str = "random"  # who picks the images before round 0: random, typiclust, probcover, coreset
     judge: str = "mock"  # the VLM handler (mode vlm)
     judge_options: dict[str, Any] = field(default_factory=dict)  # e.g. {"accuracy": 0.9}
@@ -138,7 +157,12 @@ class Config:
         check_choice("keep_models", self.keep_models, KEEP_MODELS)
         check_choice("resize", self.resize, ("keep", "stretch"))
         check_choice("log_with", self.log_with, ("none", "wandb", "tensorboard"))
+        check_choice("unit", self.unit, ("image", "region"))
+        check_choice("region", self.region, REGIONS)
+        check_choice("region_labels", self.region_labels, REGION_LABELS)
         check_choice("cold_start", self.cold_start, COLD_STARTS)
+        if self.mode == "baseline" and self.unit == "region":
+            raise ConfigError("unit='region' is for modes al and vlm: the baseline labels whole images, all of them.")
         if parse_strategy(self.strategy).score == "judge" and self.mode != "vlm":
             raise ConfigError(
                 f"strategy {self.strategy!r} asks for the judge's doubt, and only mode 'vlm' has a judge."
@@ -153,7 +177,7 @@ class Config:
             check_number(name, getattr(self, name), low=0, integer=True)
         check_number("seed", self.seed, low=0, integer=True)
         check_number("mask_seconds", self.mask_seconds, low=0)
-        for name in ("data_options", "model_options", "strategy_options", "judge_options", "augment"):
+        for name in ("data_options", "model_options", "strategy_options", "region_options", "judge_options", "augment"):
             if not isinstance(getattr(self, name), dict):
                 raise ConfigError(f"{name} must be a dictionary, e.g. {{'name': value}}, not {getattr(self, name)!r}.")
         sort_options(self.strategy, self.strategy_options)
@@ -259,9 +283,10 @@ class Round:
     "One line of `rounds.jsonl`. Only `seconds` holds clock times."
 
     index: int  # from 0
-    labelled: int  # human masks trained on
-    labelled_share: float  # of the pool
+    labelled: int  # human masks trained on; unit region: the images that so many pixels make
+    labelled_share: float  # of the pool's images; unit region: of its pixels
     pseudo: int  # predicted masks trained on beside them
+    regions: int = field(default=0, kw_only=True)  # parts of images trained on (unit region)
     budget: dict[str, Any]  # the ledger after this round: images first
     metrics: dict[str, Any]  # val: {...}, train_loss, steps
     judge: dict[str, Any] | None  # mode vlm: agreement rate, balanced accuracy, ..., accepted
@@ -404,6 +429,22 @@ def certify_answers(
     return {**found, "alpha": config.alpha, "delta": delta}
 
 # %% ../nbs/08_experiment.ipynb #experiment-choose
+def policy_groups(
+    free: Sequence[str],  # images without a human mask
+    verdicts: dict[str, str],  # image -> yes, no, abstain; empty without a judge
+    accepted: Sequence[str],  # images whose mask was accepted
+    policy: str,  # observe, pseudo, triage
+) -> list[list[str]]:  # groups, the first one first
+    "Whom the human is asked about first."
+    taken = set(accepted)
+    if policy == "observe" or not verdicts:
+        return [list(free)]
+    kept, rest = [i for i in free if i in taken], [i for i in free if i not in taken]
+    if policy == "pseudo":
+        return [rest, kept]
+    return [[i for i in rest if verdicts.get(i) == "no"], [i for i in rest if verdicts.get(i) != "no"], kept]
+
+
 def choose(
     sampler: Sampler,  # the strategy
     scores: PoolScores | None,  # what the pass over the pool found; None for a strategy that needs nothing
@@ -415,19 +456,9 @@ def choose(
     rng: np.random.Generator,  # for this round
 ) -> tuple[list[str], list[str]]:  # ids, reasons
     "The images the human labels next: groups in the policy's order, the strategy inside each."
-    free = pool.unlabelled
-    taken = set(accepted)
-    if policy == "observe" or not verdicts:
-        groups = [free]
-    elif policy == "pseudo":
-        groups = [[i for i in free if i not in taken], [i for i in free if i in taken]]
-    else:
-        rejected = [i for i in free if verdicts.get(i) == "no" and i not in taken]
-        unknown = [i for i in free if i not in taken and i not in set(rejected)]
-        groups = [rejected, unknown, [i for i in free if i in taken]]
     ids: list[str] = []
     reasons: list[str] = []
-    for group in groups:
+    for group in policy_groups(pool.unlabelled, verdicts, accepted, policy):
         count = min(k - len(ids), len(group))
         if count > 0:
             more, why = sampler.select(scores, group, count, rng, labelled=[*pool.human, *ids])
@@ -508,6 +539,95 @@ def write_gallery(
         index.append({"id": judgement.id, **files, **answer})
     write_json(folder / "index.json", index)
 
+# %% ../nbs/08_experiment.ipynb #experiment-regions
+def choose_parts(
+    sampler: Sampler,  # the strategy
+    scores: PoolScores,  # of regions
+    groups: Sequence[Sequence[str]],  # images, from `policy_groups`
+    regions: Regions,  # covers of the pool
+    pixels: int,  # that may be spent
+    paid: Sequence[str],  # regions labelled already
+    rng: np.random.Generator,  # for this round
+    **options: Any,  # of `choose_regions`: per_image, max_overlap, gap
+) -> tuple[list[str], list[str]]:  # region names, reasons
+    "The regions the human labels next."
+    by_image: dict[str, list[str]] = {}
+    for name in scores.ids:
+        by_image.setdefault(split_region(name)[0], []).append(name)
+    free = {image_id for group in groups for image_id in group}
+    known = [name for image_id, names in by_image.items() if image_id not in free for name in names]
+    ids: list[str] = []
+    reasons: list[str] = []
+    for group in groups:
+        names = [name for image_id in group for name in by_image.get(image_id, ())]
+        left = pixels - spent_pixels(regions, ids, paid)
+        if names and left > 0:
+            more, why = choose_regions(
+                sampler,
+                scores,
+                names,
+                regions,
+                rng,
+                pixels=left,
+                at_least=0 if ids else 1,
+                paid=[*paid, *ids],
+                labelled=[*known, *paid, *ids],
+                **options,
+            )
+            ids += more
+            reasons += why
+    return ids, reasons
+
+
+def spent_pixels(
+    regions: Regions,  # covers of the pool
+    names: Sequence[str],  # regions
+    paid: Sequence[str] = (),  # regions whose pixels are paid already
+) -> int:
+    "New pixels of some regions; what overlaps is counted once."
+    old: dict[str, list[str]] = {}
+    for name in paid:
+        old.setdefault(split_region(name)[0], []).append(name)
+    new: dict[str, list[str]] = {}
+    for name in names:
+        new.setdefault(split_region(name)[0], []).append(name)
+    if regions.split:
+        return sum(int(regions.areas(image_id)[split_region(name)[1]]) for image_id in new for name in new[image_id])
+    total = 0
+    for image_id, found in new.items():
+        inside = np.logical_or.reduce([regions.mask(name) for name in found])
+        for name in old.get(image_id, ()):
+            inside = inside & ~regions.mask(name)
+        total += int(inside.sum())
+    return total
+
+
+ASKED_SHOWN = 6  # pictures of a round
+
+
+def write_asked(
+    folder: Path,  # will be created
+    names: Sequence[str],  # chosen regions, best first
+    images: Any,  # the pool's images, columns id, image
+    regions: Regions,  # covers of the pool
+) -> None:
+    "A few pictures of what the human is asked: the rest of the image darkened."
+    by_image: dict[str, list[str]] = {}
+    for name in names:
+        by_image.setdefault(split_region(name)[0], []).append(name)
+    if not by_image:
+        return
+    folder.mkdir()
+    where = {image_id: i for i, image_id in enumerate(row_ids(images))}
+    index = []
+    for number, (image_id, found) in enumerate(list(by_image.items())[:ASKED_SHOWN]):
+        inside = np.logical_or.reduce([regions.mask(name) for name in found])
+        picture = draw_asked(images[where[image_id]]["image"], inside)
+        picture.thumbnail((GALLERY_SIDE, GALLERY_SIDE))
+        picture.save(folder / f"{number}.jpg", quality=88)
+        index.append({"id": image_id, "regions": len(found), "file": f"{number}.jpg"})
+    write_json(folder / "index.json", index)
+
 # %% ../nbs/08_experiment.ipynb #experiment-class
 class Experiment:
     "A run in progress: data, pool, ledger, and the folder they are written to."
@@ -535,10 +655,12 @@ class Experiment:
         if self.sampler.strategy.score in PASS_SCORES and not self.members:
             dropout_layers(self.model)  # a network without dropout is refused now, not after the first training
         self.initial_state = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.regions = self._make_regions()
         record = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
         self.folder = RunFolder.open(run_path(config), record, free=FREE_SETTINGS)
-        self.ledger = Ledger(mask_seconds=config.mask_seconds)
+        self.ledger = Ledger(mask_seconds=config.mask_seconds, clicks=None if self.regions is None else 0)
         self.oracle = Oracle(self.data, self.ledger)
+        self.oracle.counts_clicks = self.regions is not None
         self.pool = Pool(self.oracle.ids)
         if self.handler is not None and self.handler.needs_truth:
             self.handler.bind_truth(self._truth)
@@ -552,6 +674,18 @@ class Experiment:
             return None
         return make_handler(self.config.judge, seed=self.config.seed, tau=self.config.tau, **self.config.judge_options)
 
+    def _make_regions(self) -> Regions | None:
+        "What is asked for where the unit is a region."
+        if self.config.unit == "image":
+            return None
+        given = self.config.region_options
+        self.region_choice = {name: given.get(name, default) for name, default in CHOICE_OPTIONS.items()}
+        check_number("region_options: per_image", self.region_choice["per_image"], low=0, integer=True)
+        check_number("region_options: max_overlap", self.region_choice["max_overlap"], low=0, high=0.999)
+        self.pool_pixels, self.val_pixels = (sum(mask_pixels(rows)) for rows in (self.data.train, self.data.val))
+        images = self.data.train.remove_columns("mask")
+        return Regions(images, self.config.region, **{k: v for k, v in given.items() if k not in CHOICE_OPTIONS})
+
     def _write_data_card(self) -> None:
         "What the run learns from: sizes, names, colours."
         sizes = {split: len(getattr(self.data, split)) for split in ("train", "val", "test")}
@@ -564,12 +698,16 @@ class Experiment:
         records = self.folder.rounds()
         if not records:
             if len(self.data.val):
-                self.ledger.pay_masks(mask_pixels(self.data.val), validation=True)
+                clicks = sum(count_clicks(row["mask"]) for row in self.data.val) if self.regions else None
+                self.ledger.pay_masks(mask_pixels(self.data.val), validation=True, clicks=clicks)
             return
         earlier = [Round(**r) for r in records]
-        ids = [*earlier[0].start_ids, *(i for r in earlier[:-1] for i in r.selection["ids"])]
-        self.oracle.paid.update(ids)
-        self.pool.add_human(ids)
+        chosen = [i for r in earlier[:-1] for i in r.selection["ids"]]
+        whole = earlier[0].start_ids if self.regions else [*earlier[0].start_ids, *chosen]
+        self.oracle.paid.update(whole)
+        self.pool.add_human(whole)
+        if self.regions:
+            self.oracle.label_regions(chosen, self.regions, self.config.region_labels)
         self.ledger = self.oracle.ledger = Ledger.from_record(earlier[-1].budget)
         self.oracle.simulated = self.ledger.peeks > 0
         self.rounds = earlier[:-1]
@@ -579,8 +717,12 @@ class Experiment:
         "Let a round that is on disk take effect: pseudo-labels, paid masks."
         store = MaskStore(self.folder.round_path(record.index) / "masks", self.data.labels)
         self.pool.set_pseudo({i: store.path(i) for i in record.pseudo_ids})
-        self.oracle.label(record.selection["ids"])
-        self.pool.add_human(record.selection["ids"])
+        ids = record.selection["ids"]
+        if self.regions:
+            self.oracle.label_regions(ids, self.regions, self.config.region_labels)
+        else:
+            self.oracle.label(ids)
+            self.pool.add_human(ids)
         self.rounds.append(record)
 
     @property
@@ -605,7 +747,7 @@ class Experiment:
             load_weights(self.model, self.folder.round_path(index - 1) / "model")
         else:
             self.model.load_state_dict(self.initial_state)
-        rows = training_rows(self.pool, self.oracle)
+        rows = training_rows(self.pool, self.oracle, self.regions)
         result = fit(
             self.model,
             rows,
@@ -630,23 +772,22 @@ class Experiment:
         "One pass over the unlabelled images, and over the labelled ones where the strategy measures distances to them."
         wanted = set(self.pool.unlabelled) | (set(self.pool.human) if self.sampler.needs_labelled else set())
         rows = [row for row, image_id in enumerate(self.oracle.ids) if image_id in wanted]
-        return score_pool(
-            self.model, self.oracle.images.select(rows), self.config.view, masks=masks, **self._scoring_options()
-        )
+        images, view, looks = self.oracle.images.select(rows), self.config.view, self._looks()
+        key, aggregate = self.sampler.strategy.score_key, self.options["aggregate"]
+        if self.regions is not None:
+            return score_regions(self.model, images, self.regions, view, key, masks, looks, **aggregate)
+        options = scoring_options([key] if key else [], **looks, **aggregate)
+        if "gradient" in self.sampler.needs:
+            options["probe"] = GradientProbe(seed=self.config.seed)
+        return score_pool(self.model, images, view, masks=masks, **options)
 
-    def _scoring_options(self) -> dict[str, Any]:
-        "What the strategy needs of the pass over the pool."
-        key, given = self.sampler.strategy.score_key, dict(self.options["score"])
+    def _looks(self) -> dict[str, Any]:
+        "How a strategy looks several times: dropout by the seed of the round, or an ensemble."
+        given = dict(self.options["score"])
         given.pop("members", None)
         earlier = range(max(0, len(self.rounds) - given.pop("rounds", 0)), len(self.rounds))
         members = [*self.members, *(self._model_of(index) for index in earlier)]
-        seed = derive_seed(self.config.seed, "looks", len(self.rounds))
-        options = scoring_options(
-            [key] if key else [], seed=seed, members=members, **given, **self.options["aggregate"]
-        )
-        if "gradient" in self.sampler.needs:
-            options["probe"] = GradientProbe(seed=self.config.seed)
-        return options
+        return {**given, "members": members, "seed": derive_seed(self.config.seed, "looks", len(self.rounds))}
 
     def _model_of(self, index: int) -> Segmenter:
         "The segmenter of an earlier round."
@@ -672,14 +813,18 @@ class Experiment:
             self.oracle.label(start_ids)
             self.pool.add_human(start_ids)
         trained, history = self._train(index)
+        if self.handler is not None and self.handler.needs_segmenter:
+            self.handler.bind_segmenter(self.model, config.view)
         clock.lap("train")
         val = evaluate(self.model, self.data.val, config.view, desc="validating") if len(self.data.val) else None
         clock.lap("evaluate")
-        labelled, pseudo = len(self.pool.human), len(self.pool.pseudo)
+        pseudo = len(self.pool.pseudo)
+        labelled = len(self.pool.human) if self.regions is None else self.schedule[index]
         masks = MaskStore(here / "masks", self.data.labels) if self.handler is not None else None
+        paid = self._paid_pixels()
         last = index == len(self.schedule) - 1
         rest = len(self.pool.unlabelled)
-        wanted = masks is not None or (self.sampler.needs and not last)
+        wanted = masks is not None or ((self.sampler.needs or self.regions is not None) and not last)
         scores = self._score(masks) if rest and wanted else None
         clock.lap("score")
         judgements: list[Judgement] = []
@@ -693,7 +838,8 @@ class Experiment:
             accepted = said_yes if config.policy != "observe" else []
             self._pay_judge(judgements)
             if scores is not None:
-                scores.scores["judge"] = doubts(judgements, scores.ids)
+                images = [split_region(i)[0] for i in scores.ids] if self.regions else scores.ids
+                scores.scores["judge"] = doubts(judgements, images)
             measures, ious = measure_judge(judgements, said_yes, self.oracle, masks, config.tau)
             self._write_judgements(here, judgements, ious)
             if certified is not None:
@@ -706,11 +852,11 @@ class Experiment:
         ids: list[str] = []
         reasons: list[str] = []
         if rest and not last:
-            k = self.schedule[index + 1] - labelled
             verdicts = {j.id: j.verdict for j in judgements}
-            rng = make_rng(config.seed, "select", index)
-            ids, reasons = choose(self.sampler, scores, self.pool, k, verdicts, accepted, config.policy, rng)
+            ids, reasons = self._choose(index, scores, verdicts, accepted)
         clock.lap("select")
+        if self.regions is not None and config.gallery:
+            write_asked(here / "asked", ids, self.oracle.images, self.regions)
         write_gallery(here / "gallery", self.model, self.data, config, self.oracle, masks, judgements, ious)
         save_model(self.model, here / "model")
         write_text(here / "training.jsonl", "".join(to_json(h) + "\n" for h in history))
@@ -718,8 +864,9 @@ class Experiment:
         return Round(
             index=index,
             labelled=labelled,
-            labelled_share=labelled / len(self.pool.ids),
+            labelled_share=labelled / len(self.pool.ids) if self.regions is None else paid / self.pool_pixels,
             pseudo=pseudo,
+            regions=len(self.oracle.asked_regions()),
             budget=self.ledger.record(),
             metrics=plain({"val": val, **trained}),
             judge=plain(measures),
@@ -728,6 +875,25 @@ class Experiment:
             pseudo_ids=[i for i in accepted if i not in chosen] if not last else [],
             seconds=clock.times(),
         )
+
+    def _paid_pixels(self) -> int:
+        "Pixels of the pool that the human labelled (unit region)."
+        return self.ledger.pixels - self.val_pixels if self.regions is not None else 0
+
+    def _choose(
+        self, index: int, scores: PoolScores | None, verdicts: dict[str, str], accepted: Sequence[str]
+    ) -> tuple[list[str], list[str]]:
+        "What the human labels next: images, or regions of as many pixels."
+        config, rng = self.config, make_rng(self.config.seed, "select", index)
+        if self.regions is None:
+            k = self.schedule[index + 1] - len(self.pool.human)
+            return choose(self.sampler, scores, self.pool, k, verdicts, accepted, config.policy, rng)
+        assert scores is not None
+        aim = self.schedule[index + 1] / len(self.pool.ids) * self.pool_pixels
+        groups = policy_groups(self.pool.unlabelled, verdicts, accepted, config.policy)
+        asked = [name for name in self.oracle.asked_regions() if split_region(name)[0] in set(self.pool.unlabelled)]
+        pixels = max(1, round(aim - self._paid_pixels()))
+        return choose_parts(self.sampler, scores, groups, self.regions, pixels, asked, rng, **self.region_choice)
 
     def _truth(self, image_id: str) -> np.ndarray:
         "For a simulated judge: the truth of validation images is paid for, that of the pool is peeked at."

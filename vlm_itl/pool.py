@@ -21,7 +21,8 @@ from PIL import Image
 
 from .core import ConfigError, DataError, check_number
 from .data import SegData
-from .labels import DecodeRows, make_rows, raw_rows, row_ids
+from .labels import VOID, DecodeRows, make_rows, raw_rows, row_ids
+from .regions import Regions, count_clicks, region_id, region_label, split_region
 
 # %% ../nbs/07b_pool.ipynb #pool-ledger
 FULL_MASK_SECONDS = 239.7  # a full VOC mask (arXiv 1506.02106)
@@ -35,8 +36,10 @@ class Ledger:
     mask_seconds: float = FULL_MASK_SECONDS  # human seconds for one full mask
     train_images: int = 0  # human masks in the pool
     val_images: int = 0  # human masks held out for validation
-    pixels: int = 0  # pixels inside those masks
-    human_seconds: float = 0.0  # at `mask_seconds` an image, and for the checks
+    regions: int = 0  # parts of images that were asked for alone
+    pixels: int = 0  # pixels inside those masks and regions
+    clicks: int | None = None  # by the rule of `count_clicks`; None: not counted
+    human_seconds: float = 0.0  # at `mask_seconds` an image; a region takes its share; and for the checks
     checks: int = 0  # masks that a human looked at and said yes or no, at `CHECK_SECONDS` each
     judge_calls: int = 0  # questions put to the judge
     judge_usd: float | None = 0.0  # money for them; None as soon as one price is unknown
@@ -51,6 +54,7 @@ class Ledger:
         self,
         pixels: Sequence[int],  # pixels of each mask
         validation: bool = False,  # for the validation split
+        clicks: int | None = None,  # where they are counted
     ) -> None:
         "Charge some full masks."
         if validation:
@@ -58,7 +62,20 @@ class Ledger:
         else:
             self.train_images += len(pixels)
         self.pixels += int(sum(pixels))
+        self.clicks = clicks if self.clicks is None else self.clicks + (clicks or 0)
         self.human_seconds = round(self.human_seconds + self.mask_seconds * len(pixels), 3)
+
+    def pay_region(
+        self,
+        pixels: int,  # that were not paid before
+        of: int,  # pixels of the whole image
+        clicks: int,  # by the rule of `count_clicks`
+    ) -> None:
+        "Charge one region. A simplification: its share of the pixels is its share of the seconds."
+        self.regions += 1
+        self.pixels += pixels
+        self.clicks = (self.clicks or 0) + clicks
+        self.human_seconds = round(self.human_seconds + self.mask_seconds * pixels / of, 3)
 
     def pay_checks(
         self,
@@ -103,6 +120,19 @@ def _pixels(cell: dict[str, Any]) -> int:
         return math.prod(picture.size)
 
 
+def _to_png(mask: np.ndarray) -> bytes:
+    "A mask in memory, small."
+    buffer = BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def _from_png(data: bytes) -> np.ndarray:
+    "Back again."
+    with Image.open(BytesIO(data)) as picture:
+        return np.array(picture, dtype=np.uint8)
+
+
 class Oracle:
     "The only reader of human masks in the pool."
 
@@ -118,6 +148,9 @@ class Oracle:
         self.images: datasets.Dataset = data.train.remove_columns("mask")  # what everybody may see
         self.ledger = ledger
         self.paid: set[str] = set()
+        self.parts: dict[str, bytes] = {}  # partly paid image -> PNG of what is known of its mask, void elsewhere
+        self._asked: dict[str, set[int]] = {}  # partly paid image -> its paid regions
+        self.counts_clicks = False  # costs a look at every mask that is paid
         self.simulated = False
 
     @property
@@ -144,8 +177,56 @@ class Oracle:
         again = [i for i in ids if i in self.paid or counts[i] > 1]
         if again:
             raise ConfigError(f"image {again[0]!r} is labelled already, or asked for twice.")
-        self.ledger.pay_masks(mask_pixels(self._rows.select(self.rows(ids))))
+        rows = self.rows(ids)
+        clicks = sum(count_clicks(self._decoded[row]["mask"]) for row in rows) if self.counts_clicks else None
+        self.ledger.pay_masks(mask_pixels(self._rows.select(rows)), clicks=clicks)
         self.paid.update(ids)
+
+    def label_regions(
+        self,
+        names: Sequence[str],  # regions to be labelled by the human
+        regions: Regions,  # their covers
+        kind: str = "precise",  # how the human answers: precise, dominant
+    ) -> None:
+        "Pay for some regions; pixels that were paid before are not paid again, and keep their answer."
+        by_image: dict[str, list[int]] = {}
+        for name in names:
+            image_id, index = split_region(name)
+            self.rows([image_id])
+            if image_id in self.paid or index in (*self._asked.get(image_id, ()), *by_image.get(image_id, ())):
+                raise ConfigError(f"region {name!r} is labelled already, or asked for twice.")
+            by_image.setdefault(image_id, []).append(index)
+        for image_id, found in by_image.items():
+            self._label_parts(image_id, found, regions, kind)
+
+    def _label_parts(self, image_id: str, found: Sequence[int], regions: Regions, kind: str) -> None:
+        "Pay for regions of one image, in order."
+        cover, truth = regions.cover(image_id), self._decoded[self.rows([image_id])[0]]["mask"]
+        asked = self.asked(image_id, regions)
+        known = _from_png(self.parts[image_id]) if image_id in self.parts else np.full(truth.shape, VOID, np.uint8)
+        for index in found:
+            fresh = cover.mask(index) & ~asked
+            known = np.where(fresh, region_label(truth, fresh, kind), known)
+            asked |= fresh
+            self.ledger.pay_region(int(fresh.sum()), truth.size, count_clicks(truth, fresh, kind))
+        self.parts[image_id] = _to_png(known.astype(np.uint8))
+        self._asked.setdefault(image_id, set()).update(found)
+
+    def asked(
+        self,
+        image_id: str,  # any image of the pool
+        regions: Regions,  # its cover
+    ) -> np.ndarray:  # (H, W) bool
+        "The pixels of the regions that were paid."
+        cover = regions.cover(image_id)
+        found = np.zeros(cover.size, dtype=bool)
+        for index in self._asked.get(image_id, ()):
+            found |= cover.mask(index)
+        return found
+
+    def asked_regions(self) -> list[str]:
+        "All paid regions, by name."
+        return sorted(region_id(image_id, index) for image_id, found in self._asked.items() for index in found)
 
     def labelled(
         self,
@@ -206,16 +287,29 @@ class Pool:
 def training_rows(
     pool: Pool,  # who labelled what
     oracle: Oracle,  # hands out the paid masks
+    regions: Regions | None = None,  # where parts of images were paid
 ) -> datasets.Dataset:  # columns id, image, mask
-    "Human masks of paid images, predicted masks of accepted ones."
+    "Human masks of paid images, predicted masks of accepted ones, and what is known of partly paid ones."
     human = oracle.labelled(pool.human)
-    if not pool.pseudo:
+    ids = sorted({*pool.pseudo, *oracle.parts})
+    if not ids:
         return human
-    ids = sorted(pool.pseudo)
     images = raw_rows(oracle.images.select(oracle.rows(ids)))["image"][:]
-    pseudo = make_rows(ids, images, [pool.pseudo[i] for i in ids])
-    joined = datasets.concatenate_datasets([raw_rows(human).select_columns(pseudo.column_names), pseudo])
+    more = make_rows(ids, images, [_mask_cell(image_id, pool, oracle, regions) for image_id in ids])
+    joined = datasets.concatenate_datasets([raw_rows(human).select_columns(more.column_names), more])
     return joined.with_transform(DecodeRows(oracle.labels))
+
+
+def _mask_cell(image_id: str, pool: Pool, oracle: Oracle, regions: Regions | None) -> Any:
+    "A predicted mask, a partial one, or the partial one over the predicted."
+    if image_id not in oracle.parts:
+        return {"path": str(pool.pseudo[image_id]), "bytes": None}
+    if image_id not in pool.pseudo or regions is None:
+        return {"path": None, "bytes": oracle.parts[image_id]}
+    with Image.open(pool.pseudo[image_id]) as picture:
+        predicted = np.array(picture, dtype=np.uint8)
+    mask = np.where(oracle.asked(image_id, regions), _from_png(oracle.parts[image_id]), predicted)
+    return {"path": None, "bytes": _to_png(mask)}
 
 # %% ../nbs/07b_pool.ipynb #pool-schedule
 def as_count(

@@ -6,7 +6,8 @@
 __all__ = ['JUDGE_RATES', 'COLORS', 'MARKERS', 'VERDICT_COLORS', 'ABSENT', 'VOID_GREY', 'FREE_SETTINGS', 'ARM_SETTINGS',
            'AGAINST', 'SPLIT_STYLE', 'Run', 'read_run', 'list_runs', 'as_runs', 'round_table', 'aubc', 'metric_column',
            'summary_table', 'make_figure', 'tidy_axes', 'need_rounds', 'recipe', 'group_runs', 'plot_learning_curve',
-           'plot_class_iou', 'gallery_items', 'plot_gallery', 'plot_judge', 'save_png', 'save_figures']
+           'plot_class_iou', 'gallery_items', 'plot_gallery', 'asked_items', 'plot_asked', 'plot_judge', 'save_png',
+           'save_figures']
 
 # %% ../nbs/07c_report.ipynb #report-imports
 import json
@@ -647,6 +648,37 @@ def plot_gallery(
     figure.legend(handles=patches, loc="outside lower center", ncols=min(6, len(patches)), frameon=False, fontsize=8)
     return figure
 
+# %% ../nbs/07c_report.ipynb #report-asked
+def asked_items(
+    run: Run | str | Path,  # a run or its folder
+) -> dict[int, list[dict[str, Any]]]:  # round -> id, regions, file as a path; empty if whole images were asked
+    "The pictures of what was asked in each round."
+    run = as_runs(run)[0]
+    found = {}
+    for path in sorted(run.path.glob("round_*/asked/index.json")):
+        entries = [{**entry, "file": path.parent / entry["file"]} for entry in read_json(path)]
+        found[int(path.parent.parent.name.removeprefix("round_"))] = entries
+    return found
+
+
+def plot_asked(
+    run: Run | str | Path,  # a run or its folder
+) -> Figure:  # to show or save
+    "What the human was asked, round by round."
+    rounds = asked_items(run)
+    if not rounds:
+        raise RunError(f"{as_runs(run)[0].path} holds no pictures of regions: unit='region' with gallery above 0.")
+    columns = max(map(len, rounds.values()))
+    figure, axes = make_figure(1.5 * columns + 0.6, 1.45 * len(rounds) + 0.2, rows=len(rounds), columns=columns)
+    for row, (index, entries) in zip(axes, rounds.items(), strict=True):
+        for axis in row:
+            axis.set_axis_off()
+        for axis, entry in zip(row, entries, strict=False):
+            axis.imshow(_read_rgb(entry["file"]))
+            count = entry["regions"]
+            axis.set_title(f"round {index}: {count} region{'s' if count > 1 else ''}", fontsize=7)
+    return figure
+
 # %% ../nbs/07c_report.ipynb #report-judge
 def plot_judge(
     run: Run | str | Path,  # a run of mode vlm, or its folder
@@ -716,6 +748,8 @@ def save_figures(
         drawings = {}
     if gallery_items(run):
         drawings["gallery"] = plot_gallery
+    if asked_items(run):
+        drawings["asked"] = plot_asked
     if "n" in table and table["n"].fillna(0).any():
         drawings["judge"] = plot_judge
     return [save_png(draw(run), folder / f"{name}.png") for name, draw in drawings.items()]

@@ -308,6 +308,7 @@ def kcenter_greedy(
     points: np.ndarray,  # (N, D) candidate features, finite
     centres: np.ndarray | None,  # (L, D) features of labelled images; None or empty: start nearest the mean
     k: int,  # picks, 1 <= k <= N
+    overwrite: bool = False,  # the features may be changed in place, which saves the copy
 ) -> tuple[list[int], list[float]]:  # k rows, in order; distance of each to what was chosen before (inf: nothing was)
     """K-center greedy: O((L + k) N D) time, one centred copy of the features and O(N) beside it.
 
@@ -315,7 +316,8 @@ def kcenter_greedy(
     """
     dtype = np.float64 if points.dtype == np.float64 else np.float32
     mean = points.mean(0, dtype=np.float64).astype(dtype)  # of the candidates: any point near all of them serves
-    points = np.subtract(points, mean, dtype=dtype)  # the one copy
+    in_place = overwrite and points.dtype == dtype
+    points = np.subtract(points, mean, dtype=dtype, out=points if in_place else None)  # the one copy
     norms = np.einsum("nd,nd->n", points, points)
     best = np.full(len(points), np.inf, dtype=dtype)
     picks: list[int] = []
@@ -356,7 +358,7 @@ def _coreset(view: PoolView, values: np.ndarray, k: int, score: str, prefilter: 
     kept = shortlist(values, k, prefilter, score)
     points = view.embedding()
     points = points if len(kept) == len(points) else points[kept]
-    picks, distances = kcenter_greedy(points, view.labelled_embedding(), k)
+    picks, distances = kcenter_greedy(points, view.labelled_embedding(), k, overwrite=True)
     among = "" if score == "none" else f", among the {len(kept)} highest in {score}"
     words = [f"distance {d:.2f} to the nearest chosen image" for d in distances]
     if np.isinf(distances[0]):

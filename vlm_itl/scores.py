@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Aggregator', 'AGGREGATORS', 'DROPOUT_RATE', 'PIXEL_SCORES', 'PASS_SCORES', 'topk_mean', 'class_balanced_mean',
            'boundary_mean', 'patch_max', 'PassAccumulator', 'dropout_layers', 'mc_passes', 'ensemble_passes',
-           'split_key', 'aggregate_options', 'make_scorers', 'make_second_look', 'scoring_options']
+           'split_key', 'aggregate_options', 'make_aggregator', 'make_scorers', 'look_maps', 'make_second_look',
+           'scoring_options']
 
 # %% ../nbs/04a_scores.ipynb #scores-imports
 import inspect
@@ -20,7 +21,7 @@ from torch import nn
 
 from .core import ConfigError, check_choice, check_number, derive_seed
 from .model import Segmenter, watch_last_layer
-from .train import BatchScorer, PixelScorer, masked_mean, uncertainty_maps
+from .train import BatchScorer, PixelScorer, uncertainty_maps
 
 # %% ../nbs/04a_scores.ipynb #scores-topk
 def topk_mean(
@@ -88,7 +89,7 @@ Aggregator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] 
 
 def _mean(values: torch.Tensor, valid: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     "Plain mean over the valid pixels."
-    return masked_mean(values, valid)
+    return values.double().masked_fill(~valid, 0).sum((1, 2)) / valid.sum((1, 2))
 
 
 AGGREGATORS: dict[str, Aggregator] = {
@@ -264,7 +265,10 @@ def aggregate_options(
     return {p.name: p.default for p in list(inspect.signature(AGGREGATORS[name]).parameters.values())[3:]}
 
 
-def _aggregator(name: str, options: Mapping[str, Any] | None) -> Aggregator:
+def make_aggregator(
+    name: str,  # an aggregate
+    options: Mapping[str, Any] | None = None,  # those that it has are taken
+) -> Aggregator:
     "An aggregate with its options."
     return partial(AGGREGATORS[name], **{k: v for k, v in (options or {}).items() if k in aggregate_options(name)})
 
@@ -281,11 +285,33 @@ def make_scorers(
             raise ConfigError(f"{key!r} needs several looks: use make_second_look.")
 
         def scorer(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-            return _aggregator(aggregate, options)(uncertainty_maps(logits)[name], valid, logits.argmax(1))
+            return make_aggregator(aggregate, options)(uncertainty_maps(logits)[name], valid, logits.argmax(1))
 
         return scorer
 
     return {key: build(key) for key in keys}
+
+
+def look_maps(
+    model: Segmenter,  # any segmenter
+    pixel_values: torch.Tensor,  # (B, 3, H, W) uint8
+    passes: int = 10,  # T looks through dropout
+    seed: int = 0,  # of the dropout masks
+    rate: float = DROPOUT_RATE,  # share dropped, where the network has no rate of its own
+    members: Sequence[Segmenter] = (),  # looks from an ensemble instead: the model and these
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # scores of pixels (B, h, w) by name; classes (B, h, w)
+    "What several looks say of each pixel, and the class of their mean; NaN for an image one look at which broke."
+    accumulator = PassAccumulator()
+    if members:
+        looks = ensemble_passes([model, *members], pixel_values)
+    else:
+        looks = mc_passes(model, pixel_values, passes, seed, rate)
+    broken = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+    for logits in looks:
+        broken |= ~torch.isfinite(logits).flatten(1).all(1)
+        accumulator.add(logits)
+    maps = {name: values.masked_fill(broken[:, None, None], math.nan) for name, values in accumulator.maps().items()}
+    return maps, accumulator.probability.argmax(1)
 
 
 def make_second_look(
@@ -303,15 +329,10 @@ def make_second_look(
             raise ConfigError(f"{key!r} needs one look only: use make_scorers.")
 
     def look(model: Segmenter, pixel_values: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
-        accumulator = PassAccumulator()
-        several = [model, *members]
-        looks = (
-            ensemble_passes(several, pixel_values) if members else mc_passes(model, pixel_values, passes, seed, rate)
-        )
-        for logits in looks:
-            accumulator.add(logits)
-        maps, predicted = accumulator.maps(), accumulator.probability.argmax(1)
-        return {key: _aggregator(a, options)(maps[name], valid, predicted) for key, (name, a) in parts.items()}
+        maps, predicted = look_maps(model, pixel_values, passes, seed, rate, members)
+        found = {key: make_aggregator(a, options)(maps[name], valid, predicted) for key, (name, a) in parts.items()}
+        broken = next(iter(maps.values())).isnan().flatten(1).any(1)
+        return {key: values.masked_fill(broken, math.nan) for key, values in found.items()}  # the sampler names them
 
     return look
 

@@ -198,33 +198,53 @@ def _typiclust(
     return [(int(kept[i]), reason + among) for i, reason in zip(picks, words, strict=True)]
 
 # %% ../nbs/05a_selects.ipynb #selects-probcover
+_CELLS = 2_000_000  # of a table of pairs in memory at a time: 16 MB
+
+
+def _lift(points: np.ndarray, mean: np.ndarray, delta: float) -> np.ndarray:
+    "Centred points y as (y, -h, 1) with h = |y|^2 / 2 - delta^2 / 4; (N, D + 2) float64."
+    centred = np.subtract(points, mean, dtype=np.float64)
+    half = np.einsum("nd,nd->n", centred, centred) / 2 - delta**2 / 4
+    return np.concatenate([centred, -half[:, None], np.ones((len(centred), 1))], axis=1)
+
+
+def _inside(centres: np.ndarray, lifted: np.ndarray) -> np.ndarray:
+    "Which points lie in the ball of which centre, (m, N): x . y - h_x - h_y >= 0, a hair's breadth included."
+    turned = centres.copy()
+    turned[:, -2], turned[:, -1] = 1, centres[:, -2]
+    return turned @ lifted.T >= -1e-12 * np.abs(lifted[:, -2]).max()
+
+
 def probcover(
     points: np.ndarray,  # (N, D) candidates
     labelled: np.ndarray,  # (L, D) labelled images, may be empty
     k: int,  # picks, 1 <= k <= N
     delta: float,  # radius of a ball, > 0
 ) -> tuple[list[int], list[int]]:  # at most k rows in order, newly covered by each; stops when all are covered
-    "Greedy cover of the ball graph. Source: Yehuda et al. 2022, arXiv 2205.11320, algorithm 1."
+    """Greedy cover by balls; O(N^2 D) time, one float64 copy of the features and O(N) memory beside it.
+
+    Ties go to the smaller row. Source: Yehuda et al. 2022, arXiv 2205.11320, algorithm 1.
+    """
     mean = points.mean(0, dtype=np.float64)
-    centred = points - mean
-    finder = NearestNeighbors(radius=delta).fit(centred)
-    graph = finder.radius_neighbors_graph(mode="connectivity").tocsr()  # pairs of different images
+    lifted, known = _lift(points, mean, delta), _lift(labelled, mean, delta)
+    step = max(1, _CELLS // len(points))
     uncovered = np.ones(len(points), dtype=bool)
-    if len(labelled):
-        for near in finder.radius_neighbors(labelled - mean, return_distance=False):
-            uncovered[near] = False
-    gain = np.asarray(graph @ uncovered.astype(np.float64)).ravel() + uncovered  # uncovered images in each ball
+    for start in range(0, len(known), step):
+        uncovered &= ~_inside(known[start : start + step], lifted).any(0)
+    gain = np.empty(len(points), dtype=np.int64)  # uncovered images in each ball
+    for start in range(0, len(points), step):
+        block = slice(start, start + step)
+        gain[block] = np.count_nonzero(_inside(lifted[block], lifted) & uncovered, axis=1)
     picks: list[int] = []
     gains: list[int] = []
     while len(picks) < k and uncovered.any():
         pick = int(gain.argmax())
-        near = np.append(graph.indices[graph.indptr[pick] : graph.indptr[pick + 1]], pick)
+        new = np.flatnonzero(_inside(lifted[pick : pick + 1], lifted)[0] & uncovered)
         picks.append(pick)
-        gains.append(round(gain[pick]))
-        for row in near[uncovered[near]]:
-            gain[graph.indices[graph.indptr[row] : graph.indptr[row + 1]]] -= 1
-            gain[row] -= 1
-        uncovered[near] = False
+        gains.append(len(new))
+        for start in range(0, len(new), step):  # every image is new once: one more pass over all pairs at most
+            gain -= np.count_nonzero(_inside(lifted[new[start : start + step]], lifted), axis=0)
+        uncovered[new] = False
     return picks, gains
 
 # %% ../nbs/05a_selects.ipynb #selects-radius

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'SCHEDULERS', 'AUGMENT', 'PixelScorer', 'BatchScorer', 'pick_device', 'autocast', 'Inference',
            'predict_batches', 'metrics_dict', 'evaluate', 'TrainSettings', 'pixel_loss', 'FitResult', 'fit',
-           'uncertainty_maps', 'valid_cells', 'masked_mean', 'MaskStore', 'PoolScores', 'Probe', 'score_pool']
+           'uncertainty_maps', 'valid_cells', 'masked_mean', 'MaskStore', 'PoolScores', 'Probe', 'write_masks',
+           'score_pool']
 
 # %% ../nbs/04_train.ipynb #train-imports
 import math
@@ -583,8 +584,13 @@ def _mean_feature(feature_map: torch.Tensor | None, valid: Callable[[Sequence[in
     return masked_mean(feature_map, cells if is_map else torch.ones_like(cells))
 
 
-def _write_masks(masks: MaskStore, batch: dict[str, Any], logits: torch.Tensor, image_size: int) -> None:
-    "Predicted masks at the images' own size."
+def write_masks(
+    masks: MaskStore,  # where they go
+    batch: dict[str, Any],  # from `predict_batches`
+    logits: torch.Tensor,  # (B, C, h, w)
+    image_size: int,  # side of the padded square, pixels
+) -> None:
+    "Write predicted masks at the images' own size."
     for image_id, one, box, native in zip(batch["id"], logits, batch["box"], batch["native"], strict=True):
         prediction = unpad_one(one, box, image_size, native).argmax(0)
         masks.write(image_id, prediction.to(torch.uint8).cpu().numpy())
@@ -630,7 +636,7 @@ def score_pool(
                     whole[name] = np.zeros((len(images), *values.shape[1:]), dtype=np.float32)
                 whole[name][len(ids) : len(ids) + len(values)] = values.float().cpu().numpy()
             if masks is not None:
-                _write_masks(masks, batch, logits, view.image_size)
+                write_masks(masks, batch, logits, view.image_size)
             ids += batch["id"]
     if not ids:
         return PoolScores([], {}, np.zeros((0, 0), np.float32), np.zeros((0, classes), np.float32), masks)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'VERDICTS', 'SCORE_KINDS', 'HANDLERS', 'check_question', 'format_question', 'background_of', 'JudgeQuery',
-           'color_name', 'legend_text', 'Judgement', 'abstain', 'parse_answer', 'check_query', 'VLMHandler',
-           'register_handler', 'handler_options', 'make_handler', 'AlwaysYes', 'AlwaysNo', 'MockHandler',
+           'color_name', 'legend_text', 'Judgement', 'abstain', 'parse_answer', 'in_two_parts', 'judging_part',
+           'check_query', 'VLMHandler', 'register_handler', 'handler_options', 'make_handler', 'AlwaysYes', 'AlwaysNo',
            'render_overlay']
 
 # %% ../nbs/06_vlm.ipynb #vlm-imports
@@ -29,11 +29,8 @@ from vlm_itl.core import (
     check_number,
     closest,
     progress,
-    stable_hash,
-    stable_uniform,
 )
 from .labels import VOID, LabelSpace
-from .metrics import image_iou
 
 # %% ../nbs/06_vlm.ipynb #vlm-questions
 QUESTIONS: dict[str, str] = {
@@ -47,7 +44,13 @@ QUESTIONS: dict[str, str] = {
     ),
     "label": "Is the {label_name} in this image completely and correctly covered by the coloured region? "
     "Answer yes or no.",
+    "list": (
+        "The coloured regions in this image mark: {class_names}. First list every object of these kinds that you see, "
+        "coloured or not: {all_class_names}. Then judge: is each of them coloured, and does each region cover its "
+        "object, and nothing else? End with one line that reads 'Verdict: yes' or 'Verdict: no'."
+    ),
 }
+_VERDICT_MARK = re.compile(r"\bverdict\b[\s*_`\"']*:", re.IGNORECASE)
 _PLACEHOLDERS = ("class_names", "label_name", "all_class_names", "legend")
 
 
@@ -257,6 +260,24 @@ def parse_answer(
     answers = {_line_answer(lines[0]), _line_answer(lines[-1])} - {None}
     return answers.pop() or "abstain" if answers in ({"yes"}, {"no"}) else "abstain"
 
+# %% ../nbs/06_vlm.ipynb #vlm-parse-part
+def in_two_parts(
+    question: str,  # the name of a template, or a template
+) -> bool:
+    "Does the question ask for a list first, and then for a line `Verdict: yes` or `Verdict: no`?"
+    return bool(_VERDICT_MARK.search(check_question(question)))
+
+
+def judging_part(
+    text: Any,  # what the judge wrote
+    question: str,  # what it was asked
+) -> Any:  # text for `parse_answer`; empty where the judge never came to a verdict
+    "What of an answer may hold the verdict: all of it, or what follows the first `Verdict:` of an answer in two parts."
+    if not isinstance(text, str) or not in_two_parts(question):
+        return text
+    found = _VERDICT_MARK.search(text)
+    return text[found.end() :] if found else ""
+
 # %% ../nbs/06_vlm.ipynb #vlm-check-query
 def check_query(
     query: Any,  # should be a `JudgeQuery`
@@ -294,11 +315,18 @@ class VLMHandler(ABC):
     """
 
     name: ClassVar[str] = ""  # set by `register_handler`
-    needs_truth: ClassVar[bool] = False  # a simulated judge: `bind_truth` must be called
+    needs_truth: bool = False  # a simulated judge: `bind_truth` must be called
+    needs_segmenter: bool = False  # looks at the segmenter's probabilities: `bind_segmenter` must be called
+    one_word: ClassVar[bool] = False  # reads the first word of an answer, so a question in two parts is not for it
     batch_size: int = 32  # queries handed over at a time
     model: str = ""  # who answers, for the record; empty: the handler's name
 
     _truth: Callable[[str], np.ndarray] | None = None
+    _segmenter: tuple[Any, Any] | None = None
+
+    def inner(self) -> Sequence["VLMHandler"]:
+        "The judges that this one asks in turn; what is bound to it is bound to them."
+        return ()
 
     def bind_truth(
         self,
@@ -306,17 +334,51 @@ class VLMHandler(ABC):
     ) -> None:
         "Give a simulated judge the truth; others never call it."
         self._truth = truth
+        for judge in self.inner():
+            judge.bind_truth(truth)
+
+    def bind_segmenter(
+        self,
+        model: Any,  # the `Segmenter` whose masks are judged; again after each training
+        view: Any,  # the `Inference` that says how images are shown to it
+    ) -> None:
+        "Give a judge the segmenter; one that needs it looks at its probabilities."
+        self._segmenter = (model, view)
+        for judge in self.inner():
+            judge.bind_segmenter(model, view)
+
+    def segmenter(self) -> tuple[Any, Any]:  # a `Segmenter` and an `Inference`
+        "The segmenter whose masks are judged; `JudgeError` if it was not bound."
+        if self._segmenter is None:
+            raise JudgeError(
+                f"judge {self.name!r} looks at the segmenter's probabilities: call bind_segmenter(model, view) first."
+            )
+        return self._segmenter
 
     def truth(
         self,
         image_id: str,  # an image of the pool
     ) -> np.ndarray:  # uint8 (H, W)
         "The true mask, for simulated judges; `JudgeError` if it was not bound."
-        if self._truth is None:
-            raise JudgeError(
-                f"judge {self.name!r} is simulated and needs the truth: call bind_truth(function: id -> mask) first."
-            )
-        return self._truth(image_id)
+        if self._truth is not None:
+            return self._truth(image_id)
+        for judge in self.inner():  # they may have come with a truth of their own
+            if judge.needs_truth:
+                return judge.truth(image_id)
+        raise JudgeError(
+            f"judge {self.name!r} is simulated and needs the truth: call bind_truth(function: id -> mask) first."
+        )
+
+    def _check_bound(self) -> None:
+        "`JudgeError` if this judge, or one that it asks, lacks what it needs."
+        for judge in self.inner():
+            judge._check_bound()
+        if self.inner():
+            return
+        if self.needs_truth and self._truth is None:
+            self.truth("")  # says what to do
+        if self.needs_segmenter:
+            self.segmenter()
 
     def judge(
         self,
@@ -324,12 +386,11 @@ class VLMHandler(ABC):
     ) -> list[Judgement]:  # one for each query, in order
         "Judge masks. An item that fails abstains, with the reason; `JudgeError` only if the judge cannot work at all."
         asked = list(queries)
-        if self.needs_truth and self._truth is None:
-            self.truth("")  # says what to do
+        self._check_bound()
         answers: dict[int, Judgement] = {}
         usable: list[int] = []
         for index, query in enumerate(asked):
-            problem = check_query(query)
+            problem = check_query(query) or self._unfit(query)
             if problem is None:
                 usable.append(index)
             else:
@@ -340,6 +401,12 @@ class VLMHandler(ABC):
             for index, answer in zip(batch, self._ask([asked[i] for i in batch]), strict=True):
                 answers[index] = answer
         return [answers[index] for index in range(len(asked))]
+
+    def _unfit(self, query: JudgeQuery) -> str | None:
+        "Why a usable query is not for this judge."
+        if self.one_word and in_two_parts(query.question):
+            return f"judge {self.name!r} reads the first word of an answer: ask 'quality' or 'exhaustive', not a list"
+        return None
 
     def _complete(self, answer: Judgement, query: Any, seconds: float) -> Judgement:
         "Fill in who, about what and how long."
@@ -373,8 +440,10 @@ class VLMHandler(ABC):
         "Judge one usable query; may raise."
 
     def close(self) -> None:
-        "Let go of what the handler holds: the truth here; connections or a cache in a handler of your own."
-        self._truth = None
+        "Let go of what the handler holds: truth and segmenter here; connections or a cache in a handler of your own."
+        self._truth = self._segmenter = None
+        for judge in self.inner():
+            judge.close()
 
 # %% ../nbs/06_vlm.ipynb #vlm-registry
 HANDLERS: dict[str, type[VLMHandler]] = {}
@@ -440,59 +509,6 @@ class AlwaysNo(VLMHandler):
 
     def _judge_one(self, query: JudgeQuery) -> Judgement:
         return Judgement("no", p_yes=0.0, p_mass=1.0, score_kind="hard", raw="no", tokens=0, usd=0.0, latency_s=0.0)
-
-# %% ../nbs/06_vlm.ipynb #vlm-mock
-@register_handler("mock")
-class MockHandler(VLMHandler):
-    "A simulated judge of known quality: a pure function of (seed, judge, id, mask bytes, question)."
-
-    needs_truth = True
-    batch_size = 256
-
-    def __init__(
-        self,
-        *,
-        seed: int = 0,  # other seed, other errors
-        tau: float = 0.7,  # IoU from which a mask is good, in [0, 1]
-        accuracy: float | None = None,  # P(verdict agrees with reality), in [0, 1]; 0.9 if nothing is given
-        sensitivity: float
-        | None = None,  # P(yes | good), in [0, 1]; together with `specificity`, instead of `accuracy`
-        specificity: float | None = None,  # P(no | bad), in [0, 1]
-        abstain_rate: float = 0.0,  # P(abstain), whatever the mask, in [0, 1]
-    ):
-        both = (sensitivity is not None, specificity is not None)
-        if any(both) and not all(both):
-            raise ConfigError("judge 'mock': sensitivity and specificity go together.")
-        if any(both) and accuracy is not None:
-            raise ConfigError("judge 'mock': give either accuracy, or sensitivity and specificity.")
-        if sensitivity is None or specificity is None:
-            sensitivity = specificity = 0.9 if accuracy is None else accuracy
-        self.seed = check_number("seed", seed, integer=True)
-        self.tau = check_number("tau", tau, 0, 1)
-        name = "sensitivity" if any(both) else "accuracy"
-        self.sensitivity = check_number(f"judge 'mock': {name}", sensitivity, 0, 1)
-        self.specificity = check_number("judge 'mock': specificity", specificity, 0, 1)
-        self.abstain_rate = check_number("judge 'mock': abstain_rate", abstain_rate, 0, 1)
-        quality = (
-            f"sensitivity={sensitivity:g}, specificity={specificity:g}" if any(both) else f"accuracy={sensitivity:g}"
-        )
-        silence = f", abstain_rate={abstain_rate:g}" if abstain_rate else ""
-        self.model = f"mock({quality}{silence})"
-
-    def _judge_one(self, query: JudgeQuery) -> Judgement:
-        dice = stable_hash(self.seed, self.name, query.id, query.mask, query.question)
-        free: dict[str, Any] = {"tokens": 0, "usd": 0.0, "latency_s": 0.0}
-        if stable_uniform(dice, "abstain") < self.abstain_rate:
-            return Judgement("abstain", raw="I cannot tell.", **free)
-        iou = image_iou(query.mask, self.truth(query.id), len(query.labels))
-        if not np.isfinite(iou):
-            return abstain("the truth is void everywhere: there is no reality to agree with", **free)
-        good = iou >= self.tau
-        right = stable_uniform(dice, "verdict") < (self.sensitivity if good else self.specificity)
-        yes = good == right
-        return Judgement(
-            "yes" if yes else "no", p_yes=float(yes), p_mass=1.0, score_kind="hard", raw="yes" if yes else "no", **free
-        )
 
 # %% ../nbs/06_vlm.ipynb #vlm-render
 def render_overlay(
