@@ -927,7 +927,7 @@ class Experiment:
         fresh = [j for j in judgements if not j.cached]
         prices = [j.usd for j in fresh]
         self.ledger.pay_judge(
-            len(fresh), None if any(p is None for p in prices) else float(sum(p or 0.0 for p in prices))
+            sum(j.attempts for j in fresh), None if any(p is None for p in prices) else float(sum(p or 0.0 for p in prices))
         )
 
     def _write_judgements(self, here: Path, judgements: Sequence[Judgement], ious: dict[str, float]) -> None:
