@@ -23,7 +23,7 @@ import math
 import random
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -312,12 +312,13 @@ class RunFolder:
         path: str | Path,  # a new, empty or earlier run folder
         config: dict[str, Any],  # all settings, plain types
         free: Sequence[str] = (),  # settings that may differ on resuming
+        defaults: Mapping[str, Any] | None = None,  # what a setting was for runs that are older than it
     ) -> "RunFolder":
         "Create the folder or resume it; `RunError` if it holds something else or a run of another configuration."
         run = cls(path)
         config = plain(config)
         if (run.path / "config.json").is_file():
-            run._check_same(config, free)
+            run._check_same(config, free, plain(dict(defaults or {})))
             run._drop_leftovers()
         elif run.path.exists() and any(run.path.iterdir()):
             raise RunError(f"{path} is not empty and holds no run (no config.json): choose another output_dir.")
@@ -332,9 +333,9 @@ class RunFolder:
         run.figures.mkdir(exist_ok=True)
         return run
 
-    def _check_same(self, config: dict[str, Any], free: Sequence[str]) -> None:
+    def _check_same(self, config: dict[str, Any], free: Sequence[str], defaults: dict[str, Any]) -> None:
         "Refuse to continue a run whose settings differ."
-        old = read_json(self.path / "config.json")
+        old = {**defaults, **read_json(self.path / "config.json")}
         names = [n for n in sorted(old.keys() | config.keys()) if n not in free and old.get(n) != config.get(n)]
         if names:
             differing = "; ".join(f"{n}: {old.get(n)!r} there, {config.get(n)!r} now" for n in names)

@@ -60,9 +60,11 @@ from vlm_itl.regions import (
     REGION_LABELS,
     REGIONS,
     Regions,
+    check_choice_options,
     choose_regions,
     count_clicks,
     draw_asked,
+    name_regions,
     score_regions,
     split_region,
 )
@@ -657,10 +659,9 @@ class Experiment:
         self.initial_state = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.regions = self._make_regions()
         record = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
-        self.folder = RunFolder.open(run_path(config), record, free=FREE_SETTINGS)
-        self.ledger = Ledger(mask_seconds=config.mask_seconds, clicks=None if self.regions is None else 0)
+        self.folder = RunFolder.open(run_path(config), record, free=FREE_SETTINGS, defaults=Config().to_dict())
+        self.ledger = Ledger(mask_seconds=config.mask_seconds)
         self.oracle = Oracle(self.data, self.ledger)
-        self.oracle.counts_clicks = self.regions is not None
         self.pool = Pool(self.oracle.ids)
         if self.handler is not None and self.handler.needs_truth:
             self.handler.bind_truth(self._truth)
@@ -680,8 +681,7 @@ class Experiment:
             return None
         given = self.config.region_options
         self.region_choice = {name: given.get(name, default) for name, default in CHOICE_OPTIONS.items()}
-        check_number("region_options: per_image", self.region_choice["per_image"], low=0, integer=True)
-        check_number("region_options: max_overlap", self.region_choice["max_overlap"], low=0, high=0.999)
+        check_choice_options(**self.region_choice)
         self.pool_pixels, self.val_pixels = (sum(mask_pixels(rows)) for rows in (self.data.train, self.data.val))
         images = self.data.train.remove_columns("mask")
         return Regions(images, self.config.region, **{k: v for k, v in given.items() if k not in CHOICE_OPTIONS})
@@ -698,7 +698,7 @@ class Experiment:
         records = self.folder.rounds()
         if not records:
             if len(self.data.val):
-                clicks = sum(count_clicks(row["mask"]) for row in self.data.val) if self.regions else None
+                clicks = sum(count_clicks(row["mask"]) for row in self.data.val)
                 self.ledger.pay_masks(mask_pixels(self.data.val), validation=True, clicks=clicks)
             return
         earlier = [Round(**r) for r in records]
@@ -708,6 +708,7 @@ class Experiment:
         self.pool.add_human(whole)
         if self.regions:
             self.oracle.label_regions(chosen, self.regions, self.config.region_labels)
+            self.pool.set_complete(self.oracle.complete)
         self.ledger = self.oracle.ledger = Ledger.from_record(earlier[-1].budget)
         self.oracle.simulated = self.ledger.peeks > 0
         self.rounds = earlier[:-1]
@@ -720,6 +721,7 @@ class Experiment:
         ids = record.selection["ids"]
         if self.regions:
             self.oracle.label_regions(ids, self.regions, self.config.region_labels)
+            self.pool.set_complete(self.oracle.complete)
         else:
             self.oracle.label(ids)
             self.pool.add_human(ids)
@@ -770,16 +772,18 @@ class Experiment:
 
     def _score(self, masks: MaskStore | None) -> PoolScores:
         "One pass over the unlabelled images, and over the labelled ones where the strategy measures distances to them."
-        wanted = set(self.pool.unlabelled) | (set(self.pool.human) if self.sampler.needs_labelled else set())
+        known = {*self.pool.human, *self.pool.complete} if self.sampler.needs_labelled else set()
+        wanted = set(self.pool.unlabelled) | known
         rows = [row for row, image_id in enumerate(self.oracle.ids) if image_id in wanted]
         images, view, looks = self.oracle.images.select(rows), self.config.view, self._looks()
         key, aggregate = self.sampler.strategy.score_key, self.options["aggregate"]
+        probe = GradientProbe(seed=self.config.seed) if "gradient" in self.sampler.needs else None
+        if self.regions is not None and not self.sampler.needs and masks is None:
+            return name_regions(images, self.regions)
         if self.regions is not None:
-            return score_regions(self.model, images, self.regions, view, key, masks, looks, **aggregate)
+            return score_regions(self.model, images, self.regions, view, key, masks, looks, probe, **aggregate)
         options = scoring_options([key] if key else [], **looks, **aggregate)
-        if "gradient" in self.sampler.needs:
-            options["probe"] = GradientProbe(seed=self.config.seed)
-        return score_pool(self.model, images, view, masks=masks, **options)
+        return score_pool(self.model, images, view, masks=masks, probe=probe, **options)
 
     def _looks(self) -> dict[str, Any]:
         "How a strategy looks several times: dropout by the seed of the round, or an ensemble."
@@ -819,9 +823,9 @@ class Experiment:
         val = evaluate(self.model, self.data.val, config.view, desc="validating") if len(self.data.val) else None
         clock.lap("evaluate")
         pseudo = len(self.pool.pseudo)
-        labelled = len(self.pool.human) if self.regions is None else self.schedule[index]
         masks = MaskStore(here / "masks", self.data.labels) if self.handler is not None else None
         paid = self._paid_pixels()
+        labelled = len(self.pool.human) if self.regions is None else self._worth(index, paid)
         last = index == len(self.schedule) - 1
         rest = len(self.pool.unlabelled)
         wanted = masks is not None or ((self.sampler.needs or self.regions is not None) and not last)
@@ -876,6 +880,11 @@ class Experiment:
             seconds=clock.times(),
         )
 
+    def _worth(self, index: int, paid: int) -> int:
+        "Images that the paid pixels make: as many as were aimed at, or fewer where regions ran out or were capped."
+        images = math.ceil(paid / self.pool_pixels * len(self.pool.ids))
+        return min(self.schedule[index], max(len(self.pool.human), images))
+
     def _paid_pixels(self) -> int:
         "Pixels of the pool that the human labelled (unit region)."
         return self.ledger.pixels - self.val_pixels if self.regions is not None else 0
@@ -891,7 +900,8 @@ class Experiment:
         assert scores is not None
         aim = self.schedule[index + 1] / len(self.pool.ids) * self.pool_pixels
         groups = policy_groups(self.pool.unlabelled, verdicts, accepted, config.policy)
-        asked = [name for name in self.oracle.asked_regions() if split_region(name)[0] in set(self.pool.unlabelled)]
+        free = set(self.pool.unlabelled)
+        asked = [name for name in self.oracle.asked_regions() if split_region(name)[0] in free]
         pixels = max(1, round(aim - self._paid_pixels()))
         return choose_parts(self.sampler, scores, groups, self.regions, pixels, asked, rng, **self.region_choice)
 

@@ -9,7 +9,7 @@ __all__ = ['FULL_MASK_SECONDS', 'CHECK_SECONDS', 'Ledger', 'mask_pixels', 'Oracl
 # %% ../nbs/07b_pool.ipynb #pool-imports
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -38,7 +38,7 @@ class Ledger:
     val_images: int = 0  # human masks held out for validation
     regions: int = 0  # parts of images that were asked for alone
     pixels: int = 0  # pixels inside those masks and regions
-    clicks: int | None = None  # by the rule of `count_clicks`; None: not counted
+    clicks: int | None = 0  # by the rule of `count_clicks`; None as soon as some were not counted
     human_seconds: float = 0.0  # at `mask_seconds` an image; a region takes its share; and for the checks
     checks: int = 0  # masks that a human looked at and said yes or no, at `CHECK_SECONDS` each
     judge_calls: int = 0  # questions put to the judge
@@ -54,7 +54,7 @@ class Ledger:
         self,
         pixels: Sequence[int],  # pixels of each mask
         validation: bool = False,  # for the validation split
-        clicks: int | None = None,  # where they are counted
+        clicks: int | None = None,  # for all of them; None: unknown
     ) -> None:
         "Charge some full masks."
         if validation:
@@ -62,7 +62,7 @@ class Ledger:
         else:
             self.train_images += len(pixels)
         self.pixels += int(sum(pixels))
-        self.clicks = clicks if self.clicks is None else self.clicks + (clicks or 0)
+        self.clicks = None if clicks is None or self.clicks is None else self.clicks + clicks
         self.human_seconds = round(self.human_seconds + self.mask_seconds * len(pixels), 3)
 
     def pay_region(
@@ -74,7 +74,7 @@ class Ledger:
         "Charge one region. A simplification: its share of the pixels is its share of the seconds."
         self.regions += 1
         self.pixels += pixels
-        self.clicks = (self.clicks or 0) + clicks
+        self.clicks = None if self.clicks is None else self.clicks + clicks
         self.human_seconds = round(self.human_seconds + self.mask_seconds * pixels / of, 3)
 
     def pay_checks(
@@ -103,8 +103,8 @@ class Ledger:
         cls,
         record: dict[str, Any],  # from `record`
     ) -> "Ledger":
-        "The ledger as it stood."
-        return cls(**{k: v for k, v in record.items() if k != "images"})
+        "The ledger as it stood; one from before clicks were counted does not know them."
+        return cls(**{"clicks": None, **{k: v for k, v in record.items() if k != "images"}})
 
 # %% ../nbs/07b_pool.ipynb #pool-oracle
 def mask_pixels(
@@ -150,7 +150,7 @@ class Oracle:
         self.paid: set[str] = set()
         self.parts: dict[str, bytes] = {}  # partly paid image -> PNG of what is known of its mask, void elsewhere
         self._asked: dict[str, set[int]] = {}  # partly paid image -> its paid regions
-        self.counts_clicks = False  # costs a look at every mask that is paid
+        self.complete: set[str] = set()  # images whose regions, taken together, are the whole image
         self.simulated = False
 
     @property
@@ -177,8 +177,11 @@ class Oracle:
         again = [i for i in ids if i in self.paid or counts[i] > 1]
         if again:
             raise ConfigError(f"image {again[0]!r} is labelled already, or asked for twice.")
+        partly = [i for i in ids if i in self.parts]
+        if partly:
+            raise ConfigError(f"image {partly[0]!r} is paid for in part already: ask for its other regions.")
         rows = self.rows(ids)
-        clicks = sum(count_clicks(self._decoded[row]["mask"]) for row in rows) if self.counts_clicks else None
+        clicks = sum(count_clicks(self._decoded[row]["mask"]) for row in rows)
         self.ledger.pay_masks(mask_pixels(self._rows.select(rows)), clicks=clicks)
         self.paid.update(ids)
 
@@ -211,6 +214,8 @@ class Oracle:
             self.ledger.pay_region(int(fresh.sum()), truth.size, count_clicks(truth, fresh, kind))
         self.parts[image_id] = _to_png(known.astype(np.uint8))
         self._asked.setdefault(image_id, set()).update(found)
+        if asked.all():
+            self.complete.add(image_id)
 
     def asked(
         self,
@@ -255,11 +260,12 @@ class Pool:
     ids: list[str]  # all images of the pool
     human: list[str] = field(default_factory=list)  # in the order they were paid
     pseudo: dict[str, Path] = field(default_factory=dict)  # accepted image -> the PNG of its predicted mask
+    complete: set[str] = field(default_factory=set)  # images that the human labelled whole, region by region
 
     @property
     def unlabelled(self) -> list[str]:
-        "Images without a human mask, in the order of the pool."
-        taken = set(self.human)
+        "Images of which the human has not labelled everything, in the order of the pool."
+        taken = {*self.human, *self.complete}
         return [i for i in self.ids if i not in taken]
 
     @property
@@ -280,8 +286,16 @@ class Pool:
         accepted: dict[str, Path],  # image -> predicted mask
     ) -> None:
         "Replace all pseudo-labels; human labels win."
-        taken = set(self.human)
+        taken = {*self.human, *self.complete}
         self.pseudo = {i: p for i, p in accepted.items() if i not in taken}
+
+    def set_complete(
+        self,
+        ids: Iterable[str],  # `Oracle.complete`
+    ) -> None:
+        "Record the images that regions make whole: nothing of them is left to ask, to judge or to guess."
+        self.complete = set(ids)
+        self.pseudo = {i: p for i, p in self.pseudo.items() if i not in self.complete}
 
 
 def training_rows(
@@ -304,8 +318,10 @@ def _mask_cell(image_id: str, pool: Pool, oracle: Oracle, regions: Regions | Non
     "A predicted mask, a partial one, or the partial one over the predicted."
     if image_id not in oracle.parts:
         return {"path": str(pool.pseudo[image_id]), "bytes": None}
-    if image_id not in pool.pseudo or regions is None:
+    if image_id not in pool.pseudo:
         return {"path": None, "bytes": oracle.parts[image_id]}
+    if regions is None:
+        raise ConfigError(f"image {image_id!r} is paid for in part: training_rows needs its regions.")
     with Image.open(pool.pseudo[image_id]) as picture:
         predicted = np.array(picture, dtype=np.uint8)
     mask = np.where(oracle.asked(image_id, regions), _from_png(oracle.parts[image_id]), predicted)

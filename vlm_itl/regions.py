@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['Box', 'REGIONS', 'CHOICE_OPTIONS', 'REGION_LABELS', 'Cover', 'cover_of_parts', 'register_regions', 'slic_cover',
-           'window_cover', 'region_id', 'split_region', 'Regions', 'cell_weights', 'score_regions', 'choose_regions',
-           'region_label', 'count_clicks', 'draw_asked']
+           'window_cover', 'region_id', 'split_region', 'Regions', 'cell_weights', 'score_regions', 'name_regions',
+           'check_choice_options', 'choose_regions', 'region_label', 'count_clicks', 'draw_asked']
 
 # %% ../nbs/05b_regions.ipynb #regions-imports
 import inspect
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -25,11 +27,20 @@ from skimage.measure import label as connected_parts
 from skimage.segmentation import find_boundaries, slic
 
 from .core import ConfigError, DataError, check_choice, check_number, closest
+from .gradient import GradientProbe
 from .labels import VOID, row_ids
 from .model import Segmenter
 from .sampler import Sampler
 from .scores import PASS_SCORES, look_maps, make_aggregator, split_key
-from .train import Inference, MaskStore, PoolScores, predict_batches, uncertainty_maps, write_masks
+from vlm_itl.train import (
+    Inference,
+    MaskStore,
+    PoolScores,
+    autocast,
+    predict_batches,
+    uncertainty_maps,
+    write_masks,
+)
 
 # %% ../nbs/05b_regions.ipynb #regions-cover
 Box = tuple[int, int, int, int]  # top, left, bottom, right; the last two are outside
@@ -146,6 +157,18 @@ def split_region(
     return image_id, int(number)
 
 
+def _pack(parts: np.ndarray) -> bytes:
+    "A map of regions in few bytes: most rows repeat the one above."
+    steps = np.diff(parts, axis=0, prepend=np.zeros((1, parts.shape[1]), np.int32))
+    return zlib.compress(np.array(parts.shape, np.int32).tobytes() + steps.tobytes(), 1)
+
+
+def _unpack(data: bytes) -> np.ndarray:
+    "Back again."
+    numbers = np.frombuffer(zlib.decompress(data), np.int32)
+    return numbers[2:].reshape(*numbers[:2]).cumsum(0, dtype=np.int32)
+
+
 class Regions:
     "The covers of the images of a pool, made when asked for."
 
@@ -165,15 +188,22 @@ class Regions:
                 )
         self.kind, self.options = kind, options
         self._images, self._where = images, {image_id: i for i, image_id in enumerate(row_ids(images))}
+        for image_id in self._where:
+            region_id(image_id, 0)  # a '#' in a name is refused now
         self._cover = lru_cache(maxsize=128)(self._make)
+        self._packed: dict[str, bytes] = {}  # maps of every image seen: each is drawn once
         self._areas: dict[str, np.ndarray] = {}  # of every image seen: choosing asks for thousands, in any order
         self.split = REGIONS[kind](Image.new("RGB", (2, 2)), **options).parts is not None  # no two regions overlap
 
     def _make(self, image_id: str) -> Cover:
         if image_id not in self._where:
             raise DataError(f"image {image_id!r} is not in the pool.")
+        if image_id in self._packed:
+            return cover_of_parts(_unpack(self._packed[image_id]))
         cover = REGIONS[self.kind](self._images[self._where[image_id]]["image"], **self.options)
         self._areas[image_id] = cover.areas().astype(np.int32)
+        if cover.parts is not None:
+            self._packed[image_id] = _pack(cover.parts)
         return cover
 
     def cover(
@@ -248,6 +278,7 @@ def score_regions(
     key: str | None = None,  # the score, "bald-topk"; None: features and classes only
     masks: MaskStore | None = None,  # where predicted masks of whole images go; None: they are not made
     looks: Mapping[str, Any] | None = None,  # for scores of several looks: arguments of `look_maps`
+    probe: GradientProbe | None = None,  # for strategies that choose by the gradient
     desc: str = "scoring the regions",  # for the progress bar
     **options: Any,  # of the aggregate, e.g. share=0.1
 ) -> PoolScores:  # a row a region, in the order of `images`
@@ -256,31 +287,49 @@ def score_regions(
     blind = images.remove_columns("mask") if "mask" in images.column_names else images
     several = key is not None and split_key(key)[0] in PASS_SCORES
     ids: list[str] = []
-    rows: dict[str, list[np.ndarray]] = {"score": [], "embedding": [], "class_hist": []}
-    for batch, logits, feature_map in predict_batches(model, blind, view, features=True, desc=desc):
-        assert feature_map is not None
-        maps, predicted = uncertainty_maps(logits), logits.argmax(1)
-        if several:
-            maps, predicted = look_maps(model, batch["pixel_values"].to(logits.device), **(looks or {}))
-        for i, image_id in enumerate(batch["id"]):
-            cover, box = regions.cover(image_id), batch["box"][i]
-            weights = cell_weights(cover, box, view.image_size, logits.shape[-2:]).to(logits.device)
-            area = weights.sum((1, 2))
-            values = _region_rows(
-                key, {name: m[i].double() for name, m in maps.items()}, predicted[i], weights, options
-            )
-            rows["score"].append(np.zeros(len(cover), np.float32) if values is None else _numpy(values))
-            winner = F.one_hot(logits[i].argmax(0), len(model.labels)).double()  # (h, w, C)
-            rows["class_hist"].append(_numpy(torch.einsum("rhw,hwc->rc", weights, winner) / area[:, None]))
-            rows["embedding"].append(_region_features(feature_map[i], cover, box, view.image_size))
-            ids += [region_id(image_id, index) for index in range(len(cover))]
-        if masks is not None:
-            write_masks(masks, batch, logits, view.image_size)
+    rows: dict[str, list[np.ndarray]] = {"score": [], "embedding": [], "class_hist": [], "gradient": []}
+    with ExitStack() as hooks:
+        if probe is not None:
+            hooks.enter_context(probe.watch(model))
+        for batch, logits, feature_map in predict_batches(model, blind, view, features=True, desc=desc):
+            assert feature_map is not None
+            covers, boxes = [regions.cover(image_id) for image_id in batch["id"]], batch["box"]
+
+            def weigh(i: int, shape: Sequence[int], covers: Any = covers, boxes: Any = boxes) -> torch.Tensor:
+                return cell_weights(covers[i], boxes[i], view.image_size, shape)
+
+            if probe is not None:  # before the network is run again
+                rows["gradient"] += [_numpy(part) for part in probe.read_parts(logits, weigh)]
+            maps, predicted = uncertainty_maps(logits), logits.argmax(1)
+            if several:
+                with autocast(logits.device, view.precision):
+                    maps, predicted = look_maps(model, batch["pixel_values"].to(logits.device), **(looks or {}))
+            for i, (image_id, cover) in enumerate(zip(batch["id"], covers, strict=True)):
+                weights = weigh(i, logits.shape[-2:]).to(logits.device)
+                area = weights.sum((1, 2))
+                found = {name: m[i].double() for name, m in maps.items()}
+                values = _region_rows(key, found, predicted[i], weights, options)
+                rows["score"].append(np.zeros(len(cover), np.float32) if values is None else _numpy(values))
+                winner = F.one_hot(logits[i].argmax(0), len(model.labels)).double()  # (h, w, C)
+                rows["class_hist"].append(_numpy(torch.einsum("rhw,hwc->rc", weights, winner) / area[:, None]))
+                rows["embedding"].append(_region_features(feature_map[i], cover, boxes[i], view.image_size))
+                ids += [region_id(image_id, index) for index in range(len(cover))]
+            if masks is not None:
+                write_masks(masks, batch, logits, view.image_size)
     if not ids:
         return PoolScores([], {}, np.zeros((0, 0), np.float32), np.zeros((0, len(model.labels)), np.float32), masks)
-    whole = {name: np.concatenate(parts) for name, parts in rows.items()}
+    whole = {name: np.concatenate(parts) for name, parts in rows.items() if parts}
     scores = {} if key is None else {key: whole["score"]}
-    return PoolScores(ids, scores, whole["embedding"], whole["class_hist"], masks)
+    return PoolScores(ids, scores, whole["embedding"], whole["class_hist"], masks, whole.get("gradient"))
+
+
+def name_regions(
+    images: datasets.Dataset,  # column id
+    regions: Regions,  # of these images
+) -> PoolScores:  # names alone, in the order of `images`
+    "A pool for strategies that look at nothing: the same names as from `score_regions`, and no network."
+    ids = [region_id(image_id, index) for image_id in row_ids(images) for index in range(len(regions.areas(image_id)))]
+    return PoolScores(ids, {}, np.zeros((len(ids), 0), np.float32), np.zeros((len(ids), 0), np.float32))
 
 
 def _numpy(values: torch.Tensor) -> np.ndarray:
@@ -346,6 +395,18 @@ def _overlap(one: Box, two: Box) -> float:
     return sides[0] * sides[1] / min(areas)
 
 
+def check_choice_options(
+    per_image: Any,  # regions of one image, at most; 0: any number
+    max_overlap: Any,  # share of the smaller of two regions that may be asked twice, in [0, 1)
+    gap: Any,  # no neighbours in one choice
+) -> None:
+    "`ConfigError` for what `choose_regions` cannot do."
+    check_number("region_options: per_image", per_image, low=0, integer=True)
+    check_number("region_options: max_overlap", max_overlap, low=0, high=0.999)
+    if not isinstance(gap, bool):
+        raise ConfigError(f"region_options: gap must be true or false, not {gap!r}.")
+
+
 def _touch(cover: Cover, one: int, two: int) -> bool:
     "Do two regions share an edge or a corner, or overlap?"
     a, b = cover.boxes[one], cover.boxes[two]
@@ -353,12 +414,13 @@ def _touch(cover: Cover, one: int, two: int) -> bool:
         return False
     if cover.parts is None:
         return True
-    grown = np.pad(cover.mask(one), 1)
-    near = np.zeros_like(cover.mask(two))
+    top, left, bottom, right = a
+    around = cover.parts[max(0, top - 1) : bottom + 1, max(0, left - 1) : right + 1]  # the first, and a pixel more
+    grown, near = np.pad(np.asarray(around == one), 1), np.zeros_like(around, dtype=bool)
     for y in range(3):
         for x in range(3):
             near |= grown[y : y + near.shape[0], x : x + near.shape[1]]
-    return bool((near & cover.mask(two)).any())
+    return bool((near & (around == two)).any())
 
 
 def choose_regions(
@@ -377,8 +439,7 @@ def choose_regions(
     gap: bool = False,  # no neighbours in one choice
 ) -> tuple[list[str], list[str]]:  # region names, best first; a reason for each
     "Choose regions. Errors: `ConfigError` for k out of reach, with how many can be had; those of `Sampler.select`."
-    check_number("per_image", per_image, low=0, integer=True)
-    check_number("max_overlap", max_overlap, low=0, high=0.999)
+    check_choice_options(per_image, max_overlap, gap)
     if (k is None) == (pixels is None):
         raise ConfigError("choose_regions takes a number of regions, k, or a budget of pixels: one of the two.")
     check_number("k" if pixels is None else "pixels", k if pixels is None else pixels, low=1, integer=True)

@@ -179,6 +179,14 @@ def _number(value: Any) -> float:
     return math.nan if value is None else float(value)
 
 
+def _images_worth(record: Mapping[str, Any]) -> float:
+    "Images paid for, validation included; regions count as the images that their pixels make."
+    budget = record.get("budget") or {}
+    if not record.get("regions"):
+        return _number(budget.get("images"))
+    return _number(record.get("labelled")) + _number(budget.get("val_images"))
+
+
 def round_table(
     run: Run | str | Path,  # a run or its folder
 ) -> pd.DataFrame:  # one row a round
@@ -191,7 +199,9 @@ def round_table(
         row: dict[str, Any] = {"round": record.get("index", index), "labelled": record.get("labelled")}
         row["labelled_share"] = _number(record.get("labelled_share"))
         row["pseudo"] = record.get("pseudo", 0)
-        row["images"] = _number(budget.get("images"))
+        row["images"] = _images_worth(record)
+        row["regions"] = record.get("regions", 0)
+        row["clicks"] = _number(budget.get("clicks"))
         row["human_hours"] = _number(budget.get("human_seconds")) / 3600
         row["judge_calls"] = _number(budget.get("judge_calls"))
         row["judge_usd"] = _number(budget.get("judge_usd"))
@@ -251,7 +261,7 @@ def summary_table(
         row["simulated"] = bool((run.summary or {}).get("simulated", False))
         if len(table):
             last = table.iloc[-1]
-            row |= {name: last[name] for name in ("labelled", "labelled_share", "images", "human_hours")}
+            row |= {name: last[name] for name in ("labelled", "labelled_share", "images", "clicks", "human_hours")}
             row |= {name: last[name] for name in ("judge_calls", "judge_usd", "val_mean_iou", "test_mean_iou")}
             measured = "test" if table["test_mean_iou"].notna().sum() > 1 else "val"
             row["aubc"] = aubc(table["labelled_share"], table[f"{measured}_mean_iou"])
@@ -371,6 +381,7 @@ AGAINST = {
     "labelled_share": "human-labelled share of the pool",
     "images": "human-labelled images (validation counted)",
     "human_hours": "human hours of labelling (validation counted)",
+    "clicks": "human clicks (validation counted)",
 }
 SPLIT_STYLE = {"test": ("-", 1.0), "val": ("--", 0.55)}  # line, opacity
 
@@ -433,7 +444,7 @@ def _styles(place: int) -> dict[str, Any]:
 def plot_learning_curve(
     runs: Any,  # runs or folders, one or many; baseline runs become a level line
     metrics: Sequence[str] | None = None,  # "test", "val" or columns of `round_table`; None = what there is
-    against: str = "labelled_share",  # x axis: labelled_share, images, human_hours
+    against: str = "labelled_share",  # x axis: labelled_share, images, human_hours, clicks
 ) -> Figure:  # to show or save
     "Mean IoU against the budget: one line for each kind of run, mean and standard deviation over its seeds."
     check_choice("against", against, AGAINST)
@@ -442,6 +453,9 @@ def plot_learning_curve(
         need_rounds(run)
     tables = {run.path: round_table(run) for run in runs}
     curves = {name: members for name, members in group_runs(runs).items() if members[0].mode != "baseline"}
+    unknown = [run.path for members in curves.values() for run in members if tables[run.path][against].isna().any()]
+    if unknown:
+        raise RunError(f"{unknown[0]} does not know its {against}: draw it against something else.")
     full = [tables[run.path] for run in runs if run.mode == "baseline"]
     if metrics is None:
         there = [s for s in ("test", "val") if all(t[f"{s}_mean_iou"].notna().any() for t in tables.values())]
