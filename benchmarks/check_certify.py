@@ -1,7 +1,7 @@
 """The certified threshold beside the naive one and MAPIE's, over simulated judges whose truth is known in closed form.
 
-    pip install mapie==1.6.0               # not a requirement of the library
-    python benchmarks/check_certify.py     # about two minutes on one core; --repetitions 500
+    pip install -c constraints.txt -e '.[benchmark]'     # MAPIE: not a requirement of the library
+    python benchmarks/check_certify.py                   # half a minute on one core; --repetitions 500
 
 alpha = delta = 0.1. A repetition draws a calibration sample, each rule chooses a threshold on it, and the promise is
 broken if the true bad share above that threshold exceeds alpha. MAPIE's `BinaryClassificationController` controls the

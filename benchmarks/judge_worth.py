@@ -14,7 +14,8 @@ mask is compared with the one judged. Free judges stand beside it: always yes, a
   epochs at 192 px (or of `--segmenter FOLDER`); the free confidences are its own.
 - `corruption`: true masks of validation images, spoilt in seven ways, with the same segmenter's confidence in them.
 
-Each part goes to results/judge_worth.json under the name of its judge; parts that were not run stay as they are.
+Each part goes to results/judge_worth.json under the name of its judge, with its ROC curve beside; parts that were not
+run stay as they are. Answers are cached in `--runs`: run again, and only the measures are computed.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from typing import Any
 from vlm_itl.core import read_json, resolve_path, write_json
 from vlm_itl.experiment import make_config, run_baseline, run_path
 from vlm_itl.judging import make_judge_config, try_judge
+from vlm_itl.report import save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "judge_worth.json"
@@ -65,7 +67,8 @@ def digest(trial: Any) -> dict[str, Any]:
         }
         for column, parts in report["cards"][report["judge"]]["by"].items()
     }
-    return {**{name: report[name] for name in kept}, "ranking": report["ranking"], "cards": cards, "by": groups}
+    plain = {name: report[name] for name in kept} | {"model": Path(str(report["model"])).name}
+    return {**plain, "ranking": report["ranking"], "cards": cards, "by": groups}
 
 
 def main() -> None:
@@ -116,6 +119,7 @@ def main() -> None:
         trial = try_judge(make_judge_config({**common, **settings[part]}, output_dir=str(folder)))
         summary = Path(settings[part]["model"]).parent.parent / "summary.json"
         print(f"{part}: {trial.report['sentence']}", flush=True)
+        save_png(trial.figures["roc"], OUT.with_name(f"judge_worth_{part}_{given.handler}.png"))
         found = read_json(OUT) if OUT.is_file() else {}
         found.setdefault(part, {})[given.handler] = digest(trial)
         if part != "sam" and summary.is_file():

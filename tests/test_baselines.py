@@ -29,13 +29,13 @@ from vlm_itl.baselines import (
     native_logits,
     read_verdicts,
     tta_agreement,
-    weights_hash,
     write_verdicts,
 )
 from vlm_itl.cache import CachedHandler, handler_identity
 from vlm_itl.core import ConfigError, DataError, JudgeError
 from vlm_itl.data import load_data
 from vlm_itl.experiment import make_config, run_al
+from vlm_itl.hf_model import fingerprint
 from vlm_itl.labels import VOID, LabelSpace, read_image, read_mask
 from vlm_itl.metrics import image_iou
 from vlm_itl.model import Segmenter, load_model, load_weights, save_model
@@ -271,8 +271,8 @@ def test_a_broken_network_abstains() -> None:
 def test_other_weights_are_another_judge(tmp_path: Path) -> None:
     model = colors()
     net: Any = model.net
-    before = weights_hash(model)
-    assert before == weights_hash(colors())
+    before = fingerprint(model, each=None)
+    assert before == fingerprint(colors(), each=None)
     judge = CachedHandler(judge="confidence", path=tmp_path / "c.sqlite")
     assert judge.needs_segmenter
     with pytest.raises(JudgeError, match="bind_segmenter"):
@@ -284,7 +284,7 @@ def test_other_weights_are_another_judge(tmp_path: Path) -> None:
     with torch.no_grad():
         net.sure.add_(1e-4)
     judge.bind_segmenter(model, VIEW)  # as a run does after a training
-    assert weights_hash(model) != before
+    assert fingerprint(model, each=None) != before
     second = judge.judge([ask(0), ask(1)])
     assert net.forwards == 2 and [j.p_yes for j in first] != [j.p_yes for j in second]
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from vlm_itl.core import ConfigError, DataError, RunError, make_rng, project_root
 from vlm_itl.data import load_data, toy_images
-from vlm_itl.experiment import Config, choose, make_config, run_al, run_baseline, run_path
+from vlm_itl.experiment import Config, Experiment, choose, make_config, run_al, run_baseline, run_path
 from vlm_itl.metrics import image_iou
 from vlm_itl.model import MODELS, load_model
 from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
@@ -160,26 +160,30 @@ def test_new_scores_resume(scenes, tmp_path, settings):
             assert record.selection["ids"][: min(k, len(wrong))] == wrong[:k]  # what the judge refused comes first
 
 
+def first_round(folder, out, **settings):
+    """The first round alone, which holds a choice."""
+    return Experiment(make_config({**TINY, "dataset": str(folder), "output_dir": str(out), **settings})).run_round()
+
+
 def test_options_reach_their_parts(scenes, tmp_path):
-    base = run(scenes, tmp_path / "a", strategy="entropy-topk-power")
-    sharp = run(scenes, tmp_path / "b", strategy="entropy-topk-power", strategy_options={"beta": 1e6})
-    top = run(scenes, tmp_path / "c", strategy="entropy-topk-top")
-    share = run(scenes, tmp_path / "d", strategy="entropy-topk-top", strategy_options={"share": 1.0})
-    mean = run(scenes, tmp_path / "e", strategy="entropy")
-    assert sharp[0].selection["ids"] == top[0].selection["ids"] != base[0].selection["ids"]
-    assert share[0].selection["ids"] == mean[0].selection["ids"] != top[0].selection["ids"]
+    def chosen(name, strategy, **options):
+        return first_round(scenes, tmp_path / name, strategy=strategy, strategy_options=options).selection["ids"]
+
+    base, sharp = chosen("a", "entropy-topk-power"), chosen("b", "entropy-topk-power", beta=1e6)
+    top, share = chosen("c", "entropy-topk-top"), chosen("d", "entropy-topk-top", share=1.0)
+    assert sharp == top != base and share == chosen("e", "entropy") != top
 
 
 def test_an_ensemble_of_saved_checkpoints(scenes, tmp_path):
     """`members` are folders in Hugging Face format; BALD then needs no dropout."""
-    run(scenes, tmp_path / "other", strategy="random", seed=7)
-    folder = str(tmp_path / "other" / "round_002" / "model")
-    by_dropout = run(scenes, tmp_path / "a", strategy="bald")
-    by_members = run(scenes, tmp_path / "b", strategy="bald", strategy_options={"members": [folder]})
-    assert by_dropout[0].metrics == by_members[0].metrics
-    assert by_dropout[0].selection["ids"] != by_members[0].selection["ids"]
+    first_round(scenes, tmp_path / "other", strategy="random", seed=7)
+    folder = str(tmp_path / "other" / "round_000" / "model")
+    by_dropout = first_round(scenes, tmp_path / "a", strategy="bald")
+    by_members = first_round(scenes, tmp_path / "b", strategy="bald", strategy_options={"members": [folder]})
+    assert by_dropout.metrics == by_members.metrics
+    assert by_dropout.selection["ids"] != by_members.selection["ids"]
     with pytest.raises(ConfigError, match="no/such"):
-        run(scenes, tmp_path / "c", strategy="bald", strategy_options={"members": ["no/such/folder"]})
+        first_round(scenes, tmp_path / "c", strategy="bald", strategy_options={"members": ["no/such/folder"]})
 
 
 @pytest.mark.parametrize("warm", [False, True])

@@ -936,9 +936,9 @@ class Experiment:
         "Charge the answers that were not taken from a cache."
         fresh = [j for j in judgements if not j.cached]
         prices = [j.usd for j in fresh]
-        self.ledger.pay_judge(
-            len(fresh), None if any(p is None for p in prices) else float(sum(p or 0.0 for p in prices))
-        )
+        unknown = any(p is None for p in prices)
+        calls = sum(j.attempts for j in fresh)
+        self.ledger.pay_judge(calls, None if unknown else float(sum(p or 0.0 for p in prices)))
 
     def _write_judgements(self, here: Path, judgements: Sequence[Judgement], ious: dict[str, float]) -> None:
         "One line an answer."

@@ -324,13 +324,13 @@ def first_logits(
 # %% ../nbs/06ab_hf_model.ipynb #hf-fingerprint
 def fingerprint(
     net: nn.Module,  # any
-    each: int = 64,  # numbers looked at in each tensor
+    each: int | None = 64,  # numbers looked at in each tensor; None: all
 ) -> str:  # 16 hex digits
     "A name for a set of weights: training moves every tensor it touches, so a few numbers of each tell."
     parts: list[Any] = []
     for name, value in sorted(net.state_dict().items()):
         if isinstance(value, torch.Tensor):
             flat = value.detach().reshape(-1)
-            some = flat[:: max(1, len(flat) // each)].contiguous().cpu()
+            some = flat[:: 1 if each is None else max(1, len(flat) // each)].contiguous().cpu()
             parts += [name, tuple(value.shape), str(value.dtype), some.view(torch.uint8).numpy()]
     return stable_hash(*parts).hex()[:16]
