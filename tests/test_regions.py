@@ -7,15 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from skimage.measure import label as connected_parts
 
-from vlm_itl.core import ConfigError, DataError, make_rng
+from vlm_itl.core import ConfigError, DataError, RunError, make_rng
 from vlm_itl.data import load_data
 from vlm_itl.experiment import make_config, policy_groups, run_al, spent_pixels
+from vlm_itl.gradient import GradientProbe
 from vlm_itl.labels import VOID, row_ids
 from vlm_itl.metrics import image_iou
 from vlm_itl.model import load_model
@@ -27,6 +29,7 @@ from vlm_itl.regions import (
     choose_regions,
     count_clicks,
     cover_of_parts,
+    name_regions,
     region_id,
     region_label,
     register_regions,
@@ -35,10 +38,11 @@ from vlm_itl.regions import (
     split_region,
     window_cover,
 )
+from vlm_itl.report import plot_learning_curve, round_table
 from vlm_itl.sampler import SELECTS, Sampler
 from vlm_itl.scenes import make_scenes
 from vlm_itl.selects import parse_strategy
-from vlm_itl.train import Inference, MaskStore, PoolScores, predict_batches, uncertainty_maps
+from vlm_itl.train import Inference, MaskStore, PoolScores, predict_batches, score_pool, uncertainty_maps
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("slic", {"count": 20}),
@@ -46,7 +50,7 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("window", {"side": 30, "stride": 20}),
 ]
 TINY: dict[str, Any] = {
-    "steps": 6,
+    "steps": 3,
     "batch_size": 4,
     "image_size": 48,
     "initial": 4,
@@ -55,6 +59,7 @@ TINY: dict[str, Any] = {
     "gallery": 2,
     "val_share": 4,
     "keep_models": "all",
+    "test_every_round": False,
     "unit": "region",
     "region_options": {"count": 20},
 }
@@ -116,6 +121,10 @@ def test_names():
             split_region(wrong)
     with pytest.raises(DataError, match="'#'"):
         region_id("a#b", 1)
+    picture = Image.new("RGB", (4, 4))
+    named = datasets.Dataset.from_list([{"id": "a", "image": picture}, {"id": "a#b", "image": picture}])
+    with pytest.raises(DataError, match="'a#b'"):
+        Regions(named)
 
 
 # ---- scores
@@ -157,6 +166,53 @@ def test_every_score_reaches_regions(scenes_small: Any, key: str):
     assert np.isfinite(found[0].scores[key]).all() and found[0].scores[key].std() > 0
 
 
+@pytest.mark.parametrize("width", [10**6, 32])
+def test_gradients_of_regions_make_up_that_of_the_image(scenes_small: Any, width: int):
+    """Square images without padding, sixteen pixels a cell: each region counts by its size."""
+    rows = scenes_small.train.select(range(4))
+    square = [{"id": row["id"], "image": row["image"].resize((64, 64))} for row in rows]
+    images = datasets.Dataset.from_list(square)
+    model = load_model("segformer-nano", scenes_small.labels, seed=0)
+    whole = score_pool(model, images, Inference(64), probe=GradientProbe(width)).gradient
+    for kind, options in KINDS[:2]:
+        regions = Regions(images, kind, **options)
+        parts, one = (
+            score_regions(model, images, regions, Inference(64, batch_size=b), probe=GradientProbe(width))
+            for b in (4, 1)
+        )
+        assert whole is not None and parts.gradient is not None and one.gradient is not None and parts.scores == {}
+        assert np.allclose(parts.gradient, one.gradient, atol=1e-5)
+        areas = np.array([regions.mask(name).sum() for name in parts.ids])
+        for row, image_id in enumerate(row_ids(images)):
+            mine = [i for i, name in enumerate(parts.ids) if split_region(name)[0] == image_id]
+            mean = (parts.gradient[mine] * areas[mine, None]).sum(0) / areas[mine].sum()
+            assert abs(mean - whole[row]).max() < 1e-5
+
+
+def test_names_without_a_network_are_the_same(some_regions: Any, scenes_small: Any):
+    images = scenes_small.train.select(range(3))
+    model = load_model("segformer-nano", scenes_small.labels, seed=0)
+    for _, _, regions in some_regions:
+        named, scored = name_regions(images, regions), score_regions(model, images, regions, Inference(64))
+        assert named.ids == scored.ids
+        picks = [
+            choose_regions(Sampler("random"), pool, pool.ids, regions, make_rng(3), k=7, max_overlap=0.9)
+            for pool in (named, scored)
+        ]
+        assert picks[0] == picks[1]
+
+
+def test_a_map_that_was_packed_is_the_map_that_was_drawn(scenes_small: Any):
+    images = scenes_small.train.select(range(3))
+    regions = Regions(images, "slic", count=30)
+    for row in images:
+        drawn = slic_cover(row["image"], count=30)
+        for cover in (regions.cover(row["id"]), regions._make(row["id"])):  # from the image; from what was packed
+            assert cover.boxes == drawn.boxes and cover.parts is not None and drawn.parts is not None
+            assert (cover.parts == drawn.parts).all() and cover.parts.dtype == drawn.parts.dtype
+        assert (regions.areas(row["id"]) == drawn.areas()).all()
+
+
 def test_weights_ignore_padding_and_keep_every_pixel():
     rng = np.random.default_rng(0)
     for size, box in [((37, 53), (45, 64)), ((90, 20), (64, 14)), ((1, 50), (1, 64))]:
@@ -191,18 +247,17 @@ def pool_of(regions: Regions, images: list[str], seed: int = 0) -> PoolScores:
     ids = [region_id(i, r) for i in images for r in range(len(regions.cover(i)))]
     rng = np.random.default_rng(seed)
     scores = {"entropy-mean": rng.random(len(ids)).round(2).astype(np.float32)}
-    return PoolScores(
-        ids, scores, rng.normal(size=(len(ids), 4)).astype(np.float32), rng.dirichlet([0.3] * 4, len(ids))
-    )
+    embedding, hist = rng.normal(size=(len(ids), 4)).astype(np.float32), rng.dirichlet([0.3] * 4, len(ids))
+    return PoolScores(ids, scores, embedding, hist, gradient=rng.normal(size=(len(ids), 6)).astype(np.float32))
 
 
-@pytest.mark.parametrize("select", [s for s in SELECTS if s != "badge"])
+@pytest.mark.parametrize("select", list(SELECTS))
 @pytest.mark.parametrize("number", range(3))
 def test_properties_of_every_select(scenes_small: Any, some_regions: Any, select: str, number: int):
     _, _, regions = some_regions[number]
     images = row_ids(scenes_small.train.select(range(8)))
     pool = pool_of(regions, images)
-    sampler = Sampler(f"entropy-mean-{select}")
+    sampler = Sampler("badge" if select == "badge" else f"entropy-mean-{select}")
     paid = [pool.ids[3], pool.ids[40]]
     candidates = [i for i in pool.ids if i not in paid]
     settings = {"per_image": 4, "max_overlap": 0.3, "gap": number == 0}
@@ -256,9 +311,11 @@ def test_bad_choices(scenes_small: Any, some_regions: Any):
         choose_regions(Sampler("entropy"), pool, pool.ids, regions, make_rng(0), k=chosen + 1)
     with pytest.raises(ConfigError, match="only 2 can be had"):
         choose_regions(Sampler("entropy"), pool, pool.ids, regions, make_rng(0), k=5, per_image=1)
-    for options in ({}, {"k": 1, "pixels": 1}, {"k": 0}, {"k": 1, "max_overlap": 1.0}, {"k": 1, "per_image": -1}):
+    wrong: list[dict[str, Any]] = [{}, {"k": 1, "pixels": 1}, {"k": 0}, {"k": 1, "max_overlap": 1.0}]
+    for options in [*wrong, {"k": 1, "per_image": -1}, {"k": 1, "gap": "no"}]:
         with pytest.raises(ConfigError):
             choose_regions(Sampler("entropy"), pool, pool.ids, regions, make_rng(0), **options)
+    pool.gradient = None
     with pytest.raises(ConfigError, match="gradient"):
         choose_regions(Sampler(parse_strategy("badge")), pool, pool.ids, regions, make_rng(0), k=2)
     with pytest.raises(ConfigError, match="'slic', 'window'"):
@@ -295,7 +352,7 @@ def test_clicks():
 @pytest.mark.parametrize("kind", ["precise", "dominant"])
 def test_ledger_and_partial_masks(scenes_small: Any, some_regions: Any, kind: str):
     for _, _, regions in some_regions:
-        oracle = Oracle(scenes_small, Ledger(clicks=0))
+        oracle = Oracle(scenes_small, Ledger())
         image_id = row_ids(scenes_small.train)[0]
         truth = scenes_small.train[0]["mask"]
         names = [region_id(image_id, i) for i in range(len(regions.cover(image_id)))]
@@ -321,8 +378,43 @@ def test_ledger_and_partial_masks(scenes_small: Any, some_regions: Any, kind: st
 
 
 def test_old_ledgers_can_still_be_read():
+    """Clicks that nobody counted are unknown, and stay so."""
     old = {k: v for k, v in Ledger().record().items() if k not in ("regions", "clicks")}
-    assert Ledger.from_record(old) == Ledger(clicks=None)  # unknown, not 0
+    ledger = Ledger.from_record(old)
+    assert ledger == Ledger(clicks=None)
+    ledger.pay_region(10, 100, 3)
+    ledger.pay_masks([100], clicks=7)
+    assert ledger.clicks is None and ledger.pixels == 110
+    ledger = Ledger()
+    ledger.pay_masks([100], clicks=7)
+    assert ledger.clicks == 7
+    ledger.pay_masks([100])
+    assert ledger.clicks is None
+
+
+def test_what_is_paid_in_part_is_not_sold_again(scenes_small: Any, tmp_path: Path):
+    oracle, regions = Oracle(scenes_small, Ledger()), Regions(scenes_small.train, "slic", count=12)
+    image_id = oracle.ids[0]
+    names = [region_id(image_id, i) for i in range(len(regions.cover(image_id)))]
+    oracle.label_regions(names[:2], regions)
+    before = oracle.ledger.record()
+    for again in ([image_id], [oracle.ids[1], image_id]):
+        with pytest.raises(ConfigError, match="in part"):
+            oracle.label(again)
+    assert oracle.ledger.record() == before and image_id not in oracle.paid
+    pool = Pool(oracle.ids)
+    store = MaskStore(tmp_path, scenes_small.labels)
+    store.write(image_id, np.zeros(regions.cover(image_id).size, np.uint8))
+    pool.set_pseudo({image_id: store.path(image_id)})
+    with pytest.raises(ConfigError, match="needs its regions"):
+        training_rows(pool, oracle)
+    oracle.label_regions(names[2:], regions)  # the whole image by now: nothing left to ask, to judge or to guess
+    pool.set_complete(oracle.complete)
+    assert pool.complete == {image_id} and not pool.pseudo and image_id not in pool.unlabelled
+    pool.set_pseudo({image_id: store.path(image_id)})
+    assert not pool.pseudo
+    rows = training_rows(pool, oracle)
+    assert row_ids(rows) == [image_id] and (rows[0]["mask"] == scenes_small.train[0]["mask"]).all()
 
 
 # ---- whole runs
@@ -332,6 +424,12 @@ def test_old_ledgers_can_still_be_read():
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small VOC folder of generated scenes that tests may copy and spoil."""
     return make_scenes(tmp_path_factory.mktemp("scenes") / "voc", n_train=24, n_test=3, seed=3)
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of which only the records matter."""
+    monkeypatch.setattr("vlm_itl.experiment.save_figures", lambda folder: [])
 
 
 def run(folder: Path, out: Path, **settings: Any) -> list[Any]:
@@ -345,14 +443,20 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 SETTINGS: list[dict[str, Any]] = [
     {"strategy": "entropy"},
+    {"strategy": "margin", "mode": "vlm", "judge": "mock", "judge_options": {"accuracy": 0.7}},
     {"strategy": "random", "region": "window", "region_options": {"side": 40, "stride": 30, "max_overlap": 0.5}},
     {"strategy": "entropy-mean-coreset", "region_labels": "dominant", "region_options": {"count": 12, "per_image": 2}},
-    {"strategy": "margin", "mode": "vlm", "judge": "mock", "judge_options": {"accuracy": 0.7}},
     {"strategy": "judge-none-top", "mode": "vlm", "judge": "always_yes", "policy": "triage"},
+    {"strategy": "badge", "region_options": {"count": 20, "gap": True}},
 ]
+FAST = 2  # of these; the others are for the longer suite
 
 
-@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "-".join(map(str, list(s.values())[:2])))
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(s, marks=[pytest.mark.slow] if i >= FAST else []) for i, s in enumerate(SETTINGS)],
+    ids=lambda s: "-".join(map(str, list(s.values())[:2])),
+)
 def test_a_run_resumes_and_spends_its_budget(scenes: Path, tmp_path: Path, settings: dict[str, Any]):
     whole = run(scenes, tmp_path / "whole", **settings)
     config = make_config({**TINY, "dataset": str(scenes), "output_dir": str(tmp_path / "cut"), **settings})
@@ -372,39 +476,97 @@ def test_a_run_resumes_and_spends_its_budget(scenes: Path, tmp_path: Path, setti
     assert (tmp_path / "whole" / "figures" / "asked.png").is_file()
 
 
-def test_unpaid_regions_are_not_read(scenes: Path, tmp_path: Path):
+@pytest.mark.usefixtures("no_figures")
+def test_budgets_out_of_reach_are_not_claimed(scenes: Path, tmp_path: Path):
+    """One region an image a round: `labelled` says what was paid, and figures count it in images and clicks."""
+    options = {"count": 20, "per_image": 1}
+    records = run(scenes, tmp_path / "r", region_options=options, increment=8, max_labelled=20)
+    labelled = [r.labelled for r in records]
+    assert labelled[0] == 4 and labelled[1] < 12 and labelled[2] < 20  # what was aimed at
+    assert labelled[1:] == [np.ceil(r.labelled_share * 20) for r in records[1:]]
+    table = round_table(tmp_path / "r")
+    assert table["images"].tolist() == [n + 4 for n in labelled]  # four for validation
+    assert (np.diff(table["clicks"]) > 0).all() and table["regions"].tolist() == [0, 16, 32]
+    assert [r.budget["regions"] for r in records] == [0, 16, 32]
+    line = plot_learning_curve(tmp_path / "r", ["val"], against="clicks").axes[0].lines[0]
+    assert list(line.get_xdata()) == table["clicks"].tolist()
+    rounds = [json.loads(text) for text in (tmp_path / "r" / "rounds.jsonl").read_text().splitlines()]
+    for record in rounds:
+        del record["budget"]["clicks"]
+    (tmp_path / "r" / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in rounds))
+    with pytest.raises(RunError, match="clicks"):
+        plot_learning_curve(tmp_path / "r", against="clicks")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_images_paid_for_whole_are_not_judged(scenes: Path, tmp_path: Path):
+    """Everything is bought in the end; the judge is asked about less and less."""
+    settings = {"mode": "vlm", "judge": "always_yes", "region_options": {"count": 2}, "increment": 8}
+    records = run(scenes, tmp_path / "r", **settings, max_labelled=1.0)
+    asked = np.diff([0, *(r.budget["judge_calls"] for r in records)]).tolist()
+    assert asked[0] == 16 and asked[1] < 16 and asked[2] == 0
+    assert records[-1].labelled_share == 1 and records[-1].labelled == 20 and records[-1].pseudo == 0
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_older_than_a_setting_goes_on(scenes: Path, tmp_path: Path):
+    settings = {"unit": "image", "region_options": {}, "max_labelled": 6}
+    whole = run(scenes, tmp_path / "whole", **settings)
+    config = make_config({**TINY, "dataset": str(scenes), "output_dir": str(tmp_path / "old"), **settings})
+    rounds = run_al(config)
+    next(rounds)
+    rounds.close()
+    path = tmp_path / "old" / "config.json"
+    old = {k: v for k, v in json.loads(path.read_text()).items() if k != "unit" and not k.startswith("region")}
+    path.write_text(json.dumps(old))
+    assert [r.selection for r in run_al(config)] == [r.selection for r in whole]
+    with pytest.raises(RunError, match="unit: 'image' there, 'region' now"):
+        next(run_al(make_config({**config.to_dict(), "unit": "region"})))
+
+
+@pytest.mark.usefixtures("no_figures")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"strategy": "entropy-mean-coreset", "region_labels": "dominant"},
+        pytest.param({"mode": "vlm", "judge": "always_yes"}, marks=pytest.mark.slow),
+    ],
+    ids=["al", "vlm"],
+)
+def test_unpaid_regions_are_not_read(scenes: Path, tmp_path: Path, settings: dict[str, Any]):
     """Garbage in every pixel that was not paid for changes no id, no metric, no weight."""
-    for number, settings in enumerate([{"strategy": "entropy"}, {"mode": "vlm", "judge": "always_yes"}]):
-        first = run(scenes, tmp_path / f"a{number}", **settings)
-        copy = tmp_path / f"spoilt{number}"
-        shutil.copytree(scenes, copy)
-        data = load_data(str(scenes), seed=0, val_share=4)
-        regions = Regions(data.train.remove_columns("mask"), "slic", count=20)
-        names = [name for r in first[:-1] for name in r.selection["ids"]]
-        keep_whole = {*first[0].start_ids, *row_ids(data.val)}
-        rng = np.random.default_rng(0)
-        for image_id in row_ids(data.train):
-            if image_id in keep_whole:
-                continue
-            path = copy / "SegmentationClass" / f"{image_id}.png"
-            with Image.open(path) as old:
-                mask, palette = np.array(old), old.getpalette()
-            inside = np.zeros(mask.shape, bool)
-            for name in names:
-                if split_region(name)[0] == image_id:
-                    inside |= regions.mask(name)
-            spoilt = Image.fromarray(np.where(inside, mask, rng.integers(0, 21, mask.shape)).astype(np.uint8))
-            spoilt.putpalette(palette)
-            spoilt.save(path)
-        second = run(copy, tmp_path / f"b{number}", **settings)
-        assert [r.selection for r in first] == [r.selection for r in second]
-        assert [r.metrics for r in first] == [r.metrics for r in second]
-        assert [r.pseudo_ids for r in first] == [r.pseudo_ids for r in second]
+    first = run(scenes, tmp_path / "a", **settings)
+    copy = tmp_path / "spoilt"
+    shutil.copytree(scenes, copy)
+    data = load_data(str(scenes), seed=0, val_share=4)
+    regions = Regions(data.train.remove_columns("mask"), "slic", count=20)
+    names = [name for r in first[:-1] for name in r.selection["ids"]]
+    keep_whole = {*first[0].start_ids, *row_ids(data.val)}
+    rng = np.random.default_rng(0)
+    for image_id in row_ids(data.train):
+        if image_id in keep_whole:
+            continue
+        path = copy / "SegmentationClass" / f"{image_id}.png"
+        with Image.open(path) as old:
+            mask, palette = np.array(old), old.getpalette()
+        inside = np.zeros(mask.shape, bool)
+        for name in names:
+            if split_region(name)[0] == image_id:
+                inside |= regions.mask(name)
+        spoilt = Image.fromarray(np.where(inside, mask, rng.integers(0, 21, mask.shape)).astype(np.uint8))
+        spoilt.putpalette(palette)
+        spoilt.save(path)
+    second = run(copy, tmp_path / "b", **settings)
+    assert [r.selection for r in first] == [r.selection for r in second]
+    assert [r.metrics for r in first] == [r.metrics for r in second]
+    assert [r.pseudo_ids for r in first] == [r.pseudo_ids for r in second]
+    weights = [sorted((tmp_path / name).glob("round_*/model/*.safetensors")) for name in "ab"]
+    assert len(weights[0]) == 3 and [p.read_bytes() for p in weights[0]] == [p.read_bytes() for p in weights[1]]
 
 
 def test_pseudo_labels_carry_the_humans_regions(scenes: Path, tmp_path: Path):
     data = load_data(str(scenes), val_share=4)
-    oracle, regions = Oracle(data, Ledger(clicks=0)), Regions(data.train.remove_columns("mask"), "slic", count=12)
+    oracle, regions = Oracle(data, Ledger()), Regions(data.train.remove_columns("mask"), "slic", count=12)
     image_id = oracle.ids[0]
     truth = data.train[0]["mask"]
     oracle.label_regions([region_id(image_id, 0), region_id(image_id, 3)], regions)
@@ -419,6 +581,7 @@ def test_pseudo_labels_carry_the_humans_regions(scenes: Path, tmp_path: Path):
     assert image_iou(mask, truth, len(data.labels)) >= 0
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_real_photographs(voc: Path, tmp_path: Path):
     settings = {"data_options": {"max_train": 14, "max_test": 2}, "image_size": 64, "val_share": 2, "initial": 3}
     records = run(voc, tmp_path / "run", **settings, increment=1, max_labelled=5, region_options={"count": 60})
