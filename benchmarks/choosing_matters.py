@@ -56,7 +56,8 @@ def arm_name(arm: Arm) -> str:
 
 def run_one(which: str, number: int, seed: int, folder: Path) -> None:
     """One run in this process."""
-    from vlm_itl.experiment import make_config, run_al
+    from vlm_itl.experiment import run_al
+    from vlm_itl.settings import make_config
 
     arms, recipe, _ = SETS[which]
     strategy, more = arms[number]

@@ -20,9 +20,10 @@ import transformers
 import vlm_itl
 from vlm_itl.core import read_json, write_json
 from vlm_itl.data import load_data
-from vlm_itl.experiment import make_config, run_baseline, run_path
+from vlm_itl.experiment import run_baseline
 from vlm_itl.metrics import mean_iou_of
 from vlm_itl.model import load_model
+from vlm_itl.settings import make_config, run_path
 from vlm_itl.train import Inference, evaluate
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -34,11 +34,12 @@ from vlm_itl.baselines import (
 from vlm_itl.cache import CachedHandler, handler_identity
 from vlm_itl.core import ConfigError, DataError, JudgeError
 from vlm_itl.data import load_data
-from vlm_itl.experiment import make_config, run_al
+from vlm_itl.experiment import run_al
 from vlm_itl.hf_model import fingerprint
 from vlm_itl.labels import VOID, LabelSpace, read_image, read_mask
 from vlm_itl.metrics import image_iou
 from vlm_itl.model import Segmenter, load_model, load_weights, save_model
+from vlm_itl.settings import make_config
 from vlm_itl.train import Inference, MaskStore, predict_batches
 from vlm_itl.transforms import unpad_one
 from vlm_itl.vlm import JudgeQuery, VLMHandler, make_handler

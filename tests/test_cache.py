@@ -369,7 +369,8 @@ def server() -> Iterator[Server]:
 def test_a_second_run_of_an_experiment_makes_no_call(server: Server, tmp_path: Path) -> None:
     """The whole loop twice, in two run folders: trained, predicted and drawn anew, and not one question asked again."""
     pytest.importorskip("openai")
-    from vlm_itl.experiment import make_config, run_al
+    from vlm_itl.experiment import run_al
+    from vlm_itl.settings import make_config
 
     asked = {"judge": "openai", "options": {"model": "toy", "base_url": server.url}, "path": str(tmp_path / "c.sqlite")}
     tiny = {"steps": 2, "batch_size": 4, "image_size": 48, "initial": 6, "increment": 6, "max_labelled": 12}

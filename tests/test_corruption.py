@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import vlm_itl.experiment  # noqa: F401  makes every judge known
+import vlm_itl.settings  # noqa: F401  makes every judge known
 from vlm_itl.core import ConfigError, DataError
 from vlm_itl.corruption import (
     ERROR_KINDS,

@@ -30,9 +30,10 @@ from vlm_itl.ensemble import (
     probability_of,
     total_cost,
 )
-from vlm_itl.experiment import make_config, run_al
+from vlm_itl.experiment import run_al
 from vlm_itl.hf_judge import HFJudge
 from vlm_itl.labels import LabelSpace
+from vlm_itl.settings import make_config
 from vlm_itl.simulated import MockHandler
 from vlm_itl.vlm import Judgement, JudgeQuery, VLMHandler, abstain, make_handler
 

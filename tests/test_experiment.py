@@ -15,14 +15,16 @@ from safetensors.torch import load_file
 
 from vlm_itl.core import ConfigError, DataError, RunError, make_rng, project_root
 from vlm_itl.data import load_data, toy_images
-from vlm_itl.experiment import Config, Experiment, choose, make_config, run_al, run_baseline, run_path
+from vlm_itl.experiment import Experiment, run_al, run_baseline
 from vlm_itl.metrics import image_iou
 from vlm_itl.model import MODELS, load_model
 from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
 from vlm_itl.sampler import Sampler
 from vlm_itl.scenes import make_scenes
+from vlm_itl.settings import Config, make_config, run_path
 from vlm_itl.tracking import read_wandb_file
 from vlm_itl.train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
+from vlm_itl.turns import choose
 
 TINY = {
     "steps": 6,

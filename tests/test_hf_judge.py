@@ -23,7 +23,7 @@ import tiny_vlms
 
 from vlm_itl.cache import CachedHandler, query_key
 from vlm_itl.core import ConfigError, JudgeError
-from vlm_itl.experiment import make_config, run_al
+from vlm_itl.experiment import run_al
 from vlm_itl.hf_judge import HFJudge, by_length, common_prefix, padded, share_image_features
 from vlm_itl.hf_model import (
     answer_tokens,
@@ -35,6 +35,7 @@ from vlm_itl.hf_model import (
 from vlm_itl.labels import LabelSpace
 from vlm_itl.render import instruct, render
 from vlm_itl.scenes import make_scenes
+from vlm_itl.settings import make_config
 from vlm_itl.vlm import JudgeQuery, abstain, handler_options, make_handler
 
 VOC = LabelSpace.voc()
@@ -581,7 +582,7 @@ def test_options_pass_through(folders: dict[str, Path]) -> None:
         ({"min_mass": 1.5}, "min_mass"),
         ({"max_side": 2}, "max_side"),
         ({"dtype": "float8"}, "dtype"),
-        ({"device": "gpu"}, "device 'gpu'"),
+        ({"device": "gpu"}, "device='gpu' is not usable here"),
         ({"prompt": "Is it good?"}, "prompt must hold"),
         ({"model_options": "4bit"}, "model_options must be a dictionary"),
         ({"modle": "x"}, "Did you mean 'model'"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import vlm_itl.experiment  # noqa: F401  makes every judge known
+import vlm_itl.settings  # noqa: F401  makes every judge known
 from vlm_itl.core import ConfigError, DataError, to_json
 from vlm_itl.judge import (
     RATES,

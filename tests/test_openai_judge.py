@@ -604,7 +604,8 @@ def test_no_echo_of_the_key_survives(
     ids=["option", "variable", "body", "address", "cached", "token"],
 )
 def test_a_run_with_a_key_in_its_settings_writes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
-    from vlm_itl.experiment import make_config, run_al
+    from vlm_itl.experiment import run_al
+    from vlm_itl.settings import make_config
 
     scenes = {"dataset": "scenes", "data_options": {"n_train": 30, "n_test": 2, "size": [48, 64]}, "mode": "vlm"}
     with pytest.raises(ConfigError) as caught:
@@ -713,7 +714,7 @@ def test_money_follows_the_price(serve: Callable[..., Server]) -> None:
 
 
 def test_a_run_knows_the_judges() -> None:
-    import vlm_itl.experiment  # noqa: F401
+    import vlm_itl.settings  # noqa: F401
 
     assert {"openai", "cached"} <= set(HANDLERS)
 
@@ -721,7 +722,8 @@ def test_a_run_knows_the_judges() -> None:
 def test_a_run_stops_at_its_limit_goes_on_and_holds_no_key(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from vlm_itl.experiment import make_config, run_al
+    from vlm_itl.experiment import run_al
+    from vlm_itl.settings import make_config
 
     monkeypatch.setenv("TOY_KEY", KEY)
     server = serve(lambda number, attempt, wish: (OK, reply("Yes" if len(wish) % 2 else "No", wish=wish)))

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from vlm_itl.data import VOID, load_data, row_ids
-from vlm_itl.experiment import make_config, run_al
+from vlm_itl.experiment import run_al
 from vlm_itl.labels import read_mask
 from vlm_itl.metrics import mean_iou_of
 from vlm_itl.model import load_model
+from vlm_itl.settings import make_config
 from vlm_itl.train import Inference, evaluate
 
 SEVEN = ("background", "cat", "cow", "dog", "horse", "person", "sheep")

@@ -16,7 +16,7 @@ from skimage.measure import label as connected_parts
 
 from vlm_itl.core import ConfigError, DataError, RunError, make_rng
 from vlm_itl.data import load_data
-from vlm_itl.experiment import make_config, policy_groups, run_al, spent_pixels
+from vlm_itl.experiment import run_al
 from vlm_itl.gradient import GradientProbe
 from vlm_itl.labels import VOID, row_ids
 from vlm_itl.metrics import image_iou
@@ -42,7 +42,9 @@ from vlm_itl.report import plot_learning_curve, round_table
 from vlm_itl.sampler import SELECTS, Sampler
 from vlm_itl.scenes import make_scenes
 from vlm_itl.selects import parse_strategy
+from vlm_itl.settings import make_config
 from vlm_itl.train import Inference, MaskStore, PoolScores, predict_batches, score_pool, uncertainty_maps
+from vlm_itl.turns import policy_groups, spent_pixels
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("slic", {"count": 20}),

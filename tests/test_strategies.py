@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from vlm_itl.core import ConfigError, DataError, make_rng, read_json
-from vlm_itl.experiment import Experiment, make_config
+from vlm_itl.experiment import Experiment
 from vlm_itl.gradient import GradientProbe
 from vlm_itl.labels import DecodeRows, LabelSpace, make_rows
 from vlm_itl.model import MODELS, Segmenter, load_model, register_model
@@ -32,6 +32,7 @@ from vlm_itl.selects import (
     probcover,
     typiclust,
 )
+from vlm_itl.settings import make_config
 from vlm_itl.train import Inference, score_pool
 
 STRATEGIES = known_strategies()

@@ -27,8 +27,8 @@ from vlm_itl.hf_model import (
     yes_no,
 )
 from .labels import short_error
-from .render import STYLES, instruct, render
-from .vlm import Judgement, JudgeQuery, VLMHandler, abstain, register_handler
+from .render import PictureJudge
+from .vlm import Judgement, JudgeQuery, abstain, register_handler
 
 # %% ../nbs/06b_hf_judge.ipynb #hf-share
 _TOWERS = ("vision_tower", "vision_model", "vision_encoder")
@@ -243,7 +243,7 @@ def _uneven(rows: Iterable[torch.Tensor]) -> bool:
 
 # %% ../nbs/06b_hf_judge.ipynb #hf-handler
 @register_handler("hf")
-class HFJudge(VLMHandler):
+class HFJudge(PictureJudge):
     "A vision-language model on this machine: P(yes) from one batched forward pass."
 
     one_word = True  # so no list before the verdict
@@ -264,13 +264,11 @@ class HFJudge(VLMHandler):
         model_options: dict[str, Any] | None = None,  # for from_pretrained, e.g. quantization_config
         processor_options: dict[str, Any] | None = None,  # for the processor
     ):
-        check_choice("judge 'hf': style", style, STYLES)
+        self.draw_as(style, max_side)
         check_choice("judge 'hf': dtype", dtype, DTYPES)
         self.batch_size = int(check_number("judge 'hf': batch_size", batch_size, 1, integer=True))
         self.min_mass = check_number("judge 'hf': min_mass", min_mass, 0, 1)
-        self.style, self.max_side, self.prompt = style, max_side, prompt
-        if max_side is not None:
-            check_number("judge 'hf': max_side", max_side, 8, integer=True)
+        self.prompt = prompt
         if prompt and not ("{image}" in prompt and "{question}" in prompt):
             raise ConfigError("judge 'hf': prompt must hold {image} and {question}.")
         for key, value in (("model_options", model_options), ("processor_options", processor_options)):
@@ -305,20 +303,6 @@ class HFJudge(VLMHandler):
         told = {key: repr(value) for key, value in self._options.items() if value}
         kind = str(self.vlm.net.dtype).removeprefix("torch.")
         return {**{name: getattr(self, name) for name in names}, "dtype": kind, "weights": self._fingerprint, **told}
-
-    def render_query(
-        self,
-        query: JudgeQuery,  # with an image
-    ) -> Image.Image:  # RGB, what the judge sees
-        "The picture that is shown."
-        return render(query, self.style, self.max_side)
-
-    def query_text(
-        self,
-        query: JudgeQuery,  # classes and question
-    ) -> str:  # what the judge is asked
-        "How to read the picture, legend and question."
-        return instruct(query, self.style)
 
     def judge(
         self,

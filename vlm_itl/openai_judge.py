@@ -21,15 +21,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image
-
 from .cache import JudgeStopped
-from .core import ConfigError, JudgeError, check_choice, check_number, progress, refuse_secrets
-from .render import STYLES, instruct, render
+from .core import ConfigError, JudgeError, check_number, progress, refuse_secrets
+from .render import PictureJudge
 from vlm_itl.vlm import (
     Judgement,
     JudgeQuery,
-    VLMHandler,
     abstain,
     in_two_parts,
     judging_part,
@@ -185,7 +182,7 @@ class _Fatal(Exception):
 
 # %% ../nbs/06d_openai_judge.ipynb #openai-handler
 @register_handler("openai")
-class OpenAIHandler(VLMHandler):
+class OpenAIHandler(PictureJudge):
     "Asks a vision-language model behind an OpenAI-compatible endpoint. Needs the openai package."
 
     batch_size = 10**9  # the workers see to it that little is held at a time
@@ -220,10 +217,7 @@ class OpenAIHandler(VLMHandler):
         self.model, self.revision, self.system = model, revision, system
         self.base_url = self._checked_url(base_url)
         self.api_key_env = self._checked_variable(api_key_env)
-        self.style = check_choice("judge 'openai': style", style, STYLES)
-        self.max_side = (
-            None if max_side is None else check_number("judge 'openai': max_side", max_side, 8, integer=True)
-        )
+        self.draw_as(style, max_side)
         self.logprobs, self.stated, self.structured = bool(logprobs), bool(stated), bool(structured or stated)
         self.votes = check_number("judge 'openai': votes", votes, 0, integer=True)
         self.max_tokens = check_number("judge 'openai': max_tokens", max_tokens, 1, integer=True)
@@ -291,20 +285,6 @@ class OpenAIHandler(VLMHandler):
             "min_mass extra_body"
         )
         return {name: getattr(self, name) for name in names.split()}
-
-    def render_query(
-        self,
-        query: JudgeQuery,  # with an image
-    ) -> Image.Image:  # RGB, what the judge sees
-        "The picture that is sent."
-        return render(query, self.style, self.max_side)
-
-    def query_text(
-        self,
-        query: JudgeQuery,  # classes and question
-    ) -> str:  # what the judge is asked
-        "How to read the picture, legend and question."
-        return instruct(query, self.style)
 
     def _request(self, query: JudgeQuery, sampled: int = 0) -> dict[str, Any]:
         "The fields of a request; `sampled` > 0: so many answers at temperature 1."

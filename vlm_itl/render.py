@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Draw', 'Legend', 'STYLES', 'line_width', 'inner_border', 'window_of', 'shrink', 'mark_positions', 'marks_legend',
            'Style', 'register_style', 'draw_overlay', 'draw_contour', 'draw_contour_tint', 'draw_crop', 'draw_blur',
-           'draw_side_by_side', 'draw_marks', 'render', 'instruct']
+           'draw_side_by_side', 'draw_marks', 'render', 'instruct', 'PictureJudge']
 
 # %% ../nbs/06a_render.ipynb #render-imports
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from .core import ConfigError, DataError, check_choice, check_number
 from .labels import LabelSpace
-from .vlm import JudgeQuery, check_question, legend_text, render_overlay
+from .vlm import JudgeQuery, VLMHandler, check_question, legend_text, render_overlay
 
 # %% ../nbs/06a_render.ipynb #render-contour
 def line_width(
@@ -264,3 +264,35 @@ def instruct(
     if legend and "{legend}" not in check_question(query.question):
         parts.append(f"Legend: {legend}.")
     return " ".join([*parts, query.text()])
+
+# %% ../nbs/06a_render.ipynb #render-judge
+class PictureJudge(VLMHandler):
+    "A judge that is shown a picture and asked a text; its `__init__` calls `draw_as`."
+
+    style: str  # how the mask is drawn: a row of `STYLES`
+    max_side: int | None  # longest side of the picture in pixels; None: native size
+
+    def draw_as(
+        self,
+        style: str,  # a row of `STYLES`
+        max_side: int | None,  # pixels; None: native size
+    ) -> None:
+        "How masks are drawn from now on; `ConfigError` for what cannot be."
+        self.style = check_choice(f"judge {self.name!r}: style", style, STYLES)
+        if max_side is not None:
+            check_number(f"judge {self.name!r}: max_side", max_side, 8, integer=True)
+        self.max_side = max_side
+
+    def render_query(
+        self,
+        query: JudgeQuery,  # with an image
+    ) -> Image.Image:  # RGB, what the judge sees
+        "The picture that is shown."
+        return render(query, self.style, self.max_side)
+
+    def query_text(
+        self,
+        query: JudgeQuery,  # classes and question
+    ) -> str:  # what the judge is asked
+        "How to read the picture, legend and question."
+        return instruct(query, self.style)
