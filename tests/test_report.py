@@ -274,12 +274,12 @@ def test_class_iou_of_many_rounds_and_classes(tmp_path):
     assert len(figure.axes[0].get_xticks()) < 20
 
 
-def test_gallery_draws_void_grey_and_misses_no_truth(tmp_path):
+def test_gallery_draws_void_cream_and_misses_no_truth(tmp_path):
     path = write_run(tmp_path / "run")
     gallery(path / "round_001" / "gallery", verdict="abstain")
     figure = plot_gallery(path)
     truth = figure.axes[1].get_images()[0].get_array()
-    assert (truth[2] == 128).all() and (truth[5, 5] == [128, 0, 0]).all()
+    assert (truth[2] == [224, 224, 192]).all() and (truth[5, 5] == [128, 0, 0]).all()
     overlay = figure.axes[3].get_images()[0].get_array()
     assert np.abs(overlay[0, 0].astype(int) - 200).max() <= 2  # background shows the image
     assert figure.axes[3].get_xlabel() == "abstain, IoU 0.50"
