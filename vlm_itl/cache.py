@@ -84,6 +84,11 @@ _COLUMNS |= {"question": "TEXT", "settings": "TEXT", "answered": "TEXT"}
 _AT_ONCE = 500  # keys in one SELECT; SQLite takes 999
 
 
+def _whole_letters(value: Any) -> Any:
+    "Half a letter in a reply cannot be stored; it is spelt out."
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
 class JudgementCache:
     "Judgements in one SQLite file, by key. Safe for several processes; `JudgeError` if the file cannot be used."
 
@@ -105,8 +110,10 @@ class JudgementCache:
         "One clear line for whatever file system and SQLite may say."
         try:
             yield
-        except (OSError, sqlite3.Error) as error:
-            raise JudgeError(f"the judgement cache {self.path} cannot be used: {error}.") from error
+        except (OSError, OverflowError, TypeError, sqlite3.Error, UnicodeError, ConfigError) as error:
+            raise JudgeError(
+                f"the judgement cache {self.path} cannot be used: {error}. Move it away to start a new one."
+            ) from error
 
     def _open(self) -> sqlite3.Connection:
         "The connection of this process: one must not be carried over a fork."
@@ -165,11 +172,12 @@ class JudgementCache:
     ) -> int:  # how many were stored
         "Store answers, all in one transaction. What is there already stays."
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        rows = []
+        rows: list[list[Any]] = []
         for key, judgement in answers.items():
             if is_final(judgement):
                 values = [plain(getattr(judgement, name)) for name in _KEPT]
-                rows.append([key, *values, (questions or {}).get(key, ""), settings, now])
+                row = [key, *values, (questions or {}).get(key, ""), settings, now]
+                rows.append([_whole_letters(value) for value in row])
         if not rows:
             return 0
         marks = ",".join("?" * len(_COLUMNS))

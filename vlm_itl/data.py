@@ -11,7 +11,7 @@ import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,25 @@ def _arrange(
 _LABEL_OPTIONS = ("classes", "palette", "values")
 
 
+def _read_text(path: Path) -> str:
+    "A text file in UTF-8, with or without a byte order mark; `DataError` if it is none."
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from None
+    if "\0" in text:
+        raise DataError(f"{path}: a zero byte, so this is no text file in UTF-8")
+    return text
+
+
+def _read_lines(path: Path) -> list[str]:
+    "The lines that hold something."
+    return [line.strip() for line in _read_text(path).splitlines() if line.strip()]
+
+
 def _labels(
     options: Mapping[str, Any],  # classes: names or a file of names; palette: colours; values: grey values
     folder: Path | None = None,  # may hold classes.txt
@@ -162,7 +181,7 @@ def _labels(
         path = resolve_path(names)
         if not path.is_file():
             raise DataError(f"{path}: no such file; it should hold one class name a line, class 0 first")
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = _read_lines(path)
     return LabelSpace(tuple(names or VOC_CLASSES), options.get("palette"), values=options.get("values"))
 
 # %% ../nbs/01_data.ipynb #data-sources-made
@@ -211,13 +230,17 @@ def _files(folder: Path) -> dict[str, Path]:  # path below the folder, without s
     return found
 
 # %% ../nbs/01_data.ipynb #data-lists
+def _stem(name: str) -> str:
+    "A name in a list without the suffix of an image."
+    return name[: name.rindex(".")] if name.lower().endswith(_SUFFIXES) and Path(name).stem else name
+
+
 def _read_list(path: Path) -> list[str]:
     "The names in a list file, one a line; `DataError` if it is missing, empty or repeats a name."
     if not path.is_file():
         there = ", ".join(sorted(other.name for other in path.parent.glob("*.txt"))) or "no list at all"
         raise DataError(f"{path}: no such list; the folder holds {there}")
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    names = [str(Path(name).with_suffix("")) if name.lower().endswith(_SUFFIXES) else name for name in names]
+    names = [_stem(name) for name in _read_lines(path)]
     if not names:
         raise DataError(f"{path}: the list is empty")
     if len(set(names)) < len(names):
@@ -259,17 +282,17 @@ def voc_source(
 def _split_names(root: Path, keys: Sequence[str]) -> dict[str, list[str]]:  # split -> names, or one split "all"
     "Who belongs to which split: split.csv, else lists, else subfolders."
     if (root / "split.csv").is_file():
-        with open(root / "split.csv", newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+        try:
+            rows = list(csv.DictReader(StringIO(_read_text(root / "split.csv"), newline="")))
+        except csv.Error as error:
+            raise DataError(f"{root / 'split.csv'}: no CSV ({error})") from error
         columns = list(rows[0]) if rows else []
         name_column = next((name for name in ("id", "image", "file", "filename", "name") if name in columns), None)
         if name_column is None or "split" not in columns:
             raise DataError(f"{root / 'split.csv'}: needs the columns id and split, has {columns}")
         split: dict[str, list[str]] = {}
         for row in rows:
-            name = row[name_column] or ""
-            name = str(Path(name).with_suffix("")) if name.lower().endswith(_SUFFIXES) else name
-            split.setdefault(row["split"] or "", []).append(name)
+            split.setdefault(row["split"] or "", []).append(_stem(row[name_column] or ""))
         return split
     lists = {name: root / f"{name}.txt" for name in ("train", "val", "test") if (root / f"{name}.txt").is_file()}
     if lists:

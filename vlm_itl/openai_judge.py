@@ -25,6 +25,7 @@ from .cache import JudgeStopped
 from .core import ConfigError, JudgeError, check_number, progress, refuse_secrets
 from .render import PictureJudge
 from vlm_itl.vlm import (
+    LONGEST_ANSWER,
     Judgement,
     JudgeQuery,
     abstain,
@@ -76,9 +77,21 @@ def given_price(
     return Price(read, written, "", "given")
 
 # %% ../nbs/06d_openai_judge.ipynb #openai-logprobs
-def _word(token: str) -> str:
-    "A token without spaces, marks and case."
-    return re.sub(r"[^a-z]", "", token.lower())
+def _field(item: Any, name: str) -> Any:
+    "A field of a reply; None where a server sends something else."
+    return getattr(item, name, None)
+
+
+def _word(token: Any) -> str:
+    "A token without spaces, marks and case; empty for what is none."
+    return re.sub(r"[^a-z]", "", token.lower()) if isinstance(token, str) else ""
+
+
+def _probability(logprob: Any) -> float:
+    "Of a log-probability; 0 for what is none (servers send NaN, text, and numbers above 0)."
+    if isinstance(logprob, bool) or not isinstance(logprob, (int, float)) or not -1e6 <= logprob <= 0:
+        return 0.0
+    return math.exp(logprob)
 
 
 def _behind_mark(
@@ -88,7 +101,7 @@ def _behind_mark(
     "The tokens that may hold the verdict: a list before it may say yes and no and mean nothing by it."
     if not in_two_parts(question):
         return list(tokens)
-    texts = [token.token for token in tokens]
+    texts = [str(_field(token, "token") or "") for token in tokens]
     part = judging_part("".join(texts), question)
     length, kept = 0, len(tokens)
     while kept and length < len(part):
@@ -102,16 +115,18 @@ def yes_share(
     verdict: str,  # what the text was read as: the word to look for
 ) -> tuple[float | None, float | None]:  # p_yes (None: neither word was in sight), p_mass
     "P(yes) and the mass of yes and no, where the answer's word stands; (None, None) without log-probabilities."
-    spoken = [token for token in tokens if _word(token.token)]
+    spoken = [token for token in tokens if _word(_field(token, "token"))]
     if not spoken:
         return None, None
-    places = [token for token in spoken if _word(token.token) == verdict]
-    place = spoken[0] if not places or _word(spoken[0].token) in ("yes", "no") else places[-1]
-    seen = {alternative.token: alternative.logprob for alternative in [*(place.top_logprobs or []), place]}
+    places = [token for token in spoken if _word(_field(token, "token")) == verdict]
+    place = spoken[0] if not places or _word(_field(spoken[0], "token")) in ("yes", "no") else places[-1]
+    others = _field(place, "top_logprobs")
+    named = [one for one in (*(others if isinstance(others, list) else []), place) if _word(_field(one, "token"))]
+    seen = {one.token: _field(one, "logprob") for one in named}
     mass = {"yes": 0.0, "no": 0.0}
     for token, logprob in seen.items():
-        if _word(token) in mass and logprob is not None and logprob <= 0:
-            mass[_word(token)] += math.exp(logprob)
+        if _word(token) in mass:
+            mass[_word(token)] += _probability(logprob)
     both = min(1.0, mass["yes"] + mass["no"])
     return (mass["yes"] / (mass["yes"] + mass["no"]) if both else None), both
 
@@ -352,7 +367,8 @@ class OpenAIHandler(PictureJudge):
         said: list[Judgement] = []
         while len(said) < self.votes:
             reply = await self._post(client, query, sampled=self.votes - len(said))
-            count = len(reply.choices) if getattr(reply, "choices", None) else 0
+            choices = _field(reply, "choices")
+            count = len(choices) if isinstance(choices, list) else 0
             if not count:
                 raise ValueError("the reply holds no choices")
             whole = [self._read(reply, query.question, index) for index in range(count)]
@@ -378,7 +394,7 @@ class OpenAIHandler(PictureJudge):
         usage = getattr(reply, "usage", None)
         model = self._clean(getattr(reply, "model", None) or self.model)
         read, written = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
-        if read is None or written is None:
+        if type(read) is not int or type(written) is not int or not 0 <= min(read, written) <= read + written < 2**40:
             return None, None, model
         price = self.price or price_of(self.model, self.base_url)
         usd = None if price is None else (read * price.read + written * price.written) / 1e6
@@ -387,23 +403,24 @@ class OpenAIHandler(PictureJudge):
     def _read(self, reply: Any, question: str, index: int = 0) -> Judgement:
         "A judgement from a reply; `ValueError` if it is none."
         choices = getattr(reply, "choices", None)
-        if not choices or getattr(choices[index], "message", None) is None:
+        if not isinstance(choices, list) or not choices or _field(choices[index], "message") is None:
             raise ValueError("the reply is not a chat completion")
         choice = choices[index]
         tokens, usd, model = self._cost(reply)
         known: dict[str, Any] = {"tokens": tokens, "usd": usd, "model": model}
-        text = choice.message.content if isinstance(choice.message.content, str) else ""
-        refusal = getattr(choice.message, "refusal", None)
-        if refusal or choice.finish_reason == "content_filter":
-            said = self._hide(str(refusal or text)) or "[content_filter]"
+        content, ended = _field(choice.message, "content"), _field(choice, "finish_reason")
+        text = content if isinstance(content, str) else ""
+        refusal = _field(choice.message, "refusal")
+        if refusal or ended == "content_filter":
+            said = self._hide(str(refusal or text))[:LONGEST_ANSWER] or "[content_filter]"
             return abstain("the judge refused", raw=said, **known)
-        known["raw"] = self._hide(text)
-        if choice.finish_reason == "length":
+        known["raw"] = self._hide(text)[:LONGEST_ANSWER]
+        if ended == "length":
             known["raw"] = known["raw"] or "[length]"
             return abstain(f"the answer was cut off at max_tokens={self.max_tokens}", **known)
         verdict, stated = self._parse(text, question)
-        content = getattr(choice.logprobs, "content", None) if getattr(choice, "logprobs", None) else None
-        p_yes, p_mass = yes_share(_behind_mark(content or [], question), verdict)
+        spelt = _field(_field(choice, "logprobs"), "content")
+        p_yes, p_mass = yes_share(_behind_mark(spelt if isinstance(spelt, list) else [], question), verdict)
         if verdict == "abstain":
             return abstain("the answer is neither yes nor no", p_mass=p_mass, **known)
         if p_mass is not None and p_mass < self.min_mass:
@@ -418,7 +435,7 @@ class OpenAIHandler(PictureJudge):
         "Verdict and stated P(yes) of a text, be it JSON or prose."
         try:
             found = json.loads(text) if self.structured else None
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             broken = self.structured and text.lstrip().startswith("{")
@@ -507,6 +524,7 @@ class OpenAIHandler(PictureJudge):
             raise _Fatal(f"judge 'openai': {self.base_url} knows no model {self.model!r} (404).") from None
         except Exception as error:  # whatever a server, a proxy or an image file may do
             lost = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
+            lost = lost and type(error.__cause__).__name__ != "DecodingError"  # it answered, in broken gzip
             if lost and not self._answered:
                 raise _Fatal(f"judge 'openai': {self.base_url} cannot be reached ({self._reason(error)}).") from None
             answer = abstain(self._reason(error))

@@ -21,7 +21,7 @@ from PIL import Image
 
 from .core import ConfigError, DataError, check_number
 from .data import SegData
-from .labels import VOID, DecodeRows, make_rows, raw_rows, row_ids
+from .labels import VOID, DecodeRows, make_rows, open_image, raw_rows, read_indices, row_ids
 from .regions import Regions, count_clicks, region_id, region_label, split_region
 
 # %% ../nbs/07b_pool.ipynb #pool-ledger
@@ -116,7 +116,7 @@ def mask_pixels(
 
 def _pixels(cell: dict[str, Any]) -> int:
     "Pixels of an undecoded image."
-    with Image.open(cell["path"] if cell["bytes"] is None else BytesIO(cell["bytes"])) as picture:
+    with open_image(cell) as picture:
         return math.prod(picture.size)
 
 
@@ -129,8 +129,7 @@ def _to_png(mask: np.ndarray) -> bytes:
 
 def _from_png(data: bytes) -> np.ndarray:
     "Back again."
-    with Image.open(BytesIO(data)) as picture:
-        return np.array(picture, dtype=np.uint8)
+    return read_indices({"path": None, "bytes": data})
 
 
 class Oracle:
@@ -322,8 +321,7 @@ def _mask_cell(image_id: str, pool: Pool, oracle: Oracle, regions: Regions | Non
         return {"path": None, "bytes": oracle.parts[image_id]}
     if regions is None:
         raise ConfigError(f"image {image_id!r} is paid for in part: training_rows needs its regions.")
-    with Image.open(pool.pseudo[image_id]) as picture:
-        predicted = np.array(picture, dtype=np.uint8)
+    predicted = read_indices(pool.pseudo[image_id], name=image_id)
     mask = np.where(oracle.asked(image_id, regions), _from_png(oracle.parts[image_id]), predicted)
     return {"path": None, "bytes": _to_png(mask)}
 

@@ -29,7 +29,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .core import RunError, RunFolder, check_choice, read_json, resolve_path, write_bytes
+from .core import DataError, RunError, RunFolder, check_choice, read_json, resolve_path, write_bytes
+from .labels import read_image, read_indices
 
 # %% ../nbs/07c_report.ipynb #report-run
 @dataclass(frozen=True)
@@ -573,19 +574,18 @@ def gallery_items(
 def _read_rgb(path: Path) -> Image.Image:
     "A picture in RGB; a missing or broken file is a `RunError` that names it."
     try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except OSError as error:
-        raise RunError(f"{path} is not a readable picture ({error}).") from error
+        return read_image(path)
+    except DataError as error:
+        raise RunError(f"{error}. Remove the folder of pictures it lies in to do without.") from error
 
 
 def _read_classes(path: Path) -> tuple[np.ndarray, np.ndarray]:
     "A palette PNG as class indices (H, W) and colours (H, W, 3) with void in cream."
     colors = np.array(_read_rgb(path))
-    with Image.open(path) as picture:
-        if picture.mode not in ("P", "L"):
-            raise RunError(f"{path} is a {picture.mode} picture, not a palette PNG of class indices.")
-        classes = np.array(picture)
+    try:
+        classes = read_indices(path)
+    except DataError as error:
+        raise RunError(f"{error}: a palette PNG of class indices belongs there.") from error
     colors[classes == 255] = VOID_COLOR
     return classes, colors
 

@@ -21,14 +21,13 @@ from typing import Any
 
 import click
 import nbformat
-import yaml
 from papermill import PapermillExecutionError, execute_notebook
 from papermill.cli import papermill as papermill_command
 from papermill.inspection import display_notebook_help
-from papermill.iorw import NoDatesSafeLoader
 from tqdm.auto import tqdm
 
-from .core import ConfigError, VlmItlError, closest, project_root, resolve_path
+from .core import ConfigError, VlmItlError, closest, project_root, resolve_path, show
+from .settings import parse_yaml
 
 # %% ../nbs/10_run.ipynb #run-find
 def run_notebooks() -> list[Path]:  # sorted by name
@@ -111,15 +110,12 @@ def read_yaml(
     source: str,  # where it is from, for the message
 ) -> dict[str, Any]:  # parameter name -> value; empty for an empty text
     "Read parameters from YAML with the safe loader; `ConfigError` for anything but `name: value` lines."
-    try:
-        read = yaml.load(text, Loader=NoDatesSafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+    read = parse_yaml(text, source)
     if read is None:
         return {}
     if not isinstance(read, dict):
         raise ConfigError(f"{source} must hold lines like 'name: value', not a {type(read).__name__}.")
-    return {str(name): value for name, value in read.items()}
+    return {show(name) if isinstance(name, int) else str(name): value for name, value in read.items()}
 
 
 def read_yaml_file(

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from .core import ConfigError, check_choice, plain, read_json, stable_hash, to_json, write_text
-from .labels import VOID
+from .labels import VOID, open_image
 
 # %% ../nbs/07a_tracking.ipynb #tracking-secret
 _SECRET_ENDINGS = ("apikey", "token", "secret", "password", "passwd", "passphrase", "credential", "authorization")
@@ -158,7 +158,7 @@ def read_gallery(
         for kind in ("image", "prediction", "truth"):
             if not entry.get(kind):
                 continue
-            with Image.open(folder / entry[kind]) as opened:
+            with open_image(folder / entry[kind]) as opened:
                 picture = opened.convert("RGB") if kind == "image" else opened.copy()
             if kind == "image":  # comes first; the masks follow its size
                 share = min(1.0, side / max(picture.size))

@@ -43,10 +43,10 @@ from vlm_itl.core import (
     progress,
     seed_everything,
 )
-from .labels import LabelSpace
+from .labels import LabelSpace, read_indices
 from .metrics import ConfusionMatrix
 from .model import Segmenter, freeze_batchnorm, load_model, parameter_groups
-from .transforms import EvalTransform, TrainingSet, TrainTransform, collate, unpad_one
+from .transforms import EvalTransform, TrainingSet, TrainTransform, collate, predicted_classes
 
 # %% ../nbs/04_train.ipynb #train-device
 def pick_device(
@@ -164,7 +164,7 @@ def evaluate(
     matrix = ConfusionMatrix(len(model.labels))
     for batch, logits, _ in predict_batches(model, data, view, desc=desc):
         for one, box, native, truth in zip(logits, batch["box"], batch["native"], batch["mask"], strict=True):
-            prediction = unpad_one(one, box, view.image_size, native).argmax(0)
+            prediction = predicted_classes(one, box, view.image_size, native)
             matrix.update(prediction, torch.as_tensor(truth, device=one.device))
     return metrics_dict(matrix, model.labels)
 
@@ -516,10 +516,9 @@ class MaskStore:
     def __getitem__(self, image_id: str) -> np.ndarray:  # (H, W) uint8
         "Read one mask."
         try:
-            with Image.open(self.path(image_id)) as picture:
-                return np.array(picture, dtype=np.uint8)
-        except OSError as error:
-            raise DataError(f"the predicted mask {self.path(image_id)} cannot be read: {error}") from error
+            return read_indices(self.path(image_id))
+        except DataError as error:
+            raise DataError(f"the predicted mask cannot be read: {error}") from error
 
     def __contains__(self, image_id: str) -> bool:
         "Is there a mask of this image?"
@@ -592,7 +591,7 @@ def write_masks(
 ) -> None:
     "Write predicted masks at the images' own size."
     for image_id, one, box, native in zip(batch["id"], logits, batch["box"], batch["native"], strict=True):
-        prediction = unpad_one(one, box, image_size, native).argmax(0)
+        prediction = predicted_classes(one, box, image_size, native)
         masks.write(image_id, prediction.to(torch.uint8).cpu().numpy())
 
 
