@@ -287,7 +287,7 @@ def test_gallery_draws_void_cream_and_misses_no_truth(tmp_path):
     with pytest.raises(RunError, match="no pictures of round 0"):
         plot_gallery(path, round=0)
     (path / "round_001" / "gallery" / "0_image.jpg").write_bytes(b"not a picture")
-    with pytest.raises(RunError, match="0_image.jpg is not a readable picture"):
+    with pytest.raises(RunError, match="0_image.jpg: not a readable image"):
         plot_gallery(path)
 
 

@@ -182,7 +182,8 @@ def _labels(
         if not path.is_file():
             raise DataError(f"{path}: no such file; it should hold one class name a line, class 0 first")
         names = _read_lines(path)
-    return LabelSpace(tuple(names or VOC_CLASSES), options.get("palette"), values=options.get("values"))
+    checked: Any = VOC_CLASSES if names is None else names
+    return LabelSpace(checked, options.get("palette"), values=options.get("values"))
 
 # %% ../nbs/01_data.ipynb #data-sources-made
 @register_source("toy")

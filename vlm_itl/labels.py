@@ -255,6 +255,10 @@ def _load(image: Image.Image, where: str) -> Image.Image:
     "Decode the pixels, upright; `DataError` if the file is broken."
     try:
         image.load()
+        if "transparency" in image.info:  # of no use here, and in a strange file not even one that Pillow can convert
+            image, loaded = image.copy(), image
+            image.format = loaded.format
+            del image.info["transparency"]
         turn = _TURNS.get(_turn(image, loaded=True))
         return image if turn is None else _turned(image, turn)
     except Image.DecompressionBombError as error:
@@ -286,8 +290,7 @@ def read_image(
             raise DataError(f"{where}: 32-bit image; save it with 8 bits a channel")
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
-        see_through = "transparency" in image.info and image.mode in ("1", "L", "P")
-        return (image.convert("RGBA") if see_through else image).convert("RGB")
+        return (image.convert(f"{image.mode[:-1]}A") if image.mode in ("La", "RGBa") else image).convert("RGB")
     raise DataError(f"{where}: pixel format {image.mode!r} is no photograph; save it as 8-bit RGB")
 
 # %% ../nbs/00b_labels.ipynb #labels-classes
@@ -473,6 +476,15 @@ def row_ids(
     return list(raw_rows(rows).select_columns("id")["id"][:])
 
 # %% ../nbs/00b_labels.ipynb #labels-headers
+def _upright_size(image: Image.Image, turn: int) -> tuple[int, int]:
+    "Width and height as they will be; Pillow gives a TIFF's upright already, though it has not turned it yet."
+    size = image.size
+    tags = getattr(image, "tag_v2", {})
+    if 256 in tags and 257 in tags:
+        size = (int(tags[256]), int(tags[257]))
+    return size[::-1] if turn >= 5 else size
+
+
 def _same_turn(
     name: str,  # the row's id
     size: tuple[int, int],  # of both, upright
@@ -507,7 +519,7 @@ def check_headers(
                 if column == "mask":
                     _refuse_jpeg(image, _where(opened, name))
                 turns.append(_turn(image))
-                sizes.append(image.size[::-1] if turns[-1] >= 5 else image.size)
+                sizes.append(_upright_size(image, turns[-1]))
         if len(sizes) == 2:
             same_size(name, sizes[0], sizes[1])
             _same_turn(name, sizes[0], turns)

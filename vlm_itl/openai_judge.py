@@ -391,8 +391,9 @@ class OpenAIHandler(PictureJudge):
 
     def _cost(self, reply: Any) -> tuple[int | None, float | None, str]:
         "Tokens, money and who answered."
-        usage = getattr(reply, "usage", None)
-        model = self._clean(getattr(reply, "model", None) or self.model)
+        usage = _field(reply, "usage")
+        named = _field(reply, "model")
+        model = self._clean(named) if isinstance(named, str) and named else self.model
         read, written = getattr(usage, "prompt_tokens", None), getattr(usage, "completion_tokens", None)
         if type(read) is not int or type(written) is not int or not 0 <= min(read, written) <= read + written < 2**40:
             return None, None, model
@@ -412,7 +413,7 @@ class OpenAIHandler(PictureJudge):
         text = content if isinstance(content, str) else ""
         refusal = _field(choice.message, "refusal")
         if refusal or ended == "content_filter":
-            said = self._hide(str(refusal or text))[:LONGEST_ANSWER] or "[content_filter]"
+            said = self._hide(refusal if isinstance(refusal, str) else text)[:LONGEST_ANSWER] or "[content_filter]"
             return abstain("the judge refused", raw=said, **known)
         known["raw"] = self._hide(text)[:LONGEST_ANSWER]
         if ended == "length":
