@@ -29,8 +29,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .core import DataError, RunError, RunFolder, check_choice, read_json, resolve_path, write_bytes
+from .core import DataError, RunError, check_choice, read_json, resolve_path, write_bytes
 from .labels import read_image, read_indices
+from .runfolder import RunFolder
 
 # %% ../nbs/07c_report.ipynb #report-run
 @dataclass(frozen=True)
