@@ -318,7 +318,7 @@ def test_strange_files(tmp_path: Path, record_property: Record) -> None:
 
 @pytest.mark.parametrize("size", [(8, 6), (6, 6)])
 def test_all_pairs_of_orientations(size: tuple[int, int], record_property: Record) -> None:
-    """Each tagged file is turned by its own tag; where only one has a tag and the sizes do not tell, both are refused."""
+    """Each file is turned by its own tag; where only one has a tag and the sizes do not tell, both are refused."""
     tried = Tried()
     truth = np.arange(size[0] * size[1], dtype=np.uint8).reshape(size[1], size[0]) % 3
     undo = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # how the camera stores it
@@ -432,7 +432,10 @@ def test_no_warning_of_pillow_surfaces(tmp_path: Path) -> None:
     """In a process of its own, where nobody has set filters, and in one that shows all."""
     (tmp_path / "bomb.png").write_bytes(bomb(10_000, 9_000))
     (tmp_path / "odd.jpg").write_bytes(sample("JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
-    code = "import sys; from vlm_itl.labels import read_image, DataError\nfor p in sys.argv[1:]:\n try: read_image(p)\n except DataError as e: print(e)"
+    code = (
+        "import sys; from vlm_itl.labels import read_image, DataError\n"
+        "for p in sys.argv[1:]:\n try: read_image(p)\n except DataError as e: print(e)"
+    )
     for flags in ((), ("-W", "always")):
         paths = [str(tmp_path / name) for name in ("bomb.png", "odd.jpg")]
         done = subprocess.run([sys.executable, *flags, "-c", code, *paths], capture_output=True, text=True, timeout=120)

@@ -24,6 +24,7 @@ from vlm_itl.report import (
     as_runs,
     aubc,
     group_runs,
+    guarded,
     make_figure,
     metric_column,
     recipe,
@@ -156,6 +157,7 @@ def _usable(runs: Sequence[Run], metric: str, measure: str, notes: list[str]) ->
     return tables
 
 
+@guarded
 def compare(
     runs: Any,  # runs or folders, of several strategies and seeds
     baseline: str = "random",  # a strategy, or the label of a kind of run

@@ -12,13 +12,16 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vlm_itl.core import (
+    ConfigError,
+    DataError,
+    RunError,
     check_choice,
     derive_seed,
     make_rng,
@@ -46,7 +49,7 @@ from vlm_itl.regions import (
     split_region,
 )
 from .report import aubc, save_figures
-from .runfolder import RunFolder
+from .runfolder import RunFolder, readable
 from .sampler import Sampler
 from .scores import PASS_SCORES, dropout_layers, scoring_options
 from .selects import parse_strategy, sort_options
@@ -163,13 +166,32 @@ class Experiment:
         write_json(self.folder.path / "data.json", card)
 
     def _resume(self) -> None:
-        "Rebuild pool and ledger from the rounds on disk."
+        "Rebuild pool and ledger from the rounds on disk; `RunError` if they do not belong to this pool or version."
+        with readable(self.folder.path):
+            try:
+                self._replay()
+            except (ConfigError, DataError) as error:
+                raise RunError(
+                    f"the rounds in {self.folder.path} do not fit its data ({error}): put back a good copy of their "
+                    "record.json, or choose another output_dir."
+                ) from error
+
+    def _replay(self) -> None:
+        "Let the rounds on disk take effect, in order."
         records = self.folder.rounds()
         if not records:
             if len(self.data.val):
                 clicks = sum(count_clicks(row["mask"]) for row in self.data.val)
                 self.ledger.pay_masks(mask_pixels(self.data.val), validation=True, clicks=clicks)
             return
+        known = {f.name for f in fields(Round)}
+        for record in records:
+            if newer := sorted(set(record) - known):
+                told = self.folder.config.get("version", "?")
+                raise RunError(
+                    f"{self.folder.path} has rounds with {newer[0]!r}, which this version "
+                    f"({importlib.metadata.version('vlm_itl')}) does not know; it began with version {told}: update."
+                )
         earlier = [Round(**r) for r in records]
         chosen = [i for r in earlier[:-1] for i in r.selection["ids"]]
         whole = earlier[0].start_ids if self.regions else [*earlier[0].start_ids, *chosen]
@@ -423,7 +445,7 @@ class Experiment:
             load_weights(self.model, self.folder.round_path(index) / "model")
             desc = f"testing round {index}"
             write_json(path, evaluate(self.model, self.data.test, self.config.view, desc=desc))
-        return read_json(path)
+        return read_json(path, dict)
 
     def finish(self) -> dict[str, Any]:  # the summary
         "Evaluate on test, write `summary.json`, drop weights that need not be kept."
@@ -433,7 +455,7 @@ class Experiment:
         tests = {index: self.test_round(index) for index in tested} if len(self.data.test) else {}
         summary = summarise(self.config, self.folder.path.name, self.rounds, tests, self.data.labels.names)
         summary["simulated"] = self.oracle.simulated
-        summary["sizes"] = read_json(self.folder.path / "data.json")["sizes"]
+        summary["sizes"] = read_json(self.folder.path / "data.json", dict)["sizes"]
         summary["notes"] = self.model.notes
         total = sum(r.seconds["total"] for r in self.rounds)
         summary["seconds"] = {"rounds": round(total, 2), "test": round(time.perf_counter() - started, 2)}
