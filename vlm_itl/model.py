@@ -192,8 +192,8 @@ def _checkpoint_config(name: str) -> Any:
         raise ConfigError(f"model {name!r}: the folder holds no config.json; a Hugging Face model folder is expected.")
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (AttributeError, OSError, RecursionError, TypeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"model {name!r} is neither built in ({', '.join(MODELS)}), nor a local model folder, nor reachable on "
             f"the Hub.{closest(name, MODELS)} ({reason})"
