@@ -1,0 +1,118 @@
+"""Real processes that are killed, or whose disk fails, at a chosen file or step: no function of the library is replaced."""
+
+import errno
+import fnmatch
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+WRITING = ("w", "a", "x", "+")
+
+
+def _writes(path: Any, mode: Any, flags: Any) -> bool:
+    """Does an `open` event write?"""
+    if isinstance(mode, str):
+        return any(letter in mode for letter in WRITING)
+    return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
+
+
+def at_file(pattern: str, number: int, act: Callable[[], None], event: str = "open") -> None:
+    """From now on, act when the `number`-th file like `pattern` is opened for writing, renamed to or removed."""
+    seen = 0
+
+    def hook(name: str, args: tuple[Any, ...]) -> None:
+        nonlocal seen
+        if name != event or not args:
+            return
+        path = args[1] if event == "os.rename" else args[0]
+        if not isinstance(path, (str, os.PathLike)) or (event == "open" and not _writes(*args[:3])):
+            return
+        if fnmatch.fnmatch(os.fspath(path), pattern):
+            seen += 1
+            if seen == number:
+                act()
+
+    sys.addaudithook(hook)
+
+
+def at_step(number: int, act: Callable[[], None]) -> None:
+    """Act after the `number`-th optimizer step of this process."""
+    seen = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            act()
+
+    register_optimizer_step_post_hook(hook)
+
+
+def at_forward(kind: type, number: int, act: Callable[[], None]) -> None:
+    """Act in the `number`-th pass without gradients through a network of this kind."""
+    seen = 0
+
+    def hook(module: torch.nn.Module, *_: Any) -> None:
+        nonlocal seen
+        if isinstance(module, kind) and not torch.is_grad_enabled():
+            seen += 1
+            if seen == number:
+                act()
+
+    torch.nn.modules.module.register_module_forward_pre_hook(hook)
+
+
+def kill() -> None:
+    """As the kernel does when memory runs out, or an operator in a hurry."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_space() -> None:
+    """As a full disk answers."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def in_child(work: Callable[[], Any], limit_s: float = 120.0) -> tuple[int, str]:
+    """Run in a forked process: its exit code (-9: killed by SIGKILL; 0: worked; 3: raised), and what it raised."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 0
+        os.close(reader)
+        try:
+            work()
+        except BaseException as error:
+            code = 3
+            text = f"{type(error).__name__}: {error}"
+            os.write(writer, text.encode()[:60_000])
+            if os.environ.get("FAULTS_SHOW"):
+                traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writer)
+    give_up = time.monotonic() + limit_s
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > give_up:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise AssertionError(f"the child did not end within {limit_s} s")
+        time.sleep(0.02)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read().decode()
+    return os.waitstatus_to_exitcode(status), said
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
