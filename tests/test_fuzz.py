@@ -230,6 +230,13 @@ def test_hostile_yaml_is_refused(text: str) -> None:
         make_config(data_options=text[3:])
 
 
+@pytest.mark.parametrize("value", [object(), {1}, b"1", 10**400], ids=kind)
+def test_settings_are_plain_values(value: Any) -> None:
+    """A share of any type was kept, and failed when the run folder was written."""
+    with pytest.raises(ConfigError, match="initial"):
+        make_config(initial=value)
+
+
 def test_dates_in_yaml_are_text() -> None:
     """As in papermill: a run called 2026-01-31 is a name."""
     assert read_yaml("output_dir: 2026-01-31", "-y") == {"output_dir": "2026-01-31"}

@@ -114,6 +114,7 @@ def _typed(name: str, value: Any, default: Any) -> Any:
             value = parse_yaml(value, name) if not _is_scientific(value) else float(value)
         except (ConfigError, ValueError):
             pass
+    check_plain(name, value)
     whole = isinstance(default, int) and isinstance(value, float) and value.is_integer()
     return int(value) if whole else value
 
