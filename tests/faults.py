@@ -1,4 +1,4 @@
-"""Real processes that are killed, or whose disk fails, at a chosen file or step: no function of the library is replaced."""
+"""Real processes that are killed, or whose disk fails, at a chosen file or step; nothing of the library is replaced."""
 
 import errno
 import fnmatch

@@ -183,6 +183,7 @@ class Experiment:
         self.oracle.simulated = self.ledger.peeks > 0
         self.rounds = earlier[:-1]
         self._apply(earlier[-1])
+        self._drop_masks()
 
     def _apply(self, record: Round) -> None:
         "Let a round that is on disk take effect: pseudo-labels, paid masks."
@@ -275,10 +276,14 @@ class Experiment:
             with self.folder.write_round(index) as here:
                 record = self._work(index, here)
                 write_json(here / "record.json", asdict(record))
-            if index > 0:
-                shutil.rmtree(self.folder.round_path(index - 1) / "masks", ignore_errors=True)
             self._apply(record)
+            self._drop_masks()
         return record
+
+    def _drop_masks(self) -> None:
+        "Predicted masks are needed for one round only."
+        for record in self.rounds[:-1]:
+            shutil.rmtree(self.folder.round_path(record.index) / "masks", ignore_errors=True)
 
     def _work(self, index: int, here: Path) -> Round:
         "Train, evaluate, score, judge, choose."

@@ -276,6 +276,7 @@ class RunFolder:
         if not (run.path / "config.json").is_file():
             write_json(run.path / "config.json", config)
         run._drop_leftovers()
+        run.write_index()
         with file_errors(f"writing into {path}"):
             run.figures.mkdir(exist_ok=True)
         return run
@@ -382,5 +383,7 @@ class RunFolder:
         self.write_index()
 
     def write_index(self) -> None:
-        "Rewrite `rounds.jsonl` from the round folders."
-        write_text(self.path / "rounds.jsonl", "".join(to_json(r) + "\n" for r in self.rounds()))
+        "Rewrite `rounds.jsonl` from the round folders, where it differs."
+        path, text = self.path / "rounds.jsonl", "".join(to_json(record) + "\n" for record in self.rounds())
+        if text and not (path.is_file() and path.read_bytes() == text.encode()):
+            write_text(path, text)
