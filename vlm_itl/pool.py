@@ -278,8 +278,9 @@ class Pool:
         ids: Sequence[str],  # just paid
     ) -> None:
         "Record human labels; a human mask replaces a pseudo-label."
+        paid = set(ids)
         self.human += list(ids)
-        self.pseudo = {i: p for i, p in self.pseudo.items() if i not in set(ids)}
+        self.pseudo = {i: p for i, p in self.pseudo.items() if i not in paid}
 
     def set_pseudo(
         self,
