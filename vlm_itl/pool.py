@@ -144,6 +144,7 @@ class Oracle:
         self._rows = raw_rows(data.train)
         self.labels = data.labels
         self._decoded = data.train
+        self._truths = data.train.select_columns(["id", "mask"])  # to look at a mask, no photograph is decoded
         self._where = {image_id: i for i, image_id in enumerate(row_ids(data.train))}
         self.images: datasets.Dataset = data.train.remove_columns("mask")  # what everybody may see
         self.ledger = ledger
@@ -181,7 +182,7 @@ class Oracle:
         if partly:
             raise ConfigError(f"image {partly[0]!r} is paid for in part already: ask for its other regions.")
         rows = self.rows(ids)
-        clicks = sum(count_clicks(self._decoded[row]["mask"]) for row in rows)
+        clicks = sum(count_clicks(self._truths[row]["mask"]) for row in rows)
         self.ledger.pay_masks(mask_pixels(self._rows.select(rows)), clicks=clicks)
         self.paid.update(ids)
 
@@ -204,7 +205,7 @@ class Oracle:
 
     def _label_parts(self, image_id: str, found: Sequence[int], regions: Regions, kind: str) -> None:
         "Pay for regions of one image, in order."
-        cover, truth = regions.cover(image_id), self._decoded[self.rows([image_id])[0]]["mask"]
+        cover, truth = regions.cover(image_id), self._truths[self.rows([image_id])[0]]["mask"]
         asked = self.asked(image_id, regions)
         known = _from_png(self.parts[image_id]) if image_id in self.parts else np.full(truth.shape, VOID, np.uint8)
         for index in found:
@@ -250,7 +251,7 @@ class Oracle:
         "Read a truth without paying. Only simulated judges and measurements may; it marks the run as simulated."
         self.simulated = True
         self.ledger.peeks += 1
-        return self._decoded[self.rows([image_id])[0]]["mask"]
+        return self._truths[self.rows([image_id])[0]]["mask"]
 
 # %% ../nbs/07b_pool.ipynb #pool-pool
 @dataclass
