@@ -12,9 +12,9 @@ through all stages, so that what is loaded once counts for neither size:
 Memory is the peak of the whole process, which is what its user sees, libraries included; beside it stands what a stage
 adds at its peak, and the growth in bytes an image. A pool is not free: scores, features, ids and answers are kept, one
 row an image, and those bytes are what the growth should be. Handles are sampled twenty times a second. Times are CPU
-seconds of the process, medians where a stage is so short that it takes several turns; the bar of time is on each stage. One JSON row a line with the keys
-{part, ours, peer, unit, ratio, goal, holds}: "ours" is the large pool, "peer" the small one; all of them, and what each
-stage measured, in results/bench_load.json.
+seconds of the process, medians where a stage is so short that it takes several turns; the bar of time is on each stage.
+One JSON row a line with the keys {part, ours, peer, unit, ratio, goal, holds}: "ours" is the large pool, "peer" the
+small one; all of them, and what each stage measured, in results/bench_load.json.
 """
 
 import gc

@@ -6,15 +6,18 @@ import threading
 import time
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
+from datasets import DatasetDict
 from PIL import Image
 
 from vlm_itl.core import make_rng
 from vlm_itl.data import SegData, load_data
-from vlm_itl.labels import LabelSpace
+from vlm_itl.labels import LabelSpace, make_rows
 from vlm_itl.model import load_model
 from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
 from vlm_itl.sampler import Sampler
@@ -140,6 +143,34 @@ def test_a_judge_over_http_closes_its_connections(tmp_path: Path, monkeypatch: p
     thread.join()
     assert [j.verdict for j in said] == ["yes"] * 70
     assert left[0] <= 0 and left[1] <= 0
+
+
+def test_photographs_inside_a_data_set_are_not_copied(tmp_path: Path) -> None:
+    "Pseudo-labels of 50 images of 200 kB, which the data set holds as bytes: the training rows add next to nothing."
+    rng, square = make_rng(0, "load"), np.zeros((SIDE, SIDE), dtype=np.uint8)
+
+    def cell(pixels: np.ndarray, more: int = 0) -> dict[str, object]:
+        buffer = BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        return {"path": None, "bytes": buffer.getvalue() + rng.bytes(more)}
+
+    images = [cell(rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8), 200_000) for _ in range(61)]
+    rows = make_rows([f"{n:02d}" for n in range(61)], images, [cell(square) for _ in range(61)])
+    split = {"train": rows.select(range(60)), "test": rows.select([60])}
+    DatasetDict(split).save_to_disk(str(tmp_path / "data"))
+    data = load_data(str(tmp_path / "data"), val_share=4)
+    oracle, masks = Oracle(data, Ledger()), MaskStore(tmp_path / "masks", data.labels)
+    pool = Pool(oracle.ids)
+    oracle.label(oracle.ids[:6])
+    pool.add_human(oracle.ids[:6])
+    for image_id in pool.unlabelled:
+        masks.write(image_id, square + 1)
+    pool.set_pseudo({i: masks.path(i) for i in pool.unlabelled})
+    before = pyarrow.total_allocated_bytes()
+    joined = training_rows(pool, oracle)
+    assert pyarrow.total_allocated_bytes() - before < 200_000
+    assert [row["mask"].max() for row in joined] == [0] * 6 + [1] * 50
+    assert [row["id"] for row in joined] == [*oracle.ids[:6], *sorted(pool.pseudo)]
 
 
 class Pretended:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from .core import ConfigError, DataError, check_number
 from .data import SegData
-from .labels import VOID, DecodeRows, make_rows, raw_rows, row_ids
+from .labels import VOID, DecodeRows, raw_rows, row_ids
 from .regions import Regions, count_clicks, region_id, region_label, split_region
 
 # %% ../nbs/07b_pool.ipynb #pool-ledger
@@ -310,10 +310,22 @@ def training_rows(
     ids = sorted({*pool.pseudo, *oracle.parts})
     if not ids:
         return human
-    images = raw_rows(oracle.images.select(oracle.rows(ids)))["image"][:]
-    more = make_rows(ids, images, [_mask_cell(image_id, pool, oracle, regions) for image_id in ids])
+    images = raw_rows(oracle.images.select(oracle.rows(ids))).select_columns(["id", "image"])
+    more = _beside(images, [_mask_cell(image_id, pool, oracle, regions) for image_id in ids])
     joined = datasets.concatenate_datasets([raw_rows(human).select_columns(more.column_names), more])
     return joined.with_transform(DecodeRows(oracle.labels))
+
+
+def _beside(images: datasets.Dataset, masks: Sequence[Any]) -> datasets.Dataset:
+    "Images with masks; what a data set holds of the photographs is not copied into memory."
+    table, chosen = images.data, images._indices
+    places = list(range(len(images))) if chosen is None else chosen.column(0).to_pylist()
+    cells: list[Any] = [None] * table.num_rows  # the table behind a selection is the whole data set
+    for place, cell in zip(places, masks, strict=True):
+        cells[place] = cell
+    column = datasets.Dataset.from_dict({"mask": cells}, datasets.Features({"mask": images.features["image"]}))
+    whole = datasets.Dataset(table, images.info, fingerprint=f"{images._fingerprint}-alone")
+    return datasets.concatenate_datasets([whole, column], axis=1).select(places)
 
 
 def _mask_cell(image_id: str, pool: Pool, oracle: Oracle, regions: Regions | None) -> Any:
