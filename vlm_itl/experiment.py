@@ -32,6 +32,7 @@ from vlm_itl.core import (
 from .corruption import truth_reader
 from .data import load_data
 from .gradient import GradientProbe
+from .guards import refuse_links
 from .judge import verdict_metrics
 from .labels import row_ids
 from .metrics import image_iou
@@ -127,6 +128,7 @@ class Experiment:
         self.initial_state = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.regions = self._make_regions()
         record = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
+        refuse_links(run_path(config))
         self.folder = RunFolder.open(run_path(config), record, free=FREE_SETTINGS, defaults=Config().to_dict())
         self.ledger = Ledger(mask_seconds=config.mask_seconds)
         self.oracle = Oracle(self.data, self.ledger)

@@ -10,7 +10,7 @@ __all__ = ['FREE_SETTINGS', 'GROUPS', 'JudgeConfig', 'make_judge_config', 'judge
 import importlib.metadata
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from vlm_itl.core import (
 )
 from .corruption import corruption_queries, folder_queries, truth_reader
 from .data import SegData, load_data
+from .guards import refuse_links, refuse_secrets
 from .judge import Ranking, gather_answers, rank_judges, report_card
 from vlm_itl.judge_figures import (
     plot_acceptance,
@@ -93,6 +94,8 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         "Raise `ConfigError` for impossible values."
+        for setting in fields(self):
+            refuse_secrets(setting.name, getattr(self, setting.name))
         handler_options(self.handler)
         check_question(self.question)
         for name in ("options", "data_options"):
@@ -276,6 +279,7 @@ def try_judge(
     model = load_model(config.model, data.labels, seed=config.seed) if config.model else None
     rows = judged_rows(data, config)
     settings = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
+    refuse_links(judge_run_path(config))
     run = RunFolder.open(judge_run_path(config), settings, free=FREE_SETTINGS)
     queries, table = trial_queries(rows, data, config, model, run.path)
     cache = Path(config.cache).expanduser() if config.cache else run.path / "judgements.sqlite"

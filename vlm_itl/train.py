@@ -43,6 +43,7 @@ from vlm_itl.core import (
     progress,
     seed_everything,
 )
+from .guards import inside
 from .labels import LabelSpace
 from .metrics import ConfusionMatrix
 from .model import Segmenter, freeze_batchnorm, load_model, parameter_groups
@@ -499,8 +500,8 @@ class MaskStore:
         self.folder, self.labels = Path(folder), labels
 
     def path(self, image_id: str) -> Path:
-        "Where the mask of an image is."
-        return self.folder / f"{image_id}.png"
+        "Where the mask of an image is; `RunError` for an id that leads out of the folder."
+        return inside(self.folder, f"{image_id}.png")
 
     def write(
         self,
