@@ -51,7 +51,7 @@ def refuse_links(
 _SECRET_ENDINGS = ("apikey", "token", "secret", "password", "passwd", "passphrase", "credential", "authorization")
 _SECRET_WORDS = {"key", "pwd", "auth", "bearer", "cookie"}  # whole words only: a class may be called "monkey"
 _KEY_FORMS = re.compile(
-    r"(?<![A-Za-z0-9_])(?:sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
+    r"(?<![A-Za-z0-9_])(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
     r"|github_pat_[A-Za-z0-9_]{16,}|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{16,}|AIza[A-Za-z0-9_-]{30,}"
     r"|AKIA[A-Z0-9]{16}\b|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,})"
 )
@@ -101,7 +101,8 @@ def refuse_secrets(
             named = names_secret(str(key)) and not _NOT_SECRET.search(str(key))
             if named and isinstance(inner, (str, bytes)) and inner:
                 raise ConfigError(
-                    f"{name} must hold no {hide_secrets(str(key))!r}: it would be written down. Use an environment variable."
+                    f"{name} must hold no {hide_secrets(str(key))!r}: it would be written down. "
+                    "Use an environment variable."
                 )
             refuse_secrets(name, inner)
             refuse_secrets(name, str(key))

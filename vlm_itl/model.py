@@ -186,8 +186,8 @@ def fix_batchnorm(
 
 # %% ../nbs/03_model.ipynb #model-checkpoint
 OWN_CODE = (
-    "model {!r} brings Python code of its own, which is never run for a segmenter (there is no trust_remote_code here): "
-    "read it, and give what it builds a name with register_model."
+    "model {!r} brings Python code of its own, which is never run for a segmenter (there is no trust_remote_code "
+    "here): read it, and give what it builds a name with register_model."
 )
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 
