@@ -356,7 +356,7 @@ def test_names_from_a_run_folder_stay_inside(
         planted += 1
         with pytest.raises(RunError):
             inside(run, name)
-        if isinstance(name, str) and name not in ("", ".", ".."):
+        if isinstance(name, str) and not name.endswith((".", "..")) and name:
             planted += 2
             with pytest.raises(RunError):
                 store[name]
@@ -448,3 +448,461 @@ def test_lists_of_a_data_set_name_no_file_outside(scenes: Path, tmp_path: Path) 
         (copy / "ImageSets" / "Segmentation" / "train.txt").write_text(f"{name}\n")
         with pytest.raises(DataError):
             load_data(str(copy))
+
+
+# ---- keys ----
+
+KEYS = {
+    "OPENAI_API_KEY": "sk-planted0openai0A1b2C3d4E5f6",
+    "HF_TOKEN": "hf_plantedHUGGINGfaceA1b2C3d4E5f6",
+    "WANDB_API_KEY": "aabbccddeeff00112233445566778899aabbccdd",
+    "MY_LAB_SERVER_KEY": "planted-lab-key-0Zz9Yy8Xx7",
+}
+
+
+class Echo(http.server.BaseHTTPRequestHandler):
+    """A server that repeats the key it was given, wherever it can."""
+
+    asked = 0
+    keys: set[str] = set()
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *parts: Any) -> None:
+        """Quiet."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        key = self.headers["Authorization"]
+        type(self).asked += 1
+        self.keys.add(key)
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f"Yes. {key}"}}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        good = {"id": key, "object": "chat.completion", "created": 0, "model": f"m {key}", "choices": [choice]}
+        turn = type(self).asked % 6
+        status, body = 200, {**good, "usage": usage}
+        if turn == 2:
+            status, body = 500, {"error": {"message": f"upstream refused {key}", "code": key}}
+        elif turn == 3:
+            status, body = 400, {"error": {"message": f"odd: {key} / {key.split()[1]}"}}
+        elif turn == 5:
+            body = {**good, "choices": [], "error": key}
+        if type(self).asked > 30:
+            status, body = 401, {"error": {"message": f"Incorrect API key provided: {key}"}}
+        data = f"{{not json {key}".encode() if turn == 4 and status == 200 else json.dumps(body).encode()
+        self.send_response(status, f"key {key}")
+        self.send_header("Content-Type", "application/json")
+        self.send_header("X-Echo", str(key))
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, and what is packed inside: PNG chunks and pictures of a notebook."""
+    data = path.read_bytes()
+    yield data
+    if data.startswith(b"\x89PNG"):
+        place = 8
+        while place + 8 <= len(data):
+            length = int.from_bytes(data[place : place + 4], "big")
+            chunk, body = data[place + 4 : place + 8], data[place + 8 : place + 8 + length]
+            if chunk in (b"zTXt", b"iTXt"):
+                for start in range(len(body)):
+                    try:
+                        yield zlib.decompress(body[start:])
+                    except zlib.error:
+                        continue
+            place += 12 + length
+    if data.startswith(b"\x1f\x8b"):
+        yield zlib.decompress(data, 31)
+
+
+def forms(key: str) -> list[bytes]:
+    """A key as it may stand in a file."""
+    packed = [base64.b64encode(b"x" * n + key.encode())[4:-4] for n in range(3)]
+    return [key.encode(), key[4:].encode(), key[::-1].encode(), key.encode().hex().encode(), *packed]
+
+
+def search(folder: Path, said: bytes = b"") -> tuple[int, list[str]]:
+    """How many bytes were searched for the planted keys, and where one was found."""
+    total, found = len(said), []
+    parts = [("stdout and stderr", said)]
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            parts += [(str(path.relative_to(folder)), piece) for piece in pieces(path)]
+            parts.append(("name", str(path.relative_to(folder)).encode()))
+    for where, data in parts:
+        total += len(data)
+        found += [f"{name} in {where}" for name, key in KEYS.items() for form in forms(key) if form in data]
+    return total, found
+
+
+def test_the_search_finds_a_key(tmp_path: Path) -> None:
+    (tmp_path / "a.bin").write_bytes(b"x" + KEYS["HF_TOKEN"].encode())
+    (tmp_path / "b").write_bytes(base64.b64encode(f'{{"k": "{KEYS["OPENAI_API_KEY"]}"}}'.encode()))
+    assert {line.split()[0] for line in search(tmp_path)[1]} == {"HF_TOKEN", "OPENAI_API_KEY"}
+
+
+def test_keys_are_written_nowhere(
+    scenes: Path, tmp_path: Path, root: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    """A whole run with failures, tracked, under papermill, stopped by a 401 in its last round with a traceback."""
+    pytest.importorskip("openai")
+    Echo.asked, Echo.keys = 0, set()
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    home = tmp_path / "home"
+    home.mkdir()
+    options = {"model": "toy", "base_url": url, "api_key_env": "MY_LAB_SERVER_KEY", "max_retries": 1, "concurrency": 2}
+    settings = {
+        **TINY, "dataset": str(scenes), "output_dir": str(home / "run"), "judge": "cached", "log_with": "wandb",
+        "judge_options": {"judge": "openai", "options": options, "path": str(home / "cache.sqlite")}, "max_labelled": 15,
+        "increment": 3,
+    }  # fmt: skip
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
+    environment = {
+        **os.environ, **KEYS, "WANDB_MODE": "offline", "HOME": str(home), "TMPDIR": str(home),
+        "WANDB_CACHE_DIR": str(home / "w"), "WANDB_CONFIG_DIR": str(home / "wc"), "PYTHONPATH": str(root),
+    }  # fmt: skip
+    code = "import sys; from vlm_itl.run import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, str(root / "nbs/run_al.ipynb"), str(home / "out.ipynb")]
+    try:
+        done = subprocess.run(
+            [*command, "-f", str(tmp_path / "p.yaml")], env=environment, capture_output=True, cwd=home, timeout=120
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    said = done.stdout + done.stderr
+    assert done.returncode == 1 and b"refuses the key (401)" in said, said[-2000:]
+    assert Echo.keys == {f"Bearer {KEYS['MY_LAB_SERVER_KEY']}"}
+    notebook = (home / "out.ipynb").read_text()
+    assert "Traceback" in notebook and "refuses the key" in notebook
+    assert list(home.glob("run/wandb/**/*.wandb")) and list(home.glob("run/round_*/record.json"))
+    with open(home / "cache.sqlite", "rb") as file:
+        assert b"Yes. Bearer ***" in file.read()  # the echoed answers are really there
+    total, found = search(home, said)
+    assert not found
+    record_property("trust.security_key_bytes_searched", total)
+
+
+def test_settings_with_keys_are_refused_before_they_are_shown(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, key in KEYS.items():
+        monkeypatch.setenv(name, key)
+    hidden = "hunter2-of-the-lab"
+    wrong: list[dict[str, Any]] = [
+        *({"judge_options": {"options": {name: hidden}}} for name in (
+            "apikey", "api_key", "apiKey", "access_key", "x-api-key", "secret_access_key", "password", "passwd", "pwd",
+            "token", "accessToken", "auth", "Cookie", "credentials", "client-secret", "Authorization", "key",
+        )),
+        {"judge_options": {"extra_body": {"headers": {"X-Auth": hidden}}}},
+        {"judge_options": {"extra_body": [{"note": KEYS["OPENAI_API_KEY"]}]}},
+        {"judge_options": {"base_url": f"https://me:{hidden}@host/v1"}},
+        {"judge_options": {"base_url": f"https://host/v1?api_key={hidden}"}},
+        {"judge_options": {"system": f"Bearer {hidden}"}},
+        {"judge_options": {KEYS["HF_TOKEN"]: 1}},
+        {"model": f"a {KEYS['MY_LAB_SERVER_KEY']}"},
+        {"project": KEYS["WANDB_API_KEY"]},
+        {"dataset": f"https://me:{hidden}@host/data"},
+    ]  # fmt: skip
+    for settings in wrong:
+        with pytest.raises(ConfigError) as error:
+            make_config(settings)
+        listed = [*KEYS.values(), hidden]
+        assert "environment variable" in str(error.value) and not any(key in str(error.value) for key in listed)
+        name, value = next(iter(settings.items()))
+        text = json.dumps(value) if isinstance(value, dict) else value
+        for option in (["-y", yaml.safe_dump(settings)], ["-p", name, text]):
+            out = tmp_path / "out.ipynb"
+            assert main([str(root / "nbs/run_al.ipynb"), str(out), *option]) == 2, (option, settings)
+            said = "".join(capsys.readouterr())
+            assert not any(key in said for key in listed) and not out.exists(), option
+    make_config(model="hf-internal-testing/tiny-random-segformer", judge_options={"api_key_env": "MY_LAB_SERVER_KEY"})
+    refuse_secrets("x", {"max_tokens": 5, "pad_token": "<pad>", "monkey": "a", "keys": 3, "path": "/data/sk-1"})
+
+
+def test_texts_of_others_are_blanked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_PASSWORD", "correct horse battery")
+    text = "login correct horse battery at https://u:p@h/?token=abc with ghp_0123456789abcdefABCDEF"
+    assert hide_secrets(text) == "login *** at https://***@h/?token=*** with ***"
+    assert public_config({"a": [text], "b": {"x_api_key": "z"}})["b"] == {}
+
+
+# ---- text of others ----
+
+MARKUP = (
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a | b | c", "`x` ```y```", "[x](javascript:alert(1))",
+    "$$\\frac{1}{$$", "$\\undefined$", "</td></tr></table><iframe src=//x>", "&lt;b&gt;", "'\" onmouseover=alert(1) x='",
+    "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "a\x00b\x08c\x9bd", "\u202egnp.exe", "![x](http://x/y.png)", "_hidden",
+)  # fmt: skip
+
+
+class Tags(HTMLParser):
+    """What a page is made of."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        assert not any("script:" in (value or "") for _, value in attrs)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+PLAIN_TAGS = {"p", "code", "b", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "div", "style", "em", "strong"}
+
+
+def test_markup_of_others_is_text(
+    finished: Path, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
+    from nbconvert.filters.markdown_mistune import markdown2html_mistune
+
+    planted = 0
+    for text in MARKUP:
+        table = pd.DataFrame({"strategy": [text], text: [1.0]})
+        comparison = Comparison(text, text, text, table, table, [text])
+        run = tmp_path / f"run{planted}"
+        shutil.copytree(finished, run)
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps({**config, "strategy": text, "judge": text}))
+        for name in ("gallery/index.json", "record.json"):
+            path = run / "round_001" / name
+            read = json.loads(path.read_text())
+            if isinstance(read, list):
+                read = [{**entry, "id": text, "verdict": text} for entry in read]
+            else:
+                read = json.loads(json.dumps(read).replace('"cat"', json.dumps(text)))
+            path.write_text(json.dumps(read))
+        summary = json.loads((run / "summary.json").read_text())
+        summary["labels"] = [text, *summary["labels"][1:]]
+        (run / "summary.json").write_text(json.dumps(summary))
+        from vlm_itl.report import summary_table
+
+        pages = [comparison._repr_html_(), summary_table(run)._repr_html_(), round_table(run)._repr_html_()]
+        for page in pages:
+            parsed = Tags(page)
+            assert parsed.tags <= PLAIN_TAGS, parsed.tags - PLAIN_TAGS
+            assert parsed.attributes <= {"border", "class", "style", "scoped"}, parsed.attributes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # glyphs that the font lacks
+            assert len(save_figures(run)) >= 3
+        markdown = f"| id | verdict |\n|---|---|\n| {markdown_cell(text)} | yes |\n"
+        parsed = Tags(markdown2html_mistune(markdown))
+        assert parsed.tags <= PLAIN_TAGS and parsed.attributes <= {"style"}, (parsed.tags, text)
+        assert "yes" in parsed.text and markdown.count("\n") == 3 and "$" not in re.sub(r"\\\$", "", markdown)
+        for shown in (str(RunError(text)), str(JudgeStopped(f"said {text}")), printable(text), markdown_cell(text)):
+            assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", shown)
+        planted += 8 + len(pages)
+    record_property("trust.security_markup_planted", planted)
+
+
+def test_a_terminal_is_not_steered_by_a_notebook(capsys: pytest.CaptureFixture[str]) -> None:
+    live = LiveText()
+    for text in MARKUP:
+        live.write(f"{text}\n")
+    shown = "".join(capsys.readouterr())
+    assert "red" in shown and "\\x1b]0;title\\x07" in shown
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e]", shown.replace("\r", ""))
+
+
+def test_a_tracker_shows_text_as_text(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from vlm_itl.tracking import make_tracker
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    path = run / "round_000" / "gallery" / "index.json"
+    entries = json.loads(path.read_text())
+    text = "".join(MARKUP[:5])
+    path.write_text(json.dumps([{**entry, "id": text, "verdict": "yes"} for entry in entries]))
+    config = {"note": "``` <script>alert(1)</script>"}
+    with make_tracker("tensorboard", project="p", group="g", run_dir=run, config=config, labels=["a"]) as tracker:
+        tracker.log_round(json.loads((run / "round_000" / "record.json").read_text()), run / "round_000")
+    found = EventAccumulator(str(run / "tensorboard" / "rounds"), size_guidance={"tensors": 0})
+    found.Reload()
+    tags = {tag: found.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in found.Tags()["tensors"]}
+    table = tags["judge/table/text_summary"]
+    assert "<" not in table and not re.search(r"(?<!\\)[`\[]", table)
+    assert tags["config/text_summary"].count("```") == 2
+
+
+def test_dollars_in_names_are_no_formulas(tmp_path: Path) -> None:
+    figure, ((axes,),) = make_figure(3, 2)
+    axes.plot([0, 1], label=r"$\bad$ and $\frac{$")
+    axes.set_title("$a_b$ $")
+    axes.set_xticks([0, 1], ["$x$$", r"$\nope$"])
+    axes.legend()
+    assert save_png(figure, tmp_path / "x.png").stat().st_size > 1000
+
+
+# ---- servers ----
+
+
+class Bad(http.server.BaseHTTPRequestHandler):
+    """Redirects, floods, drips, or answers packed."""
+
+    how = ""
+    seen: list[str] = []
+    target = ""
+
+    def log_message(self, *parts: Any) -> None:
+        """Quiet."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.seen.append(self.how)
+        self.send_response(307 if self.how == "redirect" else 200)
+        self.send_header("Content-Type", "application/json")
+        if self.how == "redirect":
+            self.send_header("Location", self.target)
+            self.send_header("Content-Length", "0")
+        if self.how == "packed":
+            self.send_header("Content-Encoding", "gzip")
+        self.end_headers()
+        try:
+            for _ in range(40 if self.how in ("flood", "drip") else 0):
+                self.wfile.write(b" " * (2**18 if self.how == "flood" else 1))
+                self.wfile.flush()
+                time.sleep(0.1 if self.how == "drip" else 0)
+            if self.how == "packed":
+                self.wfile.write(zlib.compress(b" " * 10_000_000, wbits=31))
+        except OSError:
+            self.seen.append("hung up")
+
+
+@pytest.fixture
+def bad(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., OpenAIHandler]]:
+    """A judge that asks a bad server, and a second server where redirects lead to."""
+    pytest.importorskip("openai")
+    monkeypatch.setenv("MY_LAB_SERVER_KEY", KEYS["MY_LAB_SERVER_KEY"])
+    servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind) for kind in (Bad, Echo)]
+    for server in servers:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    ports = [server.server_address[1] for server in servers]
+    Bad.target, Bad.seen, Echo.asked, Echo.keys = f"http://localhost:{ports[1]}/v1/chat/completions", [], 0, set()
+
+    def make(how: str, **options: Any) -> OpenAIHandler:
+        Bad.how = how
+        url = options.pop("base_url", f"http://127.0.0.1:{ports[0]}/v1")
+        given = {"timeout_s": 1.0, "max_retries": 0, "api_key_env": "MY_LAB_SERVER_KEY", **options}
+        return OpenAIHandler(model="toy", base_url=url, **given)
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def query() -> JudgeQuery:
+    """A question."""
+    return JudgeQuery("a", Image.new("RGB", (6, 6)), np.ones((6, 6), np.uint8), labels=LABELS)
+
+
+def test_a_redirect_is_not_followed(bad: Callable[..., OpenAIHandler]) -> None:
+    with pytest.raises(JudgeError, match="another address"):
+        bad("redirect").judge([query()])
+    assert Bad.seen == ["redirect"] and Echo.asked == 0
+
+
+@pytest.mark.parametrize(("how", "said"), [("flood", "larger than"), ("drip", "end"), ("packed", "packed")])
+def test_a_reply_is_bounded(bad: Callable[..., OpenAIHandler], how: str, said: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(JudgeError, match=said):
+        bad(how).judge([query()])
+    assert time.monotonic() - began < 30
+    assert KEYS["MY_LAB_SERVER_KEY"] not in str(Bad.seen)
+
+
+def test_a_key_travels_encrypted_or_not_at_all(bad: Callable[..., OpenAIHandler]) -> None:
+    for url in ("http://10.0.0.5:8000/v1", "http://127.evil.com/v1", "http://localhost.evil.com/v1", "http://[2001:db8::1]/v1"):
+        with pytest.raises(ConfigError, match="plain_http=True"):
+            bad("", base_url=url)
+        bad("", base_url=url, plain_http=True)
+        bad("", base_url=url, api_key_env=None)
+    for url in ("http://[::1]:8000/v1", "http://localhost:1/v1", "https://host/v1"):
+        bad("", base_url=url)
+    for url in ("http://[bad", "file:///etc/passwd", "https://h/v1?key=a", "https://a:b@h/v1", "https://h/v1#x"):
+        with pytest.raises(ConfigError):
+            bad("", base_url=url)
+
+
+def test_a_certificate_is_checked(bad: Callable[..., OpenAIHandler], tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate, "-days", "2",
+         "-subj", "/CN=localhost"], check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.handle_error = lambda *parts: None  # type: ignore[method-assign]
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Echo.asked = 0
+    try:
+        with pytest.raises(JudgeError, match="(?i)certificate"):
+            bad("", base_url=f"https://localhost:{server.server_address[1]}/v1").judge([query()])
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert Echo.asked == 0
+
+
+# ---- what is installed ----
+
+
+def test_constraints_are_exact_and_fit(root: Path) -> None:
+    lines = [line.split("#")[0].strip() for line in (root / "constraints.txt").read_text().splitlines()]
+    pins = [Requirement(line) for line in lines if line]
+    found = {}
+    for pin in pins:
+        assert pin.url is None and not pin.marker
+        assert re.fullmatch(r"==[^=*,]+", str(pin.specifier)), f"{pin} is not exact"
+        assert found.setdefault(canonicalize_name(pin.name), pin) is pin, f"{pin.name} twice"
+    settings = ConfigParser(delimiters=["="])
+    settings.read(root / "settings.ini")
+    section = settings["DEFAULT"]
+    asked = [*section["requirements"].split(), *section["dev_requirements"].split()]
+    for extra in ("extra_tensorboard", "extra_openai"):
+        asked += section[extra].split()
+    for text in asked:
+        want = Requirement(text)
+        pin = found[canonicalize_name(want.name)]
+        version = str(pin.specifier).removeprefix("==")
+        assert want.url is None and want.specifier.contains(version, prereleases=True), f"{want} against {pin}"
+
+
+def test_the_policy_is_there(root: Path) -> None:
+    text = (root / "SECURITY.md").read_text()
+    for part in ("safetensors", "trust_remote_code", "api_key_env", "plain_http", "tools/audit.sh", "advisory"):
+        assert part in text
+    assert "@" not in text  # no address is made up
+    assert os.access(root / "tools" / "audit.sh", os.X_OK)
+
+
+def test_the_audit_says_when_it_cannot_run(root: Path, tmp_path: Path) -> None:
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "AUDIT": str(tmp_path / "nothing-here")}
+    done = subprocess.run([root / "tools" / "audit.sh"], env=environment, capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0 and done.stdout.count("\n") == 1 and "not audited" in done.stdout
+    fake = tmp_path / "pip-audit"
+    for body, code, said in (("echo found; exit 1", 1, "found"), ("echo 'Connection refused' >&2; exit 1", 0, "not audited")):
+        fake.write_text(f"#!/bin/sh\n{body}\n")
+        fake.chmod(0o755)
+        environment["AUDIT"] = str(fake)
+        done = subprocess.run([root / "tools" / "audit.sh"], env=environment, capture_output=True, text=True, timeout=20)
+        assert done.returncode == code and said in done.stdout, done
