@@ -10,5 +10,10 @@ if [ "$code" -ne 0 ] && printf '%s' "$said" | grep -qiE 'connection|timed out|ti
   echo "not audited: the data base of known holes cannot be reached ($(printf '%s' "$said" | tail -n 1 | cut -c1-120))"
   exit 0
 fi
+left_out=$(printf '%s\n' "$said" | grep -c 'could not be audited')
+if [ "$code" -eq 0 ] && [ "$left_out" -gt 0 ]; then
+  echo "not audited: the index that was asked knows nothing about known holes of $left_out packages"
+  exit 0
+fi
 printf '%s\n' "$said"
 exit "$code"

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from .core import ConfigError, RunError
 
 # %% ../nbs/00ba_guards.ipynb #guards-inside
@@ -109,7 +111,14 @@ def refuse_secrets(
     elif isinstance(value, (list, tuple, set)):
         for inner in value:
             refuse_secrets(name, inner)
-    elif isinstance(value, str) and hide_secrets(value) != value:
+    elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # a dictionary that a command line gave as text
+        try:
+            read = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError, ValueError):
+            read = None
+        if isinstance(read, (dict, list)):
+            refuse_secrets(name, read)
+    if isinstance(value, str) and hide_secrets(value) != value:
         raise ConfigError(
             f"{name} holds what looks like a key or a password: it would be written down. Use an environment variable."
         )
