@@ -650,7 +650,8 @@ def test_texts_of_others_are_blanked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 MARKUP = (
     "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "a | b | c", "`x` ```y```", "[x](javascript:alert(1))",
-    "$$\\frac{1}{$$", "$\\undefined$", "</td></tr></table><iframe src=//x>", "&lt;b&gt;", "'\" onmouseover=alert(1) x='",
+    "$$\\frac{1}{$$",
+    "$\\undefined$", "</td></tr></table><iframe src=//x>", "&lt;b&gt;", "'\" onmouseover=alert(1) x='",
     "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "a\x00b\x08c\x9bd", "\u202egnp.exe", "![x](http://x/y.png)", "_hidden",
 )  # fmt: skip
 

@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 
 from vlm_itl.core import (
-    RunFolder,
     check_choice,
     derive_seed,
     make_rng,
@@ -48,6 +47,7 @@ from vlm_itl.regions import (
     split_region,
 )
 from .report import aubc, save_figures
+from .runfolder import RunFolder
 from .sampler import Sampler
 from .scores import PASS_SCORES, dropout_layers, scoring_options
 from .selects import parse_strategy, sort_options

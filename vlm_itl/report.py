@@ -30,8 +30,9 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .core import RunError, RunFolder, check_choice, read_json, resolve_path, write_bytes
+from .core import RunError, check_choice, read_json, resolve_path, write_bytes
 from .guards import inside, refuse_links
+from .runfolder import RunFolder
 
 # %% ../nbs/07c_report.ipynb #report-run
 @dataclass(frozen=True)
