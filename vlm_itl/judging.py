@@ -36,7 +36,7 @@ from vlm_itl.core import (
 )
 from .corruption import corruption_queries, folder_queries, truth_reader
 from .data import SegData, load_data
-from .guards import refuse_links, refuse_secrets
+from .guards import refuse_secrets
 from .judge import Ranking, gather_answers, rank_judges, report_card
 from vlm_itl.judge_figures import (
     plot_acceptance,
@@ -50,7 +50,7 @@ from .labels import DecodeRows, raw_rows, row_ids
 from .model import Segmenter, load_model
 from .pool import FULL_MASK_SECONDS
 from .report import save_png
-from .runfolder import RunFolder
+from .runfolder import RunFolder, protected
 from .settings import named_run, read_settings
 from .train import Inference, MaskStore, score_pool
 from .vlm import Judgement, JudgeQuery, VLMHandler, check_question, handler_options, make_handler
@@ -274,13 +274,23 @@ def try_judge(
     config: JudgeConfig,  # the settings
 ) -> Trial:
     "Ask a judge and what is free about masks with known truth; write judgements.jsonl, report.json and figures."
-    handlers = trial_judges(config)
-    data = load_data(config.dataset, seed=config.seed, binary=config.binary, options=config.data_options)
-    model = load_model(config.model, data.labels, seed=config.seed) if config.model else None
+    with protected(judge_run_path(config), "the trial"):
+        handlers = trial_judges(config)
+        data = load_data(config.dataset, seed=config.seed, binary=config.binary, options=config.data_options)
+        model = load_model(config.model, data.labels, seed=config.seed) if config.model else None
+        settings = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
+        run = RunFolder.open(judge_run_path(config), settings, free=FREE_SETTINGS)
+        try:
+            return _try(config, run, handlers, data, model)
+        finally:
+            run.close()
+
+
+def _try(
+    config: JudgeConfig, run: RunFolder, handlers: dict[str, VLMHandler], data: SegData, model: Segmenter | None
+) -> Trial:
+    "Ask all judges, then report."
     rows = judged_rows(data, config)
-    settings = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
-    refuse_links(judge_run_path(config))
-    run = RunFolder.open(judge_run_path(config), settings, free=FREE_SETTINGS)
     queries, table = trial_queries(rows, data, config, model, run.path)
     cache = Path(config.cache).expanduser() if config.cache else run.path / "judgements.sqlite"
     said: dict[str, list[Judgement]] = {}
