@@ -10,7 +10,7 @@ __all__ = ['FREE_SETTINGS', 'GROUPS', 'JudgeConfig', 'make_judge_config', 'judge
 import importlib.metadata
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from vlm_itl.core import (
 )
 from .corruption import corruption_queries, folder_queries, truth_reader
 from .data import SegData, load_data
+from .guards import refuse_secrets
 from .judge import Ranking, gather_answers, rank_judges, report_card
 from vlm_itl.judge_figures import (
     plot_acceptance,
@@ -93,6 +94,8 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         "Raise `ConfigError` for impossible values."
+        for setting in fields(self):
+            refuse_secrets(setting.name, getattr(self, setting.name))
         handler_options(self.handler)
         check_question(self.question)
         for name in ("options", "data_options"):

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['JUDGE_RATES', 'COLORS', 'MARKERS', 'VERDICT_COLORS', 'ABSENT', 'VOID_COLOR', 'FREE_SETTINGS', 'ARM_SETTINGS',
            'AGAINST', 'SPLIT_STYLE', 'Run', 'read_run', 'list_runs', 'as_runs', 'round_table', 'aubc', 'metric_column',
-           'summary_table', 'make_figure', 'tidy_axes', 'need_rounds', 'recipe', 'group_runs', 'plot_learning_curve',
-           'plot_class_iou', 'gallery_items', 'plot_gallery', 'asked_items', 'plot_asked', 'plot_judge', 'save_png',
-           'save_figures']
+           'summary_table', 'PlainFigure', 'make_figure', 'tidy_axes', 'need_rounds', 'recipe', 'group_runs',
+           'plot_learning_curve', 'plot_class_iou', 'gallery_items', 'plot_gallery', 'asked_items', 'plot_asked',
+           'plot_judge', 'save_png', 'save_figures']
 
 # %% ../nbs/07c_report.ipynb #report-imports
 import json
@@ -26,10 +26,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .core import RunError, check_choice, read_json, resolve_path, write_bytes
+from .guards import inside, refuse_links
 from .runfolder import RunFolder
 
 # %% ../nbs/07c_report.ipynb #report-run
@@ -135,6 +137,7 @@ def read_run(
         raise RunError(f"{path} is no folder: give the output_dir of a run.")
     if not (folder / "config.json").is_file():
         raise RunError(f"{path} holds no run (no config.json): give the output_dir of a run.")
+    refuse_links(folder)
     tests = {int(p.stem[5:]): read_json(p) for p in sorted(folder.glob("test_*.json")) if p.stem[5:].isdigit()}
     summary = folder / "summary.json"
     card = folder / "data.json"
@@ -279,6 +282,17 @@ ABSENT = "#d0d0d0"  # classes that were not there
 VOID_COLOR = (224, 224, 192)  # pixels nobody is asked about; VOC's own (grey is its colour of cars)
 
 
+class PlainFigure(Figure):
+    "A figure in which every text is drawn as it is: a class called `$x_` starts no formula."
+
+    def draw(self, renderer: Any) -> None:
+        "Draw."
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        with plt.rc_context({"text.parse_math": False}):  # for tick labels that are made while drawing
+            super().draw(renderer)
+
+
 def make_figure(
     width: float,  # inches
     height: float,  # inches
@@ -287,7 +301,9 @@ def make_figure(
     **options: Any,  # of `plt.subplots`
 ) -> tuple[Figure, np.ndarray]:  # the figure, its axes (rows, columns)
     "A figure with axes that is closed already: shown once, where it is a cell's last value."
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, FigureClass=PlainFigure, **options
+    )
     plt.close(figure)
     return figure, axes
 
@@ -566,7 +582,9 @@ def gallery_items(
         return []
     items = []
     for entry in read_json(wanted[0]):
-        files = {kind: entry.get(kind) and wanted[0].parent / entry[kind] for kind in ("image", "truth", "prediction")}
+        files = {
+            kind: entry.get(kind) and inside(wanted[0].parent, entry[kind]) for kind in ("image", "truth", "prediction")
+        }
         items.append({**entry, **files})
     return items
 
@@ -671,7 +689,7 @@ def asked_items(
     run = as_runs(run)[0]
     found = {}
     for path in sorted(run.path.glob("round_*/asked/index.json")):
-        entries = [{**entry, "file": path.parent / entry["file"]} for entry in read_json(path)]
+        entries = [{**entry, "file": inside(path.parent, entry["file"])} for entry in read_json(path)]
         found[int(path.parent.parent.name.removeprefix("round_"))] = entries
     return found
 

@@ -28,7 +28,8 @@ from papermill.inspection import display_notebook_help
 from papermill.iorw import NoDatesSafeLoader
 from tqdm.auto import tqdm
 
-from .core import ConfigError, VlmItlError, closest, project_root, resolve_path
+from .core import ConfigError, VlmItlError, closest, printable, project_root, resolve_path
+from .guards import refuse_secrets
 
 # %% ../nbs/10_run.ipynb #run-find
 def run_notebooks() -> list[Path]:  # sorted by name
@@ -144,6 +145,8 @@ def check_parameters(
         listed = ", ".join(repr(name) for name in unknown)
         hints = "".join(closest(name, known) for name in unknown)
         raise ConfigError(f"the notebook has no parameter {listed}.{hints} It has: {', '.join(known)}.")
+    for name, value in given.items():
+        refuse_secrets(name, value)  # before it is shown, and written into the executed notebook
     return {name: typed_value(name, value, known[name]) for name, value in given.items()}
 
 # %% ../nbs/10_run.ipynb #run-output
@@ -172,6 +175,9 @@ def plan_output(
     return path
 
 # %% ../nbs/10_run.ipynb #run-live
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # colours and moves of the cursor
+
+
 class LiveText:
     "A file-like object that shows whole lines above the progress bar as a notebook prints them."
 
@@ -182,7 +188,7 @@ class LiveText:
         "Show the finished lines of `text` and keep the unfinished one."
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
-            tqdm.write(line.rsplit("\r", 1)[-1])
+            tqdm.write(printable(_ESCAPES.sub("", line.rsplit("\r", 1)[-1])))
 
     def flush(self) -> None:
         "Nothing to do: a line is shown as soon as it ends."
@@ -235,7 +241,7 @@ def run_notebook(
         execute_notebook(source, target, checked, **options)
     except PapermillExecutionError as failure:
         reason = str(failure.evalue).strip().split("\n")[0]
-        error = f"cell {failure.cell_index + 1}: {failure.ename}: {reason}"
+        error = printable(f"cell {failure.cell_index + 1}: {failure.ename}: {reason}")
     except Exception as failure:  # a kernel that died, was not found, or took too long: each library has its own error
         error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
     return NotebookRun(target, printed_run_folder(target) if target.is_file() else None, error)

@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 
 from .core import RunError, VlmItlError, plain, read_json, to_json, write_json, write_text
+from .guards import refuse_links
 
 # %% ../nbs/00c_runfolder.ipynb #runfolder-faults
 class Stopped(KeyboardInterrupt):
@@ -270,6 +271,8 @@ class RunFolder:
             raise RunError(
                 f"cannot create the run folder {path}: {error.strerror}. Choose another output_dir."
             ) from error
+        with file_errors(f"reading {path}"):
+            refuse_links(run.path)
         if known:  # told before the lock is taken: a folder of another run is not touched
             run._check_same(config, free, plain(dict(defaults or {})))
         run._lock = _take_lock(run.path)

@@ -18,6 +18,7 @@ import yaml
 from .baselines import ConfidenceHandler  # noqa: F401  these imports make every judge known by name
 from .core import ConfigError, check_choice, check_number, closest, plain, project_root, stable_hash, to_json
 from .ensemble import EnsembleHandler  # noqa: F401
+from .guards import refuse_secrets
 from .hf_judge import HFJudge  # noqa: F401
 from .openai_judge import OpenAIHandler  # noqa: F401
 from .pool import FULL_MASK_SECONDS
@@ -154,6 +155,8 @@ class Config:
 
     def __post_init__(self) -> None:
         "Raise `ConfigError` for impossible values."
+        for setting in fields(self):
+            refuse_secrets(setting.name, getattr(self, setting.name))
         check_choice("mode", self.mode, MODES)
         check_choice("policy", self.policy, POLICIES)
         check_choice("acceptance", self.acceptance, ACCEPTANCES)
