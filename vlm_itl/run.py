@@ -12,6 +12,7 @@ import ast
 import base64
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import Any
 
 import click
 import nbformat
+import psutil
 import yaml
 from papermill import PapermillExecutionError, execute_notebook
 from papermill.cli import papermill as papermill_command
@@ -30,6 +32,7 @@ from tqdm.auto import tqdm
 
 from .core import ConfigError, VlmItlError, closest, printable, project_root, resolve_path
 from .guards import refuse_secrets
+from .runfolder import on_signals
 
 # %% ../nbs/10_run.ipynb #run-find
 def run_notebooks() -> list[Path]:  # sorted by name
@@ -215,6 +218,7 @@ class NotebookRun:
     notebook: Path  # the executed notebook
     run_folder: Path | None  # where its results lie, if it said so
     error: str | None  # None, or the last line of what went wrong
+    stopped: bool = False  # by Ctrl-C or SIGTERM
 
     def results(self) -> list[Path]:  # the summary and the pictures, as far as they exist
         "The files of the run folder that one looks at first."
@@ -222,6 +226,21 @@ class NotebookRun:
             return []
         summary = self.run_folder / "summary.json"
         return [path for path in (summary, *sorted(self.run_folder.glob("figures/*.png"))) if path.is_file()]
+
+
+class _PassOn:
+    "Hands a first Ctrl-C or SIGTERM to the kernel, which knows how to end a run; the second ends everything."
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        kernels = [] if self.stopped else psutil.Process().children()
+        self.stopped = True
+        if not kernels:
+            raise KeyboardInterrupt
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGINT)
 
 
 def run_notebook(
@@ -236,15 +255,20 @@ def run_notebook(
     target = plan_output(source, output)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # ipykernel's debugger would warn on every start
     options.setdefault("extra_arguments", ["--log-level=CRITICAL"])  # and ipykernel about its local sockets
-    error = None
+    error: str | None = None
+    signals = _PassOn()
     try:
-        execute_notebook(source, target, checked, **options)
+        with on_signals(signals):
+            execute_notebook(source, target, checked, **options)
     except PapermillExecutionError as failure:
         reason = str(failure.evalue).strip().split("\n")[0]
         error = printable(f"cell {failure.cell_index + 1}: {failure.ename}: {reason}")
     except Exception as failure:  # a kernel that died, was not found, or took too long: each library has its own error
         error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
-    return NotebookRun(target, printed_run_folder(target) if target.is_file() else None, error)
+    except KeyboardInterrupt:
+        error = "stopped before the notebook ran"
+    folder = printed_run_folder(target) if target.is_file() else None
+    return NotebookRun(target, folder, error, signals.stopped and error is not None)
 
 # %% ../nbs/10_run.ipynb #run-options
 OPTIONS = [
@@ -321,6 +345,10 @@ def _run_command(notebook: str | None, output: str | None, **options: Any) -> in
             click.echo(f"{label:<18} {shown(path)}")
     for path in result.results():
         click.echo(f"{'':<18} {shown(path)}")
+    if result.stopped:
+        said = str(result.error).partition("Stopped: ")[2] or "stopped; the executed notebook keeps what was done."
+        click.echo(f"vlm_itl_run: {said}", err=True)
+        return 130
     if result.error is not None:
         click.echo(f"vlm_itl_run: the notebook failed in {result.error}", err=True)
     return 0 if result.error is None else 1
