@@ -20,7 +20,6 @@ import numpy as np
 
 from vlm_itl.core import (
     LeakError,
-    RunFolder,
     check_choice,
     derive_seed,
     make_rng,
@@ -50,6 +49,7 @@ from vlm_itl.regions import (
     split_region,
 )
 from .report import aubc, save_figures
+from .runfolder import RunFolder
 from .sampler import Sampler
 from .scores import PASS_SCORES, dropout_layers, scoring_options
 from .selects import parse_strategy, sort_options
@@ -139,11 +139,11 @@ class Experiment:
         if self.handler is not None and self.handler.needs_truth:
             self.handler.bind_truth(self._truth)
         self.rounds: list[Round] = []
-        self._close()
+        self._seal()
         self._write_data_card()
         self._resume()
 
-    def _close(self) -> None:
+    def _seal(self) -> None:
         "Seal what may not be read: masks of the pool, other than through the oracle, and the test split until the end."
         pool = "a mask of the pool. Pay for it with oracle.label, then read it from oracle.labelled"
         test = "part of the test split. It is read once, after the last round"

@@ -24,7 +24,6 @@ from .cache import CachedHandler
 from .certify import certify
 from vlm_itl.core import (
     ConfigError,
-    RunFolder,
     check_choice,
     check_number,
     make_rng,
@@ -51,6 +50,7 @@ from .leaks import LEAKS
 from .model import Segmenter, load_model
 from .pool import FULL_MASK_SECONDS
 from .report import save_png
+from .runfolder import RunFolder
 from .settings import named_run, read_settings
 from .train import Inference, MaskStore, score_pool
 from .vlm import Judgement, JudgeQuery, VLMHandler, check_question, handler_options, make_handler

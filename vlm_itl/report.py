@@ -29,7 +29,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .core import RunError, RunFolder, check_choice, read_json, resolve_path, write_bytes
+from .core import RunError, check_choice, read_json, resolve_path, write_bytes
+from .runfolder import RunFolder
 
 # %% ../nbs/07c_report.ipynb #report-run
 @dataclass(frozen=True)
