@@ -106,7 +106,7 @@ class Twin:
     apart: float  # difference of the thumbnails
 
 
-_PAIRS = 2**22  # compared at once
+_PAIRS = 2**20  # compared at once
 
 
 def _candidates(one: np.ndarray, other: np.ndarray, bits: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -130,21 +130,20 @@ def find_twins(
     if len(one[0]) > len(other[0]):
         return [Twin(twin.second, twin.first, twin.how, twin.apart) for twin in find_twins(other, one, clips)]
     (first_ids, first), (second_ids, second), clips = one, other, clips or {}
-    flat_first, flat_second = contrast(first["thumb"]) < FLAT, contrast(second["thumb"]) < FLAT  # or not readable
     best: dict[str, Twin] = {}
     for bits, how in (("bits", "the same picture"), ("mirrored", "mirrored")):
         for left, right in _candidates(first, second, bits):
-            thumbs = second["thumb"][right]
-            apart = difference(first["thumb"][left], thumbs[:, :, ::-1] if how == "mirrored" else thumbs)
-            for row, column, value in zip(left.tolist(), right.tolist(), apart.tolist(), strict=True):
-                name, twin = first_ids[row], second_ids[column]
-                same = bool((first["content"][row] == second["content"][column]).all())
-                if not same and (flat_first[row] or flat_second[column]):
-                    continue
+            mine, yours = first["thumb"][left], second["thumb"][right]
+            apart = difference(mine, yours[:, :, ::-1] if how == "mirrored" else yours)
+            same_file = (first["content"][left] == second["content"][right]).all(axis=1)
+            flat = np.minimum(contrast(mine), contrast(yours)) < FLAT  # or not readable
+            for place in np.flatnonzero((apart <= SAME) & (same_file | ~flat)).tolist():
+                name, twin, value = first_ids[left[place]], second_ids[right[place]], float(apart[place])
                 clip = clips.get(name)
-                limit = SAME_PIXELS if clip is not None and clip == clips.get(twin) else SAME
-                if value <= limit and (name not in best or value < best[name].apart):
-                    best[name] = Twin(name, twin, "the same file" if same else how, round(value, 4))
+                if clip is not None and clip == clips.get(twin) and value > SAME_PIXELS:
+                    continue
+                if name not in best or value < best[name].apart:
+                    best[name] = Twin(name, twin, "the same file" if same_file[place] else how, round(value, 4))
     return list(best.values())
 
 # %% ../nbs/00d_leaks.ipynb #leaks-memory
