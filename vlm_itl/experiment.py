@@ -49,7 +49,7 @@ from vlm_itl.regions import (
     split_region,
 )
 from .report import aubc, save_figures
-from .runfolder import RunFolder
+from .runfolder import RunFolder, protected
 from .sampler import Sampler
 from .scores import PASS_SCORES, dropout_layers, scoring_options
 from .selects import parse_strategy, sort_options
@@ -58,6 +58,7 @@ from .tracking import Tracker, make_tracker
 from .train import MaskStore, PoolScores, evaluate, fit, score_pool
 from vlm_itl.turns import (
     AUDIT_SHARE,
+    Journal,
     accepts,
     certify_answers,
     choose,
@@ -256,6 +257,7 @@ class Experiment:
             validation=self.data.val,
             seed=self.config.seed,
             desc=f"round {index}: training",
+            checkpoints=self.folder.work_path(index) / "training",
         )
         return {"train_loss": result.train_loss, "steps": result.steps, "best_step": result.best_step}, result.history
 
@@ -298,12 +300,13 @@ class Experiment:
     def run_round(self) -> Round:  # the record, safely on disk
         "Do the next round and write it."
         index = len(self.rounds)
-        with self.folder.write_round(index) as here:
-            record = self._work(index, here)
-            write_json(here / "record.json", asdict(record))
-        if index > 0:
-            shutil.rmtree(self.folder.round_path(index - 1) / "masks", ignore_errors=True)
-        self._apply(record)
+        with protected(self.folder.path, f"round {index}"):
+            with self.folder.write_round(index) as here:
+                record = self._work(index, here)
+                write_json(here / "record.json", asdict(record))
+            if index > 0:
+                shutil.rmtree(self.folder.round_path(index - 1) / "masks", ignore_errors=True)
+            self._apply(record)
         return record
 
     def _work(self, index: int, here: Path) -> Round:
@@ -335,7 +338,7 @@ class Experiment:
         measures, ious = None, None
         if self.handler is not None and masks is not None and rest:
             shown = self.oracle.images.select(self.oracle.rows(self._to_judge(index)))
-            judgements = judge_masks(self.handler, shown, masks, config.question)
+            judgements = judge_masks(self.handler, shown, masks, config.question, self._journal(index, "pool"))
             certified = self._certify(here) if config.acceptance == "certified" else None
             threshold = None if certified is None else certified["threshold"]
             said_yes = [j.id for j in judgements if accepts(j, config, threshold)]
@@ -415,7 +418,8 @@ class Experiment:
         self._check_validation()
         masks = MaskStore(here / "held_out", self.data.labels)
         score_pool(self.model, self.data.val, self.config.view, masks=masks, desc="predicting held-out masks")
-        answers = judge_masks(self.handler, self.data.val.remove_columns("mask"), masks, self.config.question)
+        journal = self._journal(len(self.rounds), "held_out")
+        answers = judge_masks(self.handler, self.data.val.remove_columns("mask"), masks, self.config.question, journal)
         ious = [image_iou(masks[j.id], self._val_truth(j.id), len(masks.labels)) for j in answers]
         shutil.rmtree(masks.folder, ignore_errors=True)
         self._pay_judge(answers)
@@ -430,6 +434,10 @@ class Experiment:
         checked = [accepted[i] for i in sorted(picked.tolist())]
         self.ledger.pay_checks(count)
         return checked, [i for i in checked if not ious[i] >= self.config.tau]
+
+    def _journal(self, index: int, name: str) -> Journal:
+        "Where the answers about some masks are kept until the round is whole."
+        return Journal(self.folder.work_path(index) / f"{name}.jsonl")
 
     def _pay_judge(self, judgements: Sequence[Judgement]) -> None:
         "Charge the answers that were not taken from a cache."
@@ -461,21 +469,22 @@ class Experiment:
 
     def finish(self) -> dict[str, Any]:  # the summary
         "Evaluate on test, write `summary.json`, drop weights that need not be kept."
-        started = time.perf_counter()
-        last = len(self.rounds) - 1
-        tested = range(last + 1) if self.config.test_every_round else [last]
-        tests = {index: self.test_round(index) for index in tested} if len(self.data.test) else {}
-        summary = summarise(self.config, self.folder.path.name, self.rounds, tests, self.data.labels.names)
-        summary["simulated"] = self.oracle.simulated
-        summary["sizes"] = read_json(self.folder.path / "data.json")["sizes"]
-        summary["notes"] = self.model.notes
-        total = sum(r.seconds["total"] for r in self.rounds)
-        summary["seconds"] = {"rounds": round(total, 2), "test": round(time.perf_counter() - started, 2)}
-        for index in range(last + 1):
-            if self.config.keep_models == "none" or (self.config.keep_models == "last" and index < last):
-                shutil.rmtree(self.folder.round_path(index) / "model", ignore_errors=True)
-        write_json(self.folder.path / "summary.json", summary)
-        return summary
+        with protected(self.folder.path, "the final evaluation"):
+            started = time.perf_counter()
+            last = len(self.rounds) - 1
+            tested = range(last + 1) if self.config.test_every_round else [last]
+            tests = {index: self.test_round(index) for index in tested} if len(self.data.test) else {}
+            summary = summarise(self.config, self.folder.path.name, self.rounds, tests, self.data.labels.names)
+            summary["simulated"] = self.oracle.simulated
+            summary["sizes"] = read_json(self.folder.path / "data.json")["sizes"]
+            summary["notes"] = self.model.notes
+            total = sum(r.seconds["total"] for r in self.rounds)
+            summary["seconds"] = {"rounds": round(total, 2), "test": round(time.perf_counter() - started, 2)}
+            for index in range(last + 1):
+                if self.config.keep_models == "none" or (self.config.keep_models == "last" and index < last):
+                    shutil.rmtree(self.folder.round_path(index) / "model", ignore_errors=True)
+            write_json(self.folder.path / "summary.json", summary)
+            return summary
 
 
 class _Clock:
@@ -547,9 +556,22 @@ def run_experiment(
     config: Config,  # the settings
 ) -> Iterator[Round]:
     "Run or resume an experiment of any mode; yields every round, also those that were on disk already."
-    experiment = Experiment(config)
+    with protected(run_path(config), "the start"):
+        experiment = Experiment(config)
+    try:
+        yield from _run(experiment)
+    finally:
+        experiment.folder.close()
+
+
+_DRAWN = ".drawn"  # the last file of a run
+
+
+def _run(experiment: Experiment) -> Iterator[Round]:
+    "All rounds, the summary, the figures, the tracker."
     yield from experiment.rounds
-    if experiment.finished and experiment.folder.summary is not None:
+    drawn = experiment.folder.path / _DRAWN
+    if experiment.finished and experiment.folder.summary is not None and drawn.is_file():
         return
     with _tracker(experiment) as tracker:
         for record in experiment.rounds:  # a killed run may have left its last round untold; telling twice is harmless
@@ -559,8 +581,9 @@ def run_experiment(
             tracker.log_round(asdict(record), experiment.folder.round_path(record.index))
             yield record
         summary = experiment.finish()
-        figures = save_figures(experiment.folder.path)
-        tracker.finish(summary, figures)
+        with protected(experiment.folder.path, "drawing the figures"):
+            tracker.finish(summary, save_figures(experiment.folder.path))
+            write_text(drawn, "")
 
 
 def run_baseline(

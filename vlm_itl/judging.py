@@ -50,7 +50,7 @@ from .leaks import LEAKS
 from .model import Segmenter, load_model
 from .pool import FULL_MASK_SECONDS
 from .report import save_png
-from .runfolder import RunFolder
+from .runfolder import RunFolder, protected
 from .settings import named_run, read_settings
 from .train import Inference, MaskStore, score_pool
 from .vlm import Judgement, JudgeQuery, VLMHandler, check_question, handler_options, make_handler
@@ -281,14 +281,25 @@ def try_judge(
     config: JudgeConfig,  # the settings
 ) -> Trial:
     "Ask a judge and what is free about masks with known truth; write judgements.jsonl, report.json and figures."
-    handlers = trial_judges(config)
-    data = load_data(
-        config.dataset, seed=config.seed, binary=config.binary, options=config.data_options, leaks=config.leaks
-    )
-    model = load_model(config.model, data.labels, seed=config.seed) if config.model else None
+    with protected(judge_run_path(config), "the trial"):
+        handlers = trial_judges(config)
+        data = load_data(
+            config.dataset, seed=config.seed, binary=config.binary, options=config.data_options, leaks=config.leaks
+        )
+        model = load_model(config.model, data.labels, seed=config.seed) if config.model else None
+        settings = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
+        run = RunFolder.open(judge_run_path(config), settings, free=FREE_SETTINGS)
+        try:
+            return _try(config, run, handlers, data, model)
+        finally:
+            run.close()
+
+
+def _try(
+    config: JudgeConfig, run: RunFolder, handlers: dict[str, VLMHandler], data: SegData, model: Segmenter | None
+) -> Trial:
+    "Ask all judges, then report."
     rows = judged_rows(data, config)
-    settings = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
-    run = RunFolder.open(judge_run_path(config), settings, free=FREE_SETTINGS)
     queries, table = trial_queries(rows, data, config, model, run.path)
     cache = Path(config.cache).expanduser() if config.cache else run.path / "judgements.sqlite"
     said: dict[str, list[Judgement]] = {}

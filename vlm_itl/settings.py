@@ -85,7 +85,7 @@ ACCEPTANCES = ("verdict", "threshold", "certified")
 KEEP_MODELS = ("last", "all", "none")
 COLD_STARTS = ("random", "typiclust", "probcover", "coreset")
 # settings that cannot change a number of the run
-FREE_SETTINGS = ("log_with", "project", "output_dir", "num_workers", "keep_models", "version", "leaks")
+FREE_SETTINGS = ("log_with", "project", "output_dir", "num_workers", "save_every", "keep_models", "version", "leaks")
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,7 @@ class Config:
     test_every_round: bool = True  # at the end, evaluate every round's model on test (False: the last one only)
     gallery: int = 6  # example pictures kept a round
     num_workers: int = 0  # loader processes
+    save_every: int = 0  # steps between checkpoints that a killed training goes on from; 0: about every two minutes
     device: str = "auto"  # auto, cpu, cuda, ...
     log_with: str = "none"  # none, wandb, tensorboard
     project: str = "vlm_itl"  # wandb project

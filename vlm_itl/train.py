@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,15 +24,18 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_model as load_safetensors
 from torch.utils.data import DataLoader
 from transformers import (
     EarlyStoppingCallback,
     PrinterCallback,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 
+from .checkpoints import Checkpoints, RunningLoss
 from vlm_itl.core import (
     ConfigError,
     DataError,
@@ -42,10 +45,20 @@ from vlm_itl.core import (
     derive_seed,
     progress,
     seed_everything,
+    stable_hash,
+    to_json,
 )
-from .labels import LabelSpace
+from .labels import LabelSpace, row_ids
 from .metrics import ConfusionMatrix
-from .model import Segmenter, freeze_batchnorm, load_model, parameter_groups
+from vlm_itl.model import (
+    Segmenter,
+    freeze_batchnorm,
+    load_model,
+    load_weights,
+    parameter_groups,
+    save_model,
+)
+from .runfolder import on_signals, worker_errors
 from .transforms import EvalTransform, TrainingSet, TrainTransform, collate, unpad_one
 
 # %% ../nbs/04_train.ipynb #train-device
@@ -120,7 +133,7 @@ def predict_batches(
     device = pick_device(view.device)
     model.to(device).eval()
     bar = progress(desc=desc, total=len(images), unit="img")
-    with torch.inference_mode(), bar:
+    with torch.inference_mode(), worker_errors(), bar:
         for batch in view.loader(images, model.labels if "mask" in images.column_names else None):
             with autocast(device, view.precision):
                 out = model(batch["pixel_values"].to(device, non_blocking=True), features=features)
@@ -201,6 +214,7 @@ class TrainSettings:
     early_stopping: int = 0  # stop after this many looks without progress; 0 = never
     early_stopping_threshold: float = 0.0  # progress is more than this (mean IoU)
     num_workers: int = 0  # loader processes
+    save_every: int = 0  # steps between checkpoints that a killed training goes on from; 0: about every two minutes
     device: str = "auto"  # auto, cpu, cuda, ...
 
     def check(self) -> "TrainSettings":
@@ -209,7 +223,7 @@ class TrainSettings:
         check_choice("precision", self.precision, PRECISIONS)
         check_number("steps", self.steps, low=0, integer=True)
         check_number("batch_size", self.batch_size, low=1, integer=True)
-        for name in ("eval_every", "early_stopping", "num_workers"):
+        for name in ("eval_every", "early_stopping", "num_workers", "save_every"):
             check_number(name, getattr(self, name), low=0, integer=True)
         for name in (
             "epochs",
@@ -277,7 +291,7 @@ class _SegTrainer(Trainer):
     "`Trainer` with our loss, order, parameter groups and streaming validation."
 
     def __init__(self, model: Segmenter, settings: TrainSettings, view: Inference, **kwargs: Any):
-        self.segmenter, self.settings, self.view = model, settings, view
+        self.segmenter, self.settings, self.view, self.loss = model, settings, view, RunningLoss()
         super().__init__(model=model, data_collator=collate, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -301,7 +315,12 @@ class _SegTrainer(Trainer):
         with autocast(pixels.device, self.settings.precision):
             logits = model(pixels)
         loss = pixel_loss(logits, inputs["labels"])
+        self.loss.add(loss)
         return (loss, logits) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        "Report the loss from our own account, which a resumed training carries on."
+        super().log({**logs, "loss": self.loss.report()} if "loss" in logs else logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         "Look at the validation images."
@@ -344,7 +363,9 @@ class FitResult:
     seconds: float = 0.0  # wall clock
 
 
-def _arguments(model: Segmenter, settings: TrainSettings, steps: int, folder: str, seed: int) -> TrainingArguments:
+def _arguments(
+    model: Segmenter, settings: TrainSettings, steps: int, folder: str, seed: int, resumable: bool
+) -> TrainingArguments:
     "Our settings in the words of `transformers`."
     looks = settings.eval_every > 0
     kwargs = {"power": settings.scheduler_power, "lr_end": 0.0} if settings.scheduler == "polynomial" else {}
@@ -362,8 +383,9 @@ def _arguments(model: Segmenter, settings: TrainSettings, steps: int, folder: st
         eval_steps=settings.eval_every or None,
         save_strategy="steps" if looks else "no",
         save_steps=settings.eval_every or 500,
-        save_total_limit=1,
-        save_only_model=True,
+        save_total_limit=None if resumable else 1,  # resumable: `Checkpoints` drops the old ones
+        save_only_model=not resumable,
+        restore_callback_states_from_checkpoint=resumable,
         load_best_model_at_end=looks,
         metric_for_best_model="mean_iou" if looks else None,
         greater_is_better=True,
@@ -400,42 +422,93 @@ def fit(
     validation: datasets.Dataset | None = None,  # needed with eval_every
     seed: int = 0,  # order, augmentation, dropout
     desc: str = "training",  # for the progress bar
+    checkpoints: str | Path | None = None,  # a folder: a training that was killed goes on from here
 ) -> FitResult:
-    "Train a segmenter; with `eval_every`, the best weights on the validation images are kept."
+    """Train a segmenter; with `eval_every`, the best weights on the validation images are kept. Ctrl-C and SIGTERM
+    write a checkpoint first, where there is a folder for it."""
     settings.check()
     if len(labelled) == 0:
         raise DataError("there is nothing to train on: no labelled images.")
     steps = settings.total_steps(len(labelled))
     if settings.eval_every and (validation is None or len(validation) == 0):
         raise ConfigError("eval_every looks at validation images, and there are none: set val_share above 0.")
-    started = time.perf_counter()
     if steps == 0:
         return FitResult(0, math.nan)
+    if checkpoints is None:
+        with tempfile.TemporaryDirectory() as folder:
+            return _fit(model, labelled, settings, view, validation, seed, desc, folder, None)
+    watch = Checkpoints(checkpoints, _fingerprint(model, labelled, settings, view, seed), settings.save_every)
+    ended = watch.ended()
+    if ended is not None:
+        load_weights(model, watch.folder / "end" / "model")
+        return FitResult(**ended)
+    with on_signals(watch.ask_to_stop):
+        result = _fit(model, labelled, settings, view, validation, seed, desc, str(checkpoints), watch)
+    if watch.stop:
+        raise KeyboardInterrupt
+    save_model(model, watch.folder / "end" / "model")
+    watch.end(asdict(result))
+    return result
+
+
+def _fingerprint(
+    model: Segmenter, labelled: datasets.Dataset, settings: TrainSettings, view: Inference, seed: int
+) -> str:
+    "A hash of what decides the outcome of a training."
+    free = ("num_workers", "save_every", "device")
+    how = {name: value for name, value in asdict(settings).items() if name not in free}
+    shown = {"image_size": view.image_size, "resize": view.resize}
+    weights = [value.cpu().numpy() for value in model.state_dict().values()]
+    return stable_hash(to_json({**how, **shown}), seed, row_ids(labelled), *weights).hex()
+
+
+def _fit(
+    model: Segmenter,
+    labelled: datasets.Dataset,
+    settings: TrainSettings,
+    view: Inference,
+    validation: datasets.Dataset | None,
+    seed: int,
+    desc: str,
+    folder: str,
+    watch: Checkpoints | None,
+) -> FitResult:
+    "The training itself, from the start or from the last checkpoint."
+    started, steps = time.perf_counter(), settings.total_steps(len(labelled))
     transform = settings.transform(model, view.image_size)
     examples = TrainingSet(labelled, transform, length=steps * settings.batch_size, seed=seed)
     model.to(pick_device(settings.device))
     seed_everything(seed, "train")
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), _denormals_flushed():
+    with warnings.catch_warnings(), _denormals_flushed(), worker_errors():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         stop = EarlyStoppingCallback(settings.early_stopping, settings.early_stopping_threshold)
         trainer = _SegTrainer(
             model,
             settings,
             view,
-            args=_arguments(model, settings, steps, folder, seed),
+            args=_arguments(model, settings, steps, folder, seed, watch is not None),
             train_dataset=examples,
             eval_dataset=validation if settings.eval_every else None,
-            callbacks=[_Watch(desc)] + ([stop] if settings.early_stopping else []),
+            callbacks=[_Watch(desc)] + ([stop] if settings.early_stopping else []) + ([watch] if watch else []),
         )
         trainer.remove_callback(PrinterCallback)
+        latest = None
+        if watch is not None:
+            watch.loss = trainer.loss
+            latest = watch.latest()
         seed_everything(seed, "train")
-        output = trainer.train()
+        if watch is not None and latest is not None and watch.is_over(latest):
+            trainer.state = TrainerState.load_from_json(str(latest / "trainer_state.json"))
+            best = trainer.state.best_model_checkpoint or latest
+            load_safetensors(model, str(Path(best) / "model.safetensors"), device=str(model.mean.device))
+        else:
+            trainer.train(resume_from_checkpoint=None if latest is None else str(latest))
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
         trainer.accelerator.free_memory()
     model.eval()
     return FitResult(
         steps=trainer.state.global_step,
-        train_loss=output.training_loss,
+        train_loss=trainer.loss.mean,
         history=[h for h in trainer.state.log_history if "loss" in h or "eval_mean_iou" in h],
         best_step=trainer.state.best_global_step if settings.eval_every else None,
         seconds=time.perf_counter() - started,
