@@ -279,7 +279,8 @@ def test_the_library_calls_nothing_that_runs_text(root: Path) -> None:
                     assert arguments["Loader"] == "NoDatesSafeLoader"
                 assert arguments.get("shell", "False") == "False"
                 assert arguments.get("trust_remote_code", "False") == "False"
-                assert arguments.get("verify", "True") == "True" and arguments.get("allow_pickle", "False") == "False"
+                assert arguments.get("verify", "True") in ("True", "_certificates()")  # those of the system
+                assert arguments.get("allow_pickle", "False") == "False"
 
 
 # ---- code from elsewhere ----

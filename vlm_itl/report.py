@@ -336,7 +336,7 @@ def need_rounds(run: Run) -> None:
 # settings that make no difference to what a run measures
 FREE_SETTINGS = (
     "seed", "output_dir", "log_with", "project", "num_workers", "keep_models", "version", "gallery", "device",
-    "test_every_round",
+    "test_every_round", "leaks",
 )  # fmt: skip
 # settings by which runs are compared; beside them all that start with "judge", "strategy" or "region"
 ARM_SETTINGS = (
