@@ -1,4 +1,4 @@
-"""Real processes that are killed, or whose disk fails, at a chosen file or step: no function of the library is replaced."""
+"""Real processes that are killed, or whose disk fails, at a chosen file or step; nothing of the library is replaced."""
 
 import errno
 import fnmatch
@@ -24,7 +24,7 @@ def _writes(path: Any, mode: Any, flags: Any) -> bool:
     return isinstance(flags, int) and bool(flags & (os.O_WRONLY | os.O_RDWR))
 
 
-def at_file(pattern: str, number: int, act: Callable[[], None], event: str = "open") -> None:
+def at_file(pattern: str, number: int, act: Callable[[], Any], event: str = "open", every: bool = False) -> None:
     """From now on, act when the `number`-th file like `pattern` is opened for writing, renamed to or removed."""
     seen = 0
 
@@ -37,13 +37,13 @@ def at_file(pattern: str, number: int, act: Callable[[], None], event: str = "op
             return
         if fnmatch.fnmatch(os.fspath(path), pattern):
             seen += 1
-            if seen == number:
+            if every or seen == number:
                 act()
 
     sys.addaudithook(hook)
 
 
-def at_step(number: int, act: Callable[[], None]) -> None:
+def at_step(number: int, act: Callable[[], Any]) -> None:
     """Act after the `number`-th optimizer step of this process."""
     seen = 0
 
@@ -56,7 +56,7 @@ def at_step(number: int, act: Callable[[], None]) -> None:
     register_optimizer_step_post_hook(hook)
 
 
-def at_forward(kind: type, number: int, act: Callable[[], None]) -> None:
+def at_forward(kind: type, number: int, act: Callable[[], Any]) -> None:
     """Act in the `number`-th pass without gradients through a network of this kind."""
     seen = 0
 

@@ -13,7 +13,7 @@ from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageColumn
 from PIL import Image
 
-from vlm_itl.core import ConfigError, DataError
+from vlm_itl.core import ConfigError, DataError, stable_hash
 from vlm_itl.data import (
     SOURCES,
     LabelSpace,
@@ -32,11 +32,11 @@ VOC = LabelSpace.voc()
 
 
 def write_pair(folder: Path, name: str, images: str, masks: str, suffix: str = ".jpg") -> None:
-    """An image of 20 x 12 and its mask (background, one row of cat, one void pixel)."""
-    size = (20, 12)
+    """An image of 20 x 12, of its name's own colour, and its mask (background, one row of cat, one void pixel)."""
+    size, colour = (20, 12), tuple(stable_hash(name)[:3])
     for part in (images, masks):
         (folder / part / name).parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, (90, 120, 40)).save(folder / images / f"{name}{suffix}")
+    Image.new("RGB", size, colour).save(folder / images / f"{name}{suffix}")
     mask = np.zeros(size[::-1], dtype=np.uint8)
     mask[0], mask[1, 0] = 8, VOID
     image = Image.fromarray(mask)
@@ -272,10 +272,10 @@ def hub_like(rows: dict[str, list[dict[str, Any]]]) -> DatasetDict:
     return DatasetDict({split: Dataset.from_list(members, features=features) for split, members in rows.items()})
 
 
-def coloured(count: int) -> list[dict[str, Any]]:
-    """Rows with RGB masks."""
+def coloured(count: int, start: int = 0) -> list[dict[str, Any]]:
+    """Rows with RGB masks; row k has colour and class k, counted from `start`."""
     out = []
-    for index in range(count):
+    for index in range(start, start + count):
         mask = np.zeros((12, 20), dtype=np.uint8)
         mask[0], mask[1, 0] = index % 21, VOID
         out.append({"image": Image.new("RGB", (20, 12), (index, 0, 0)), "mask": Image.fromarray(VOC.colorize(mask))})
@@ -284,7 +284,7 @@ def coloured(count: int) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("form", ["save_to_disk", "parquet"])
 def test_datasets_folder(form: str, tmp_path: Path) -> None:
-    made = hub_like({"train": coloured(12), "val": coloured(3)})
+    made = hub_like({"train": coloured(12), "val": coloured(3, 50)})
     folder = tmp_path / form
     if form == "save_to_disk":
         made.save_to_disk(str(folder))
@@ -315,7 +315,7 @@ def test_imagefolder_with_masks(tmp_path: Path) -> None:
 
 
 def test_datasets_options_and_slips(tmp_path: Path) -> None:
-    made = hub_like({"train": coloured(4), "validation": coloured(3), "test": coloured(2)})
+    made = hub_like({"train": coloured(4), "validation": coloured(3, 50), "test": coloured(2, 60)})
     made = made.rename_columns({"image": "photo", "mask": "annotation"})
     made.save_to_disk(str(tmp_path / "d"))
     source = str(tmp_path / "d")
@@ -350,7 +350,7 @@ def test_datasets_of_another_kind(tmp_path: Path) -> None:
 def test_rows_without_masks_are_said(tmp_path: Path) -> None:
     rows = coloured(4)
     rows[2]["mask"] = None
-    hub_like({"train": rows, "val": coloured(1)}).save_to_disk(str(tmp_path / "holes"))
+    hub_like({"train": rows, "val": coloured(1, 50)}).save_to_disk(str(tmp_path / "holes"))
     with pytest.raises(DataError, match="'train-00002': no mask"):
         load_data(str(tmp_path / "holes"), val_share=1)
 
@@ -358,7 +358,7 @@ def test_rows_without_masks_are_said(tmp_path: Path) -> None:
 def test_own_ids_are_made_safe(tmp_path: Path) -> None:
     features = Features(id=Value("string"), image=ImageColumn(), mask=ImageColumn())
     rows = [{"id": f"../a b/{index}", **row} for index, row in enumerate(coloured(3))]
-    made = DatasetDict({"train": Dataset.from_list(rows, features=features), "val": Dataset.from_list(coloured(1))})
+    made = DatasetDict({"train": Dataset.from_list(rows, features=features), "val": Dataset.from_list(coloured(1, 50))})
     made.save_to_disk(str(tmp_path / "ids"))
     for members in all_ids(load_data(str(tmp_path / "ids"), val_share=1)).values():
         for name in members:

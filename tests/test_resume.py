@@ -23,7 +23,7 @@ from vlm_itl.runfolder import RunFolder, Stopped
 from vlm_itl.scenes import make_scenes
 from vlm_itl.settings import make_config
 from vlm_itl.turns import Journal
-from vlm_itl.vlm import Judgement
+from vlm_itl.vlm import HANDLERS, Judgement, VLMHandler
 
 SMALL: dict[str, Any] = {
     "mode": "vlm",
@@ -411,3 +411,33 @@ def test_the_command_is_stopped_and_goes_on(
 def test_stopped_is_an_interrupt() -> None:
     """Code that catches errors does not swallow it."""
     assert issubclass(Stopped, KeyboardInterrupt) and not issubclass(Stopped, Exception)
+
+
+class Counting(VLMHandler):
+    """Accepts every other image, and writes down whom it was asked about."""
+
+    def __init__(self, *, log: str = "") -> None:
+        self.log = log
+
+    def _judge_one(self, query: Any) -> Judgement:
+        with open(self.log, "a") as file:
+            file.write(f"{query.id}\n")
+        return Judgement("yes" if sum(map(ord, query.id)) % 2 else "no", p_yes=0.5)
+
+
+def test_nobody_is_asked_twice(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of judging: answers that were kept are not asked for again."""
+    monkeypatch.setitem(HANDLERS, "counting", Counting)
+    log = tmp_path / "asked.txt"
+    more = {"judge": "counting", "judge_options": {"log": str(log)}, "judge_threshold": 0.5}
+    config = settings(scenes, tmp_path / "run", **more)
+
+    def work() -> None:
+        at_file("*judgements.jsonl*", 1, kill)
+        list(run_al(config))
+
+    assert in_child(work) == (-signal.SIGKILL, "") and len(log.read_text().split()) == 12
+    records = list(run_al(config))
+    asked = log.read_text().split()
+    assert len(asked) == 12 + 8 and len(set(asked[:12])) == 12
+    assert records[-1].budget["judge_calls"] == 20, "every answer is charged once"

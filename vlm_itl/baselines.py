@@ -38,7 +38,7 @@ from vlm_itl.core import (
 from .hf_model import fingerprint
 from .labels import VOID, LabelSpace, short_error
 from .metrics import class_iou, count_pairs, mean_iou_of
-from .model import Segmenter, load_model
+from .model import OWN_CODE, Segmenter, load_model
 from .train import Inference, autocast, pick_device
 from .transforms import EvalTransform, collate, unpad_one
 from .vlm import VERDICTS, Judgement, JudgeQuery, VLMHandler, abstain, background_of, register_handler
@@ -225,6 +225,8 @@ def checkpoint_classes(
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(OWN_CODE.format(name)) from error
         reason = short_error(error)
         raise ConfigError(
             f"judge 'second_opinion': {name!r} is neither a model folder nor reachable on the Hub ({reason})."

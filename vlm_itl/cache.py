@@ -133,6 +133,7 @@ class JudgementCache:
             try:
                 connection.execute("PRAGMA journal_mode=WAL")
                 connection.execute("PRAGMA synchronous=NORMAL")
+                connection.execute("PRAGMA trusted_schema=OFF")  # the file may be from somebody else
                 connection.execute(f"CREATE TABLE IF NOT EXISTS judgements ({columns})")
                 break
             except sqlite3.OperationalError as error:

@@ -6,6 +6,7 @@
 __all__ = ['holm', 'paired_interval', 'Comparison', 'compare', 'plot_compare']
 
 # %% ../nbs/09_compare.ipynb #compare-imports
+import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -81,8 +82,9 @@ class Comparison:
         return "\n".join([f"{self.measure} of {self.metric}, against {self.baseline}", rows, *self.notes])
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<li>{note}</li>" for note in self.notes)
-        head = f"<p>{self.measure} of <code>{self.metric}</code>, against <b>{self.baseline}</b></p>"
+        notes = "".join(f"<li>{html.escape(note)}</li>" for note in self.notes)
+        measure, metric, baseline = map(html.escape, (self.measure, self.metric, self.baseline))
+        head = f"<p>{measure} of <code>{metric}</code>, against <b>{baseline}</b></p>"
         return f"{head}{self.table.round(4).to_html(index=False)}<ul>{notes}</ul>"
 
 # %% ../nbs/09_compare.ipynb #compare-check-recipe

@@ -10,7 +10,7 @@ __all__ = ['SOURCES', 'SegData', 'toy_images', 'carve', 'Splits', 'register_sour
 import csv
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,21 @@ from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_dis
 from datasets import Image as ImageColumn
 from PIL import Image
 
-from .core import ConfigError, DataError, check_choice, check_number, closest, make_rng, progress, resolve_path
+from vlm_itl.core import (
+    ConfigError,
+    DataError,
+    check_choice,
+    check_number,
+    closest,
+    make_rng,
+    progress,
+    read_json,
+    resolve_path,
+)
 from .labels import DecodeRows, LabelSpace, check_headers, make_rows, raw_rows, row_ids, short_error
 from .labels import read_image as read_image  # given on: later chapters take everything from here
 from .labels import read_mask as read_mask
+from .leaks import check_leaks
 from .scenes import VOC_CLASSES, VOID, make_scenes
 from .scenes import voc_palette as voc_palette
 
@@ -109,6 +120,9 @@ class Splits:
     train: Dataset
     test: Dataset
     val: Dataset | None = None  # None: carved from train
+    clips: Mapping[str, str] = field(
+        default_factory=dict
+    )  # image -> clip: frames of one scene, near each other on purpose
 
 
 SOURCES: dict[str, Callable[..., Splits]] = {}  # name -> function(source, seed, cache_dir, options) -> Splits
@@ -277,7 +291,14 @@ def voc_source(
     for option, default in (("train_list", "train"), ("test_list", "val")):
         path = root / _VOC_PARTS[2] / f"{options.get(option, default)}.txt"
         splits.append(_pair(_read_list(path), images, masks, str(path)))
-    return Splits(_labels(options, root), splits[0], splits[1])
+    return Splits(_labels(options, root), splits[0], splits[1], clips=_clips(root))
+
+
+def _clips(root: Path) -> dict[str, str]:
+    "Which generated scenes are frames of one clip; nothing for photographs."
+    note = root / "scenes.json"
+    clips = read_json(note).get("clips", {}) if note.is_file() else {}
+    return {image_id: clip for clip, ids in clips.items() for image_id in ids}
 
 # %% ../nbs/01_data.ipynb #data-sources-folder
 def _split_names(root: Path, keys: Sequence[str]) -> dict[str, list[str]]:  # split -> names, or one split "all"
@@ -444,8 +465,9 @@ def load_data(
     binary: bool = False,  # merge all classes but the background
     cache_dir: str | Path | None = None,  # for what is generated or downloaded; None = the usual place
     options: Mapping[str, Any] | None = None,  # of the source, and max_train, max_test
+    leaks: str = "refuse",  # a picture in two splits: refuse, warn, off
 ) -> SegData:  # decoded when a row is asked for
-    "Load a data set. Reads the headers of all files, and the pixels of none. `DataError` says what is wrong and where."
+    "Load a data set: reads headers, looks once at every image, at no mask. `DataError` says what is wrong and where."
     source, options = str(source), dict(options or {})
     limits = {name: options.pop(name, None) for name in ("max_train", "max_test")}
     splits = SOURCES[_kind(source)](source, seed=seed, cache_dir=cache_dir, options=options)
@@ -464,6 +486,7 @@ def load_data(
                 raise DataError(f"{source}: {row_id!r} is in {seen[row_id]} and in {split}; an image has one split")
             seen[row_id] = split
         check_headers(rows, split)
+    check_leaks(parts, source, splits.clips, cache_dir, leaks)
     labels = splits.labels.binary() if binary else splits.labels
     decoded = {split: rows.with_transform(DecodeRows(labels)) for split, rows in parts.items()}
     name = resolve_path(source).name if resolve_path(source).is_dir() and source not in SOURCES else source

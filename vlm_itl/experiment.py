@@ -12,7 +12,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,14 @@ import numpy as np
 from vlm_itl.core import (
     ConfigError,
     DataError,
+    LeakError,
     RunError,
     check_choice,
     derive_seed,
     make_rng,
     plain,
     read_json,
+    stable_hash,
     to_json,
     write_json,
     write_text,
@@ -36,6 +38,7 @@ from .data import load_data
 from .gradient import GradientProbe
 from .judge import verdict_metrics
 from .labels import row_ids
+from .leaks import check_apart, seal
 from .metrics import image_iou
 from .model import Segmenter, load_model, load_weights, save_model
 from .pool import Ledger, Oracle, Pool, budget_schedule, mask_pixels, training_rows
@@ -120,6 +123,7 @@ class Experiment:
             val_share=config.val_share,
             binary=config.binary,
             options=config.data_options,
+            leaks=config.leaks,
         )
         baseline = config.mode == "baseline"
         amounts = (1.0, 1.0, 1.0) if baseline else (config.initial, config.increment, config.max_labelled)
@@ -139,8 +143,27 @@ class Experiment:
         if self.handler is not None and self.handler.needs_truth:
             self.handler.bind_truth(self._truth)
         self.rounds: list[Round] = []
+        self._seal()
         self._write_data_card()
         self._resume()
+
+    def _seal(self) -> None:
+        "Seal what may not be read: masks of the pool, other than through the oracle, and the test split until the end."
+        pool = "a mask of the pool. Pay for it with oracle.label, then read it from oracle.labelled"
+        test = "part of the test split. It is read once, after the last round"
+        self._test = self.data.test
+        closed = {"train": seal(self.data.train, ["mask"], pool), "test": seal(self._test, ["image", "mask"], test)}
+        self.data = replace(self.data, **closed)
+
+    def _check_validation(self) -> None:
+        "`LeakError` unless the validation images were paid for, all of them, and taught the model nothing."
+        used, paid = row_ids(self.data.val), self.ledger.val_images
+        if len(used) != paid:
+            raise LeakError(
+                f"{len(used)} validation images are read and {paid} were paid for: the budget would be too small. "
+                "Charge them with Ledger.pay_masks(..., validation=True), or start the run anew."
+            )
+        check_apart(used, [*self.pool.human, *self.pool.pseudo, *self.oracle.parts])
 
     def _make_handler(self) -> VLMHandler | None:
         "The judge of mode vlm."
@@ -164,7 +187,13 @@ class Experiment:
         sizes = {split: len(getattr(self.data, split)) for split in ("train", "val", "test")}
         palette = np.asarray(self.data.labels.palette)[: len(self.data.labels)]
         card = {"name": self.data.name, "sizes": sizes, "labels": self.data.labels.names, "palette": palette}
-        write_json(self.folder.path / "data.json", card)
+        path, paid = self.folder.path / "data.json", stable_hash(*sorted(row_ids(self.data.val))).hex()[:16]
+        if path.is_file() and read_json(path).get("validation", paid) != paid:
+            raise LeakError(
+                f"{self.folder.path} has paid for other validation images than the data now has: the data set has "
+                "changed since. Bring it back, or choose another output_dir."
+            )
+        write_json(path, {**card, "validation": paid})
 
     def _resume(self) -> None:
         "Rebuild pool and ledger from the rounds on disk; `RunError` if they do not belong to this pool or version."
@@ -172,6 +201,8 @@ class Experiment:
             try:
                 self._replay()
             except (ConfigError, DataError) as error:
+                if isinstance(error.__context__, OSError):  # the data cannot be read now
+                    raise
                 raise RunError(
                     f"the rounds in {self.folder.path} do not fit its data ({error}): put back a good copy of their "
                     "record.json, or choose another output_dir."
@@ -205,6 +236,7 @@ class Experiment:
         self.oracle.simulated = self.ledger.peeks > 0
         self.rounds = earlier[:-1]
         self._apply(earlier[-1])
+        self._drop_masks()
 
     def _apply(self, record: Round) -> None:
         "Let a round that is on disk take effect: pseudo-labels, paid masks."
@@ -297,10 +329,14 @@ class Experiment:
             with self.folder.write_round(index) as here:
                 record = self._work(index, here)
                 write_json(here / "record.json", asdict(record))
-            if index > 0:
-                shutil.rmtree(self.folder.round_path(index - 1) / "masks", ignore_errors=True)
             self._apply(record)
+            self._drop_masks()
         return record
+
+    def _drop_masks(self) -> None:
+        "Predicted masks are needed for one round only."
+        for record in self.rounds[:-1]:
+            shutil.rmtree(self.folder.round_path(record.index) / "masks", ignore_errors=True)
 
     def _work(self, index: int, here: Path) -> Round:
         "Train, evaluate, score, judge, choose."
@@ -310,6 +346,7 @@ class Experiment:
             start_ids = self._start_ids()
             self.oracle.label(start_ids)
             self.pool.add_human(start_ids)
+        self._check_validation()
         trained, history = self._train(index)
         if self.handler is not None and self.handler.needs_segmenter:
             self.handler.bind_segmenter(self.model, config.view)
@@ -407,6 +444,7 @@ class Experiment:
     def _certify(self, here: Path) -> dict[str, Any]:
         "Judge the validation images with this round's model, pay for it, and certify a threshold."
         assert self.handler is not None
+        self._check_validation()
         masks = MaskStore(here / "held_out", self.data.labels)
         score_pool(self.model, self.data.val, self.config.view, masks=masks, desc="predicting held-out masks")
         journal = self._journal(len(self.rounds), "held_out")
@@ -448,6 +486,9 @@ class Experiment:
         index: int,  # a whole round
     ) -> dict[str, Any]:  # metrics on the test split
         "Evaluate a round's model on the test split, once; later calls read the result."
+        if not self.finished:
+            raise LeakError("the test split is read once, after the last round: finish the run first.")
+        self.data = replace(self.data, test=self._test)  # the seal is broken
         path = self.folder.path / f"test_{index:03d}.json"
         if not path.is_file():
             load_weights(self.model, self.folder.round_path(index) / "model")

@@ -21,8 +21,10 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from .core import ConfigError, JudgeError, refuse_secrets, stable_hash
+from .core import ConfigError, JudgeError, stable_hash
+from .guards import refuse_secrets
 from .labels import short_error
+from .model import refuse_pickles
 from .train import pick_device
 
 # %% ../nbs/06ab_hf_model.ipynb #hf-words
@@ -85,6 +87,11 @@ def _checkpoint(name: str, what: str, load: Callable[[], Any]) -> Any:
         hint = " (pip install 'vlm_itl[vision]')" if "torchvision" in str(error).lower() else ""
         raise JudgeError(f"judge 'hf': the {what} of {name!r} needs a package{hint}: {short_error(error)}") from error
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"judge 'hf': {name!r} brings Python code of its own, which is not run. Read it; if you trust it, "
+                "allow it with model_options={'trust_remote_code': True}."
+            ) from error
         where = "" if _is_path(name) else "; it is neither in the local cache nor reachable on the Hub, or misspelt"
         wrong = where if isinstance(error, OSError) else ""
         raise JudgeError(f"judge 'hf': cannot load the {what} of {name!r}{wrong} ({short_error(error)})") from error
@@ -126,6 +133,10 @@ def load_vlm(
     if _is_path(name) and not (Path(place) / "config.json").is_file():
         found = "holds no config.json" if Path(place).is_dir() else "does not exist"
         raise ConfigError(f"judge 'hf': the model folder {name!r} {found}.")
+    for option, value in (("use_safetensors", True), ("weights_only", True)):
+        if options.setdefault(option, value) is not value:
+            raise ConfigError(f"judge 'hf': model_options: {option} is always {value}: a pickle may run code.")
+    refuse_pickles(place)
     where = pick_device(device)
     shared = {"revision": revision or "main", "trust_remote_code": options.pop("trust_remote_code", False)}
     config = _checkpoint(name, "configuration", lambda: transformers.AutoConfig.from_pretrained(place, **shared))

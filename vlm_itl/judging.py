@@ -10,7 +10,7 @@ __all__ = ['FREE_SETTINGS', 'GROUPS', 'JudgeConfig', 'make_judge_config', 'judge
 import importlib.metadata
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from vlm_itl.core import (
 )
 from .corruption import corruption_queries, folder_queries, truth_reader
 from .data import SegData, load_data
+from .guards import refuse_secrets
 from .judge import Ranking, gather_answers, rank_judges, report_card
 from vlm_itl.judge_figures import (
     plot_acceptance,
@@ -46,6 +47,7 @@ from vlm_itl.judge_figures import (
     plot_roc,
 )
 from .labels import DecodeRows, raw_rows, row_ids
+from .leaks import LEAKS
 from .model import Segmenter, load_model
 from .pool import FULL_MASK_SECONDS
 from .report import save_png
@@ -55,7 +57,14 @@ from .train import Inference, MaskStore, score_pool
 from .vlm import Judgement, JudgeQuery, VLMHandler, check_question, handler_options, make_handler
 
 # %% ../nbs/08a_judging.ipynb #judging-config
-FREE_SETTINGS = ("output_dir", "version", "cache", "max_calls", "max_usd")  # cannot change a number of the result
+FREE_SETTINGS = (
+    "output_dir",
+    "version",
+    "cache",
+    "max_calls",
+    "max_usd",
+    "leaks",
+)  # cannot change a number of the result
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class JudgeConfig:
     dataset: str = "scenes"  # "scenes", a VOCdevkit folder, an images/+masks/ folder, or a Hub id
     data_options: dict[str, Any] = field(default_factory=dict)  # options of the source
     binary: bool = False  # merge all classes into foreground
+    leaks: str = "refuse"  # a picture in two splits: refuse, warn, off
     split: str = "auto"  # train, val, test, or train+val; auto: all with a mask in a folder, else test
     masks: str = "corruption"  # corruption, model, or a folder of predicted masks
     model: str = ""  # a segmenter: makes the masks of "model", and its confidence is a free judge
@@ -93,8 +103,11 @@ class JudgeConfig:
 
     def __post_init__(self) -> None:
         "Raise `ConfigError` for impossible values."
+        for setting in fields(self):
+            refuse_secrets(setting.name, getattr(self, setting.name))
         handler_options(self.handler)
         check_question(self.question)
+        check_choice("leaks", self.leaks, LEAKS)
         for name in ("options", "data_options"):
             if not isinstance(getattr(self, name), dict):
                 raise ConfigError(f"{name} must be a dictionary, e.g. {{'name': value}}, not {getattr(self, name)!r}.")
@@ -273,7 +286,9 @@ def try_judge(
     "Ask a judge and what is free about masks with known truth; write judgements.jsonl, report.json and figures."
     with protected(judge_run_path(config), "the trial"):
         handlers = trial_judges(config)
-        data = load_data(config.dataset, seed=config.seed, binary=config.binary, options=config.data_options)
+        data = load_data(
+            config.dataset, seed=config.seed, binary=config.binary, options=config.data_options, leaks=config.leaks
+        )
         model = load_model(config.model, data.labels, seed=config.seed) if config.model else None
         settings = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
         run = RunFolder.open(judge_run_path(config), settings, free=FREE_SETTINGS)

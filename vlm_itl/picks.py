@@ -96,7 +96,7 @@ def plot_class_shares(
     for (i, j), value in np.ndenumerate(values.to_numpy()):
         strong = abs(np.log2(np.clip(value, 1 / 8, 8))) > 1.8
         axis.text(j, i, f"{value:.1f}", ha="center", va="center", fontsize=7, color="white" if strong else "black")
-    labels = [f"{name}\n{share:.1%}" for name, share in shares.loc["pool"].items()]
+    labels = [f"{name}\n{share:.1%}".replace("$", r"\$") for name, share in shares.loc["pool"].items()]
     axis.set_xticks(range(values.shape[1]), labels, rotation=60, ha="right", rotation_mode="anchor", fontsize=7)
     axis.set_yticks(range(len(values)), values.index, fontsize=8)
     axis.set_title("predicted classes of the picks, as multiples of the pool (share of the pool below)", fontsize=8)

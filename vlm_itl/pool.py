@@ -21,7 +21,7 @@ from PIL import Image
 
 from .core import ConfigError, DataError, check_number
 from .data import SegData
-from .labels import VOID, DecodeRows, make_rows, open_image, raw_rows, read_indices, row_ids
+from .labels import VOID, DecodeRows, open_image, raw_rows, read_indices, row_ids
 from .regions import Regions, count_clicks, region_id, region_label, split_region
 
 # %% ../nbs/07b_pool.ipynb #pool-ledger
@@ -143,6 +143,7 @@ class Oracle:
         self._rows = raw_rows(data.train)
         self.labels = data.labels
         self._decoded = data.train
+        self._truths = data.train.select_columns(["id", "mask"])  # to look at a mask, no photograph is decoded
         self._where = {image_id: i for i, image_id in enumerate(row_ids(data.train))}
         self.images: datasets.Dataset = data.train.remove_columns("mask")  # what everybody may see
         self.ledger = ledger
@@ -180,7 +181,7 @@ class Oracle:
         if partly:
             raise ConfigError(f"image {partly[0]!r} is paid for in part already: ask for its other regions.")
         rows = self.rows(ids)
-        clicks = sum(count_clicks(self._decoded[row]["mask"]) for row in rows)
+        clicks = sum(count_clicks(self._truths[row]["mask"]) for row in rows)
         self.ledger.pay_masks(mask_pixels(self._rows.select(rows)), clicks=clicks)
         self.paid.update(ids)
 
@@ -203,7 +204,7 @@ class Oracle:
 
     def _label_parts(self, image_id: str, found: Sequence[int], regions: Regions, kind: str) -> None:
         "Pay for regions of one image, in order."
-        cover, truth = regions.cover(image_id), self._decoded[self.rows([image_id])[0]]["mask"]
+        cover, truth = regions.cover(image_id), self._truths[self.rows([image_id])[0]]["mask"]
         asked = self.asked(image_id, regions)
         known = _from_png(self.parts[image_id]) if image_id in self.parts else np.full(truth.shape, VOID, np.uint8)
         for index in found:
@@ -249,7 +250,7 @@ class Oracle:
         "Read a truth without paying. Only simulated judges and measurements may; it marks the run as simulated."
         self.simulated = True
         self.ledger.peeks += 1
-        return self._decoded[self.rows([image_id])[0]]["mask"]
+        return self._truths[self.rows([image_id])[0]]["mask"]
 
 # %% ../nbs/07b_pool.ipynb #pool-pool
 @dataclass
@@ -277,8 +278,9 @@ class Pool:
         ids: Sequence[str],  # just paid
     ) -> None:
         "Record human labels; a human mask replaces a pseudo-label."
+        paid = set(ids)
         self.human += list(ids)
-        self.pseudo = {i: p for i, p in self.pseudo.items() if i not in set(ids)}
+        self.pseudo = {i: p for i, p in self.pseudo.items() if i not in paid}
 
     def set_pseudo(
         self,
@@ -307,10 +309,22 @@ def training_rows(
     ids = sorted({*pool.pseudo, *oracle.parts})
     if not ids:
         return human
-    images = raw_rows(oracle.images.select(oracle.rows(ids)))["image"][:]
-    more = make_rows(ids, images, [_mask_cell(image_id, pool, oracle, regions) for image_id in ids])
+    images = raw_rows(oracle.images.select(oracle.rows(ids))).select_columns(["id", "image"])
+    more = _beside(images, [_mask_cell(image_id, pool, oracle, regions) for image_id in ids])
     joined = datasets.concatenate_datasets([raw_rows(human).select_columns(more.column_names), more])
     return joined.with_transform(DecodeRows(oracle.labels))
+
+
+def _beside(images: datasets.Dataset, masks: Sequence[Any]) -> datasets.Dataset:
+    "Images with masks; what a data set holds of the photographs is not copied into memory."
+    table, chosen = images.data, images._indices
+    places = list(range(len(images))) if chosen is None else chosen.column(0).to_pylist()
+    cells: list[Any] = [None] * table.num_rows  # the table behind a selection is the whole data set
+    for place, cell in zip(places, masks, strict=True):
+        cells[place] = cell
+    column = datasets.Dataset.from_dict({"mask": cells}, datasets.Features({"mask": images.features["image"]}))
+    whole = datasets.Dataset(table, images.info, fingerprint=f"{images._fingerprint}-alone")
+    return datasets.concatenate_datasets([whole, column], axis=1).select(places)
 
 
 def _mask_cell(image_id: str, pool: Pool, oracle: Oracle, regions: Regions | None) -> Any:

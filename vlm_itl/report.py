@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Reader', 'JUDGE_RATES', 'COLORS', 'MARKERS', 'VERDICT_COLORS', 'ABSENT', 'VOID_COLOR', 'FREE_SETTINGS',
            'ARM_SETTINGS', 'AGAINST', 'SPLIT_STYLE', 'Run', 'read_run', 'list_runs', 'guarded', 'as_runs',
-           'round_table', 'aubc', 'metric_column', 'summary_table', 'make_figure', 'tidy_axes', 'need_rounds', 'recipe',
-           'group_runs', 'plot_learning_curve', 'plot_class_iou', 'gallery_items', 'plot_gallery', 'asked_items',
-           'plot_asked', 'plot_judge', 'save_png', 'save_figures']
+           'round_table', 'aubc', 'metric_column', 'summary_table', 'PlainFigure', 'make_figure', 'tidy_axes',
+           'need_rounds', 'recipe', 'group_runs', 'plot_learning_curve', 'plot_class_iou', 'gallery_items',
+           'plot_gallery', 'asked_items', 'plot_asked', 'plot_judge', 'save_png', 'save_figures']
 
 # %% ../nbs/07c_report.ipynb #report-imports
 import json
@@ -28,10 +28,12 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from .core import DataError, RunError, check_choice, from_json, read_json, resolve_path, write_bytes
+from .guards import inside, refuse_links
 from .labels import read_image, read_indices
 from .runfolder import RunFolder, checked_record, file_errors, readable
 
@@ -138,6 +140,7 @@ def read_run(
         raise RunError(f"{path} is no folder: give the output_dir of a run.")
     if not (folder / "config.json").is_file():
         raise RunError(f"{path} holds no run (no config.json): give the output_dir of a run.")
+    refuse_links(folder)
     found = [p for p in sorted(folder.glob("test_*.json")) if re.fullmatch("[0-9]{3,9}", p.stem[5:])]
     tests = {int(p.stem[5:]): read_json(p, dict) for p in found}
     summary = folder / "summary.json"
@@ -311,6 +314,17 @@ ABSENT = "#d0d0d0"  # classes that were not there
 VOID_COLOR = (224, 224, 192)  # pixels nobody is asked about; VOC's own (grey is its colour of cars)
 
 
+class PlainFigure(Figure):
+    "A figure in which every text is drawn as it is: a class called `$x_` starts no formula."
+
+    def draw(self, renderer: Any) -> None:
+        "Draw."
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        with plt.rc_context({"text.parse_math": False}):  # for tick labels that are made while drawing
+            super().draw(renderer)
+
+
 def make_figure(
     width: float,  # inches
     height: float,  # inches
@@ -319,7 +333,9 @@ def make_figure(
     **options: Any,  # of `plt.subplots`
 ) -> tuple[Figure, np.ndarray]:  # the figure, its axes (rows, columns)
     "A figure with axes that is closed already: shown once, where it is a cell's last value."
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False, **options)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), layout="constrained", squeeze=False, FigureClass=PlainFigure, **options
+    )
     plt.close(figure)
     return figure, axes
 
@@ -352,7 +368,7 @@ def need_rounds(run: Run) -> None:
 # settings that make no difference to what a run measures
 FREE_SETTINGS = (
     "seed", "output_dir", "log_with", "project", "num_workers", "keep_models", "version", "gallery", "device",
-    "test_every_round",
+    "test_every_round", "leaks",
 )  # fmt: skip
 # settings by which runs are compared; beside them all that start with "judge", "strategy" or "region"
 ARM_SETTINGS = (
@@ -601,7 +617,9 @@ def gallery_items(
         return []
     items = []
     for entry in read_json(wanted[0], list):
-        files = {kind: entry.get(kind) and wanted[0].parent / entry[kind] for kind in ("image", "truth", "prediction")}
+        files = {
+            kind: entry.get(kind) and inside(wanted[0].parent, entry[kind]) for kind in ("image", "truth", "prediction")
+        }
         items.append({**entry, **files})
     return items
 
@@ -707,7 +725,7 @@ def asked_items(
     run = as_runs(run)[0]
     found = {}
     for path in sorted(run.path.glob("round_*/asked/index.json")):
-        entries = [{**entry, "file": path.parent / entry["file"]} for entry in read_json(path, list)]
+        entries = [{**entry, "file": inside(path.parent, entry["file"])} for entry in read_json(path, list)]
         found[int(path.parent.parent.name.removeprefix("round_"))] = entries
     return found
 

@@ -12,6 +12,7 @@ import ast
 import base64
 import os
 import re
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from typing import Any
 
 import click
 import nbformat
+import psutil
 from papermill import PapermillExecutionError, execute_notebook
 from papermill.cli import papermill as papermill_command
 from papermill.inspection import display_notebook_help
 from tqdm.auto import tqdm
 
-from .core import ConfigError, VlmItlError, closest, project_root, resolve_path, show
+from .core import ConfigError, VlmItlError, closest, printable, project_root, resolve_path, show
+from .guards import refuse_secrets
+from .runfolder import on_signals
 from .settings import parse_yaml
 
 # %% ../nbs/10_run.ipynb #run-find
@@ -140,6 +144,8 @@ def check_parameters(
         listed = ", ".join(repr(name) for name in unknown)
         hints = "".join(closest(name, known) for name in unknown)
         raise ConfigError(f"the notebook has no parameter {listed}.{hints} It has: {', '.join(known)}.")
+    for name, value in given.items():
+        refuse_secrets(name, value)  # before it is shown, and written into the executed notebook
     return {name: typed_value(name, value, known[name]) for name, value in given.items()}
 
 # %% ../nbs/10_run.ipynb #run-output
@@ -168,6 +174,9 @@ def plan_output(
     return path
 
 # %% ../nbs/10_run.ipynb #run-live
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]")  # colours and moves of the cursor
+
+
 class LiveText:
     "A file-like object that shows whole lines above the progress bar as a notebook prints them."
 
@@ -178,7 +187,7 @@ class LiveText:
         "Show the finished lines of `text` and keep the unfinished one."
         *lines, self.rest = (self.rest + text).split("\n")
         for line in lines:
-            tqdm.write(line.rsplit("\r", 1)[-1])
+            tqdm.write(printable(_ESCAPES.sub("", line.rsplit("\r", 1)[-1])))
 
     def flush(self) -> None:
         "Nothing to do: a line is shown as soon as it ends."
@@ -205,6 +214,7 @@ class NotebookRun:
     notebook: Path  # the executed notebook
     run_folder: Path | None  # where its results lie, if it said so
     error: str | None  # None, or the last line of what went wrong
+    stopped: bool = False  # by Ctrl-C or SIGTERM
 
     def results(self) -> list[Path]:  # the summary and the pictures, as far as they exist
         "The files of the run folder that one looks at first."
@@ -212,6 +222,21 @@ class NotebookRun:
             return []
         summary = self.run_folder / "summary.json"
         return [path for path in (summary, *sorted(self.run_folder.glob("figures/*.png"))) if path.is_file()]
+
+
+class _PassOn:
+    "Hands a first Ctrl-C or SIGTERM to the kernel, which knows how to end a run; the second ends everything."
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def __call__(self, number: int, frame: Any) -> None:
+        kernels = [] if self.stopped else psutil.Process().children()
+        self.stopped = True
+        if not kernels:
+            raise KeyboardInterrupt
+        for kernel in kernels:
+            kernel.send_signal(signal.SIGINT)
 
 
 def run_notebook(
@@ -226,15 +251,20 @@ def run_notebook(
     target = plan_output(source, output)
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")  # ipykernel's debugger would warn on every start
     options.setdefault("extra_arguments", ["--log-level=CRITICAL"])  # and ipykernel about its local sockets
-    error = None
+    error: str | None = None
+    signals = _PassOn()
     try:
-        execute_notebook(source, target, checked, **options)
+        with on_signals(signals):
+            execute_notebook(source, target, checked, **options)
     except PapermillExecutionError as failure:
         reason = str(failure.evalue).strip().split("\n")[0]
-        error = f"cell {failure.cell_index + 1}: {failure.ename}: {reason}"
+        error = printable(f"cell {failure.cell_index + 1}: {failure.ename}: {reason}")
     except Exception as failure:  # a kernel that died, was not found, or took too long: each library has its own error
         error = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
-    return NotebookRun(target, printed_run_folder(target) if target.is_file() else None, error)
+    except KeyboardInterrupt:
+        error = "stopped before the notebook ran"
+    folder = printed_run_folder(target) if target.is_file() else None
+    return NotebookRun(target, folder, error, signals.stopped and error is not None)
 
 # %% ../nbs/10_run.ipynb #run-options
 OPTIONS = [
@@ -311,6 +341,10 @@ def _run_command(notebook: str | None, output: str | None, **options: Any) -> in
             click.echo(f"{label:<18} {shown(path)}")
     for path in result.results():
         click.echo(f"{'':<18} {shown(path)}")
+    if result.stopped:
+        said = str(result.error).partition("Stopped: ")[2] or "stopped; the executed notebook keeps what was done."
+        click.echo(f"vlm_itl_run: {said}", err=True)
+        return 130
     if result.error is not None:
         click.echo(f"vlm_itl_run: the notebook failed in {result.error}", err=True)
     return 0 if result.error is None else 1

@@ -24,7 +24,19 @@ import filelock
 import torch
 from safetensors import SafetensorError
 
-from .core import RunError, VlmItlError, from_json, plain, read_json, show, to_json, write_json, write_text
+from vlm_itl.core import (
+    DataError,
+    RunError,
+    VlmItlError,
+    from_json,
+    plain,
+    read_json,
+    show,
+    to_json,
+    write_json,
+    write_text,
+)
+from .guards import refuse_links
 
 # %% ../nbs/00c_runfolder.ipynb #runfolder-faults
 class Stopped(KeyboardInterrupt):
@@ -53,13 +65,8 @@ def _interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-_NO_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "bad_alloc",
-    "killed by signal: killed",
-)
+_NO_MEMORY = ("out of memory", "t allocate memory", "bad_alloc", "by signal: killed", "exited unexpectedly")
+_NO_WRITE = ("PytorchStreamWriter", "failed writing file")  # torch says so, and not why
 
 
 def no_memory(
@@ -75,7 +82,7 @@ def _explained(error: Exception, doing: str, more: str) -> RunError:
     "One line for a fault of the machine."
     if no_memory(error):
         hint = "Free some and go on, or start a new run with a smaller batch_size, eval_batch_size or image_size."
-        return RunError(f"memory ran out while {doing}. {hint} {more}".strip())
+        return RunError(f"memory ran out during {doing}. {hint} {more}".strip())
     said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
     return RunError(f"{doing} failed ({' '.join(said.split())[:300]}). {more}".strip())
 
@@ -113,7 +120,7 @@ def file_errors(
     except (OSError, MemoryError, SafetensorError) as error:
         raise _explained(error, doing, more) from error
     except RuntimeError as error:
-        if not no_memory(error):
+        if not no_memory(error) and not any(said in str(error) for said in _NO_WRITE):
             raise
         raise _explained(error, doing, more) from error
 
@@ -128,6 +135,11 @@ def protected(
     try:
         with file_errors(doing, more), on_signals(_interrupt, [signal.SIGTERM]):
             yield
+    except (RunError, DataError) as error:  # a file that cannot be written or read
+        started = (folder / "config.json").is_file()
+        if not started or more in str(error) or not isinstance(error.__cause__ or error.__context__, OSError):
+            raise
+        raise type(error)(f"{error} {more}") from error
     except Stopped:
         raise
     except KeyboardInterrupt:
@@ -309,12 +321,15 @@ class RunFolder:
             raise RunError(
                 f"cannot create the run folder {path}: {error.strerror}. Choose another output_dir."
             ) from error
+        with file_errors(f"reading {path}"):
+            refuse_links(run.path)
         if known:  # told before the lock is taken: a folder of another run is not touched
             run._check_same(config, free, plain(dict(defaults or {})))
         run._lock = _take_lock(run.path)
         if not (run.path / "config.json").is_file():
             write_json(run.path / "config.json", config)
         run._drop_leftovers()
+        run.write_index()
         with file_errors(f"writing into {path}"):
             run.figures.mkdir(exist_ok=True)
         return run
@@ -425,5 +440,7 @@ class RunFolder:
         self.write_index()
 
     def write_index(self) -> None:
-        "Rewrite `rounds.jsonl` from the round folders."
-        write_text(self.path / "rounds.jsonl", "".join(to_json(r) + "\n" for r in self.rounds()))
+        "Rewrite `rounds.jsonl` from the round folders, where it differs."
+        path, text = self.path / "rounds.jsonl", "".join(to_json(record) + "\n" for record in self.rounds())
+        if text and not (path.is_file() and path.read_bytes() == text.encode()):
+            write_text(path, text)

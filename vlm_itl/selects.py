@@ -385,21 +385,24 @@ def _class_stratified(view: PoolView, values: np.ndarray, k: int, score: str, pr
     holds = (histogram > 0) & (histogram >= present * total)  # (N, C)
     order = gumbel_topk("power", values, len(values), beta, view.rng) if beta else np.argsort(-values, kind="stable")
     images = holds.sum(0)  # of each class
+    queues = [order[column] for column in holds[order].T]  # of each class, the most unsure image first
+    heads = np.zeros(len(queues), dtype=int)
     chosen = np.zeros(len(images), dtype=int)
     free = np.ones(len(values), dtype=bool)
     picks: Picks = []
-    while len(picks) < k:
-        left = (holds & free[:, None]).any(0)
-        if left.any():
-            turn = min(np.flatnonzero(left), key=lambda c: (chosen[c], images[c], c))
-            pick = int(next(i for i in order if free[i] and holds[i, turn]))
-            reason = f"{score} {values[pick]:.3f}, for class {turn}, which {chosen[turn]} chosen images hold"
-        else:
-            pick = int(next(i for i in order if free[i]))
-            reason = f"{score} {values[pick]:.3f}, no class is predicted"
-        picks.append((pick, reason))
-        free[pick] = False
-        chosen += holds[pick]
+    for first in order:
+        while free[first] and len(picks) < k:  # until the first image in order is taken, for whichever class
+            for c, queue in enumerate(queues):
+                while heads[c] < len(queue) and not free[queue[heads[c]]]:
+                    heads[c] += 1
+            left = [c for c, queue in enumerate(queues) if heads[c] < len(queue)]
+            turn = min(left, key=lambda c: (chosen[c], images[c], c), default=-1)
+            pick = int(queues[turn][heads[turn]] if left else first)
+            score_of = f"{score} {values[pick]:.3f}"
+            many = f"for class {turn}, which {chosen[turn]} chosen images hold"
+            picks.append((pick, f"{score_of}, {many if left else 'no class is predicted'}"))
+            free[pick] = False
+            chosen += holds[pick]
     return picks
 
 # %% ../nbs/05a_selects.ipynb #selects-all

@@ -31,7 +31,9 @@ from vlm_itl.core import (
     to_json,
 )
 from .ensemble import EnsembleHandler  # noqa: F401
+from .guards import refuse_secrets
 from .hf_judge import HFJudge  # noqa: F401
+from .leaks import LEAKS
 from .openai_judge import OpenAIHandler  # noqa: F401
 from .pool import FULL_MASK_SECONDS
 from .regions import REGION_LABELS, REGIONS
@@ -156,7 +158,7 @@ ACCEPTANCES = ("verdict", "threshold", "certified")
 KEEP_MODELS = ("last", "all", "none")
 COLD_STARTS = ("random", "typiclust", "probcover", "coreset")
 # settings that cannot change a number of the run
-FREE_SETTINGS = ("log_with", "project", "output_dir", "num_workers", "save_every", "keep_models", "version")
+FREE_SETTINGS = ("log_with", "project", "output_dir", "num_workers", "save_every", "keep_models", "version", "leaks")
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ class Config:
     data_options: dict[str, Any] = field(default_factory=dict)  # options of the source, e.g. {"n_train": 200}
     binary: bool = False  # merge all classes into foreground
     val_share: float | int = 0.1  # validation carved from train: share, or whole number of images
+    leaks: str = "refuse"  # a picture in two splits: refuse, warn, off
     model: str = "segformer-nano"  # built-in name, local folder, or Hub id
     model_options: dict[str, Any] = field(default_factory=dict)  # e.g. {"output_stride": 16}
     strategy: str = "entropy"  # score-aggregate-select, or a short name
@@ -226,8 +229,11 @@ class Config:
 
     def __post_init__(self) -> None:
         "Raise `ConfigError` for impossible values."
+        for setting in fields(self):
+            refuse_secrets(setting.name, getattr(self, setting.name))
         check_choice("mode", self.mode, MODES)
         check_choice("policy", self.policy, POLICIES)
+        check_choice("leaks", self.leaks, LEAKS)
         check_choice("acceptance", self.acceptance, ACCEPTANCES)
         check_choice("keep_models", self.keep_models, KEEP_MODELS)
         check_choice("resize", self.resize, ("keep", "stretch"))

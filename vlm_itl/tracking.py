@@ -28,34 +28,8 @@ import numpy as np
 from PIL import Image
 
 from .core import ConfigError, check_choice, plain, read_json, stable_hash, to_json, write_text
+from .guards import hide_secrets, inside, markdown_cell, names_secret
 from .labels import VOID, open_image
-
-# %% ../nbs/07a_tracking.ipynb #tracking-secret
-_SECRET_ENDINGS = ("apikey", "token", "secret", "password", "passwd", "passphrase", "credential", "authorization")
-_SECRET_WORDS = {"key", "pwd", "auth", "bearer", "cookie"}  # whole words only: a class may be called "monkey"
-_SECRET_FORMS = [
-    (re.compile(r"(?<=://)[^/\s@]+(?=@)"), "***"),  # https://user:password@host
-    (re.compile(r"\b(?:sk|hf|gh[pousr]|xox[abprs])[-_][A-Za-z0-9_-]{16,}"), "***"),
-    (re.compile(r"\bAIza[A-Za-z0-9_-]{30,}"), "***"),
-    (re.compile(r"(?i)(\bbearer\s+)[A-Za-z0-9._~+/=-]{8,}"), r"\1***"),
-    (re.compile(r"""(?i)((?:key|token|secret|password)(?:=|["']\s*:\s*["']))[^\s"'&,;}]+"""), r"\1***"),
-]
-
-
-def _names_secret(name: str) -> bool:
-    "Whether a setting or an environment variable of this name would hold a secret."
-    words = [w.lower().removesuffix("s") for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
-    return any(w in _SECRET_WORDS or w.endswith(_SECRET_ENDINGS) for w in words)
-
-
-def _scrub(text: str) -> str:
-    "Blank what looks like a secret inside a text."
-    for name, value in os.environ.items():
-        if len(value) >= 8 and _names_secret(name):
-            text = text.replace(value, "***")
-    for form, blank in _SECRET_FORMS:
-        text = form.sub(blank, text)
-    return text
 
 # %% ../nbs/07a_tracking.ipynb #tracking-public
 def public_config(
@@ -69,14 +43,14 @@ def public_config(
         if isinstance(value, (list, tuple)):
             return [clean(v) for v in value]
         if isinstance(value, (str, bytes, Path)):
-            return _scrub(str(value))
+            return hide_secrets(str(value))
         try:
             return plain(value)
         except TypeError:
-            return _scrub(str(value))
+            return hide_secrets(str(value))
 
     def drop(name: str, value: Any) -> bool:
-        return _names_secret(name) and not (value is None or isinstance(value, (bool, int, float)))
+        return names_secret(name) and not (value is None or isinstance(value, (bool, int, float)))
 
     return clean(config)
 
@@ -158,7 +132,7 @@ def read_gallery(
         for kind in ("image", "prediction", "truth"):
             if not entry.get(kind):
                 continue
-            with open_image(folder / entry[kind]) as opened:
+            with open_image(inside(folder, entry[kind])) as opened:
                 picture = opened.convert("RGB") if kind == "image" else opened.copy()
             if kind == "image":  # comes first; the masks follow its size
                 share = min(1.0, side / max(picture.size))
@@ -244,7 +218,7 @@ class Tracker:
         "Say it once; the run folder has it all anyway."
         if not self._warned:
             self._warned = True
-            reason = _scrub(" ".join(str(error).split()))[:300]
+            reason = hide_secrets(" ".join(str(error).split()))[:300]
             text = f"{self.name}: {what} ({type(error).__name__}: {reason})."
             warnings.warn(f"{text} The experiment goes on; its run folder is complete.", RuntimeWarning, stacklevel=3)
 
@@ -530,7 +504,8 @@ class TensorboardTracker(Tracker):
         if self._writer is None or step <= self._last:
             self.close()
             self._writer = SummaryWriter(str(self.run_dir / "tensorboard" / "rounds"), purge_step=step)
-            self._writer.add_text("config", f"```json\n{to_json(self.config, indent=1)}\n```", step)
+            shown = to_json(self.config, indent=1).replace("`", r"\u0060")  # the fence stays closed
+            self._writer.add_text("config", f"```json\n{shown}\n```", step)
         self._last = step
         return self._writer
 
@@ -548,7 +523,7 @@ class TensorboardTracker(Tracker):
             writer.add_image(tag, panel(sample), step, dataformats="HWC")
         if judged:
             lines = ["| id | verdict | p_yes | IoU |", "|---|---|---|---|"]
-            lines += [f"| {s.id} | {s.verdict} | {s.p_yes} | {s.iou} |" for s in judged]
+            lines += [f"| {markdown_cell(s.id)} | {markdown_cell(s.verdict)} | {s.p_yes} | {s.iou} |" for s in judged]
             writer.add_text("judge/table", "\n".join(lines), step)
         writer.flush()
 

@@ -48,6 +48,7 @@ from vlm_itl.core import (
     stable_hash,
     to_json,
 )
+from .guards import inside
 from .labels import LabelSpace, read_indices, row_ids
 from .metrics import ConfusionMatrix
 from vlm_itl.model import (
@@ -572,8 +573,8 @@ class MaskStore:
         self.folder, self.labels = Path(folder), labels
 
     def path(self, image_id: str) -> Path:
-        "Where the mask of an image is."
-        return self.folder / f"{image_id}.png"
+        "Where the mask of an image is; `RunError` for an id that leads out of the folder."
+        return inside(self.folder, f"{image_id}.png")
 
     def write(
         self,

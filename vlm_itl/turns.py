@@ -51,7 +51,8 @@ class Journal:
         for line in self.path.read_text().splitlines() if self.path.is_file() else []:
             try:
                 entry = json.loads(line)
-                self.known[entry.pop("key")] = Judgement(**entry)
+                key = entry.pop("key")
+                self.known[key] = Judgement(**entry)
             except (ValueError, TypeError, KeyError, AttributeError):  # the last line of a killed process, cut short
                 continue
 
@@ -102,9 +103,7 @@ def _ask_once(handler: VLMHandler, queries: Sequence[JudgeQuery], journal: Journ
     answers = dict(zip(fresh, handler.judge(fresh.values()), strict=True))
     for key, judgement in answers.items():
         if judgement.error is not None:
-            fresh[
-                key
-            ].picture()  # that a file is gone must not pass for a doubt
+            fresh[key].picture()  # that a file is gone must not pass for a doubt
     if journal is not None and answers:
         journal.add(answers)
     return [(answers.get(key) or known[key]) for key in keys]

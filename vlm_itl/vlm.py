@@ -25,6 +25,7 @@ from vlm_itl.core import (
     ConfigError,
     DataError,
     JudgeError,
+    LeakError,
     check_choice,
     check_number,
     closest,
@@ -424,7 +425,7 @@ class VLMHandler(ABC):
             found = self._judge_batch(batch)
             if len(found) != len(batch) or not all(isinstance(answer, Judgement) for answer in found):
                 raise JudgeError(f"judge {self.name!r} must return one Judgement per query, in order.")
-        except JudgeError:
+        except (JudgeError, LeakError):
             raise
         except Exception as error:  # whatever a model, a server or an image file may do
             if len(batch) > 1:
