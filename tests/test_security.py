@@ -216,7 +216,7 @@ def test_no_pickle_and_no_script_is_read_from_a_data_folder(tmp_path: Path) -> N
         (tmp_path / "disk" / name).write_bytes(
             SCRIPT.format(str(marker)).encode() if name.endswith(".py") else pickle.dumps(Bomb(marker))
         )
-    assert len(load_data(str(tmp_path / "disk"), val_share=1, options={"classes": ["a", "b"]}).train) == 3
+    assert len(load_data(str(tmp_path / "disk"), val_share=1, leaks="off", options={"classes": ["a", "b"]}).train) == 3
     script = tmp_path / "script"
     script.mkdir()
     (script / "script.py").write_text(SCRIPT.format(str(marker)))
