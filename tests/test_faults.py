@@ -114,9 +114,9 @@ def test_no_file_above_a_size(limit: int, scenes: Path, tmp_path: Path, undistur
 
 @pytest.fixture
 def small_disk() -> Iterator[Path]:
-    """A real file system of 12 MB."""
+    """A real file system of 60 MB."""
     folder = Path(tempfile.mkdtemp())
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         folder.rmdir()
         pytest.skip("may not mount a small file system here")
@@ -144,8 +144,8 @@ def test_small_disk(small_disk: Path, scenes: Path, undisturbed: dict[str, Any])
 
     code, said = in_child(work)
     check_line(code, said)
-    hog.unlink()
-    subprocess.run(["mount", "-o", "remount,size=100m", str(small_disk)], check=True)
+    hog.unlink()  # fails if the run never came so far
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
     list(run_al(config))
     found = content(small_disk / "run")
     assert found["rounds.jsonl"] == undisturbed["rounds.jsonl"]

@@ -66,7 +66,8 @@ def _interrupt(number: int, frame: Any) -> None:
 
 
 _NO_MEMORY = ("out of memory", "t allocate memory", "bad_alloc", "by signal: killed", "exited unexpectedly")
-_NO_WRITE = ("PytorchStreamWriter", "failed writing file")  # torch says so, and not why
+_LOST = ("no such file", "broken file", "not a readable image")  # from a data worker, where the cause is lost
+_NO_WRITE = ("PytorchStreamWriter", "inline_container", "failed writing file")  # torch does not say why
 
 
 def no_memory(
@@ -83,6 +84,8 @@ def _explained(error: Exception, doing: str, more: str) -> RunError:
     if no_memory(error):
         hint = "Free some and go on, or start a new run with a smaller batch_size, eval_batch_size or image_size."
         return RunError(f"memory ran out during {doing}. {hint} {more}".strip())
+    if any(said in str(error) for said in _NO_WRITE):
+        return RunError(f"a file could not be written during {doing}: is the disk full? {more}".strip())
     said = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.filename else str(error)
     return RunError(f"{doing} failed ({' '.join(said.split())[:300]}). {more}".strip())
 
@@ -136,8 +139,8 @@ def protected(
         with file_errors(doing, more), on_signals(_interrupt, [signal.SIGTERM]):
             yield
     except (RunError, DataError) as error:  # a file that cannot be written or read
-        started = (folder / "config.json").is_file()
-        if not started or more in str(error) or not isinstance(error.__cause__ or error.__context__, OSError):
+        lost = isinstance(error.__cause__ or error.__context__, OSError) or any(s in str(error) for s in _LOST)
+        if not lost or more in str(error) or not (folder / "config.json").is_file():
             raise
         raise type(error)(f"{error} {more}") from error
     except Stopped:
@@ -203,7 +206,7 @@ def _take_lock(path: Path) -> _Lock:
         lock = None
     except OSError as error:
         raise RunError(
-            f"cannot write into the run folder {path}: {error.strerror}. Choose another output_dir."
+            f"cannot write into the run folder {path}: {error.strerror}. Make it writable, or choose another one."
         ) from error
     held = _HELD[str(folder)] = _Lock(folder, path, lock)
     return held
