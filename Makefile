@@ -3,6 +3,7 @@
 # make lint    ruff on notebooks and tests, mypy on the library
 # make sync    write vlm_itl/*.py, cleaned notebooks and README.md anew from the notebooks (make export: only the modules)
 # make check   what CI runs: in sync, lint, test
+# make audit   ask for known holes in the pinned dependencies (needs a network); make trust: break things on purpose, half an hour
 # make clean   remove caches; make distclean: .venv as well. Neither touches runs/
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer), VENV=... the folder of the environment,
@@ -22,7 +23,7 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 SUM := $(shell { echo '$(CURDIR)'; cat $(INPUTS); } | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(SUM)
 
-.PHONY: help setup demo test test-all export sync check-sync lint check clean distclean hooks
+.PHONY: help setup demo test test-all audit trust export sync check-sync lint check clean distclean hooks
 .DEFAULT_GOAL := help
 
 help:
@@ -72,6 +73,13 @@ lint: $(STAMP)
 
 check:
 	@.ci/run
+
+audit: $(STAMP)
+	@PATH="$(BIN):$$PATH" tools/audit.sh
+
+# The tests of the guarantees, slow ones too; their figures go to results/trust.json.
+trust: $(STAMP)
+	@OMP_NUM_THREADS=1 VLM_ITL_PROGRESS=0 HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=agg $(BIN)/python tools/trust.py
 
 # Once a clone: notebooks are cleaned when Jupyter saves them, and git merges them cell by cell.
 hooks: $(STAMP)

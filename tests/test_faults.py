@@ -47,8 +47,10 @@ def check_line(code: int, said: str, *wanted: str) -> None:
         assert words in said, said
 
 
-def writes_of_a_run(scenes: Path, out: Path) -> int:
+@pytest.fixture(scope="module")
+def total_writes(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> int:
     """How often a run opens a file of its folder for writing."""
+    out = tmp_path_factory.mktemp("counted") / "run"
 
     def work() -> None:
         opened: list[int] = []
@@ -56,7 +58,9 @@ def writes_of_a_run(scenes: Path, out: Path) -> int:
         list(run_al(settings(scenes, out)))
         raise RuntimeError(str(len(opened)))
 
-    return int(in_child(work)[1].split(": ")[1])
+    total = int(in_child(work)[1].split(": ")[1])
+    assert total > 60
+    return total
 
 
 def failing_write(scenes: Path, out: Path, number: int, undisturbed: dict[str, Any]) -> None:
@@ -73,30 +77,29 @@ def failing_write(scenes: Path, out: Path, number: int, undisturbed: dict[str, A
     assert content(out) == undisturbed
 
 
-SAMPLED = 12
+SAMPLED = 5
 
 
 @pytest.mark.parametrize("part", range(SAMPLED))
-def test_full_disk_at_any_write(part: int, scenes: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+def test_full_disk_at_any_write(
+    part: int, total_writes: int, scenes: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
     """Writes over the whole run, evenly chosen; the slow test tries every one."""
-    total = writes_of_a_run(scenes, tmp_path / "counted")
-    assert total > 60
-    failing_write(scenes, tmp_path / "run", 1 + part * (total - 1) // (SAMPLED - 1), undisturbed)
+    failing_write(scenes, tmp_path / "run", 1 + part * (total_writes - 1) // (SAMPLED - 1), undisturbed)
 
 
 @pytest.mark.slow
 def test_full_disk_at_every_write(
-    scenes: Path, tmp_path: Path, undisturbed: dict[str, Any], record_property: Any
+    total_writes: int, scenes: Path, tmp_path: Path, undisturbed: dict[str, Any], record_property: Any
 ) -> None:
     """Every single write of a run."""
-    total = writes_of_a_run(scenes, tmp_path / "counted")
-    record_property("trust.failing_writes", total)
-    for number in range(1, total + 1):
+    record_property("trust.failing_writes", total_writes)
+    for number in range(1, total_writes + 1):
         failing_write(scenes, tmp_path / f"run{number}", number, undisturbed)
         shutil.rmtree(tmp_path / f"run{number}")
 
 
-@pytest.mark.parametrize("limit", [0, 300, 20_000, 1_000_000, 4_000_000])
+@pytest.mark.parametrize("limit", [0, 20_000, 4_000_000])
 def test_no_file_above_a_size(limit: int, scenes: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """The kernel refuses bytes (RLIMIT_FSIZE), so writers in C++ and Rust fail as well: weights and optimizers."""
     config = settings(scenes, tmp_path / "run")
@@ -201,8 +204,9 @@ WHERE: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize(
+    ("where", "workers"), [("training", 2), ("scoring", 0), ("scoring", 2), ("judging", 0), ("final evaluation", 0)]
+)
 def test_vanished_data(where: str, workers: int, scenes: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """The data folder is unmounted in the middle, also under data workers: the line names the file."""
     data = tmp_path / "voc"
@@ -259,8 +263,9 @@ def too_much_python() -> None:
     bytearray(2**62)
 
 
-@pytest.mark.parametrize("ask", [too_much, too_much_python])
-@pytest.mark.parametrize("where", ["training", "scoring", "final evaluation"])
+@pytest.mark.parametrize(
+    ("where", "ask"), [("training", too_much), ("scoring", too_much_python), ("final evaluation", too_much)]
+)
 def test_out_of_memory(ask: Any, where: str, scenes: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """Real failures of the allocators."""
     config = settings(scenes, tmp_path / "run")
@@ -287,7 +292,7 @@ def test_killed_data_worker(scenes: Path, tmp_path: Path, undisturbed: dict[str,
     assert content(tmp_path / "run")["rounds.jsonl"] == undisturbed["rounds.jsonl"]
 
 
-@pytest.mark.parametrize("number", [1, 3, 6])
+@pytest.mark.parametrize("number", [1, 6])
 def test_trial_on_a_full_disk(number: int, scenes: Path, tmp_path: Path) -> None:
     """The judge's trial: the same guards."""
     out = tmp_path / "trial"

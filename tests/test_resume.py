@@ -130,7 +130,20 @@ POINTS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+SLOW = (  # not in every run of the tests
+    "data card",
+    "training, last step of round 1",
+    "in a checkpoint",
+    "end of training not yet marked",
+    "validating",
+    "writing judgements",
+    "saving the model",
+    "dropping the work of a round",
+    "summary",
+)
+
+
+@pytest.mark.parametrize("point", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in POINTS])
 def test_killed_at(point: str, scenes: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     """SIGKILL at each of these points, then the same command again: the same files, bit for bit."""
     config = settings(scenes, tmp_path / "run")
@@ -273,8 +286,15 @@ def test_trial_resumes(scenes: Path, tmp_path: Path) -> None:
     assert found.report["cost"]["mock"]["calls"] == 0 and found.report["cost"]["mock"]["from_cache"] > 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", ["training", "scoring", "final evaluation"])
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("training", signal.SIGINT),
+        ("training", signal.SIGTERM),
+        ("scoring", signal.SIGINT),
+        ("final evaluation", signal.SIGTERM),
+    ],
+)
 def test_signals_end_in_good_order(
     where: str, number: int, scenes: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
@@ -382,7 +402,9 @@ def test_damaged_round_is_not_dropped(scenes: Path, tmp_path: Path) -> None:
     assert after == {k: v for k, v in before.items() if not k.startswith(".owner")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_the_command_is_stopped_and_goes_on(
     number: int, scenes: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:
