@@ -1,4 +1,4 @@
-"""Run the tests of the guarantees, write their figures to results/trust.json: `python tools/trust.py` (half an hour)."""
+"""Run the tests of the guarantees, write their figures to results/trust.json: `python tools/trust.py`, half an hour."""
 
 import datetime
 import subprocess
