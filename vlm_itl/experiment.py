@@ -188,7 +188,7 @@ class Experiment:
         palette = np.asarray(self.data.labels.palette)[: len(self.data.labels)]
         card = {"name": self.data.name, "sizes": sizes, "labels": self.data.labels.names, "palette": palette}
         path, paid = self.folder.path / "data.json", stable_hash(*sorted(row_ids(self.data.val))).hex()[:16]
-        if path.is_file() and read_json(path).get("validation", paid) != paid:
+        if path.is_file() and read_json(path, dict).get("validation", paid) != paid:
             raise LeakError(
                 f"{self.folder.path} has paid for other validation images than the data now has: the data set has "
                 "changed since. Bring it back, or choose another output_dir."
@@ -200,6 +200,7 @@ class Experiment:
         with readable(self.folder.path):
             try:
                 self._replay()
+                self.folder.write_index()  # a process that died right after its last round had no time to
             except (ConfigError, DataError) as error:
                 if isinstance(error.__context__, OSError):  # the data cannot be read now
                     raise

@@ -332,7 +332,6 @@ class RunFolder:
         if not (run.path / "config.json").is_file():
             write_json(run.path / "config.json", config)
         run._drop_leftovers()
-        run.write_index()
         with file_errors(f"writing into {path}"):
             run.figures.mkdir(exist_ok=True)
         return run
