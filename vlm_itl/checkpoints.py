@@ -6,7 +6,9 @@
 __all__ = ['EVERY_S', 'RunningLoss', 'Checkpoints']
 
 # %% ../nbs/03a_checkpoints.ipynb #checkpoints-imports
+import os
 import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -72,7 +74,7 @@ class Checkpoints(TrainerCallback):
         loss: RunningLoss | None = None,  # kept beside the checkpoints
     ):
         self.folder, self.made, self.every, self.loss = Path(folder), made, every, loss or RunningLoss()
-        self.stop = False  # asked to
+        self.stop, self._pid = False, os.getpid()  # asked to stop; who may be asked
         self._last = time.monotonic()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -127,6 +129,10 @@ class Checkpoints(TrainerCallback):
 
     def ask_to_stop(self, number: int = 0, frame: Any = None) -> None:
         "Handles a signal: finish the step, write a checkpoint, stop. The second time, stop at once."
+        if os.getpid() != self._pid:  # a data worker, which inherits this: Ctrl-C is its parent's business
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         if self.stop:
             raise KeyboardInterrupt
         self.stop = True

@@ -155,11 +155,12 @@ def looks_file(
     return root / "looks-1.sqlite"
 
 
-def _recall(path: Path, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-    "The looks on disk, as far as they are there."
-    found: dict[bytes, np.ndarray] = {}
+def _recall(path: Path, first: Mapping[bytes, int], looks: np.ndarray) -> set[bytes]:
+    "Put the looks that are on disk into their rows; whose they were."
+    found: set[bytes] = set()
     if not path.is_file():
         return found
+    keys = list(first)
     try:
         with closing(sqlite3.connect(path, timeout=10)) as base:
             for start in range(0, len(keys), 500):
@@ -167,19 +168,20 @@ def _recall(path: Path, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
                 marks = ",".join("?" * len(some))
                 for key, blob in base.execute(f"select key, look from looks where key in ({marks})", some):
                     if isinstance(blob, bytes) and len(blob) == LOOK.itemsize:
-                        found[key] = np.frombuffer(blob, LOOK)[0]
+                        looks[first[key]] = np.frombuffer(blob, LOOK)[0]
+                        found.add(key)
     except sqlite3.Error as error:
         warnings.warn(f"{path}: looks at pictures are not readable ({error}); delete the file.", stacklevel=2)
     return found
 
 
-def _remember(path: Path, looks: Mapping[bytes, np.ndarray]) -> None:
+def _remember(path: Path, looks: Iterable[tuple[bytes, np.ndarray]]) -> None:
     "Write looks; a failure costs the next run its time."
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(path, timeout=10)) as base, base:
             base.execute("create table if not exists looks (key blob primary key, look blob)")
-            base.executemany("insert or replace into looks values (?, ?)", [(k, v.tobytes()) for k, v in looks.items()])
+            base.executemany("insert or replace into looks values (?, ?)", ((k, v.tobytes()) for k, v in looks))
     except (sqlite3.Error, OSError) as error:
         warnings.warn(
             f"{path}: looks at pictures cannot be remembered ({error}); the next run looks again.", stacklevel=2
@@ -214,21 +216,26 @@ def look_over(
     "A look at every image of a split. Files that are missing or broken stay unread here."
     path = looks_file(cache_dir)
     keys = [_key(*cell) for cell in _cells(rows)]
-    known = _recall(path, [key for key in dict.fromkeys(keys) if key])
-    looks, fresh = np.zeros(len(keys), LOOK), {}
+    first: dict[bytes, int] = {}  # where a picture stands for the first time
+    for row, key in enumerate(keys):
+        if key:
+            first.setdefault(key, row)
+    looks = np.zeros(len(keys), LOOK)  # the only place where looks are kept: there may be many
+    known, fresh = _recall(path, first, looks), []
     missing = sum(key not in known for key in keys)
     cells = _cells(rows) if missing else iter([(None, None)] * len(keys))
     with progress(desc=f"looking for copies ({what})", total=missing, unit="image") as bar:
         for row, (key, (place, data)) in enumerate(zip(keys, cells, strict=True)):
             if key in known:
-                looks[row] = known[key]
+                looks[row] = looks[first[key]]
             elif key:
                 looks[row] = take_look(Path(place or "").read_bytes() if data is None else data.to_pybytes())
                 if looks[row]["readable"]:
-                    known[key] = fresh[key] = looks[row].copy()
+                    known.add(key)
+                    fresh.append(row)
                 bar.update()
     if fresh:
-        _remember(path, fresh)
+        _remember(path, ((keys[row], looks[row]) for row in fresh))
     return looks, missing
 
 # %% ../nbs/00d_leaks.ipynb #leaks-check

@@ -100,6 +100,16 @@ def _softrank(view: PoolView, values: np.ndarray, k: int, score: str, beta: floa
 MANY_CLUSTERS = 50  # above, k-means looks at batches of points
 
 
+def _distinct(points: np.ndarray, most: int) -> int:
+    "How many different points there are, counted up to `most`; sorting them all would copy them all."
+    seen: set[bytes] = set()
+    for point in points:
+        seen.add((point + 0.0).tobytes())  # -0.0 is 0.0
+        if len(seen) >= most:
+            break
+    return len(seen)
+
+
 def cluster(
     points: np.ndarray,  # (N, D) features
     count: int,  # clusters wanted; fewer if there are fewer distinct points
@@ -107,7 +117,7 @@ def cluster(
 ) -> np.ndarray:  # (N,) cluster of each point
     "k-means with a start that comes from `rng`, every time the same."
     seed = int(rng.integers(2**31))
-    count = min(count, len(np.unique(points, axis=0)))
+    count = _distinct(points, count)
     if count == 1:
         return np.zeros(len(points), dtype=int)
     if count <= MANY_CLUSTERS:
