@@ -40,7 +40,7 @@ GUARANTEES = [  # promised, how it is tested with the keys of figures, not promi
     (
         "**A full disk, a read-only folder, vanished data, no memory:** one line that says what and how to go"
         " on; then the run ends identical.",
-        "Each of the {failing_writes} writes of a run fails once; files refused above five sizes; a file "
+        "Each of the {failing_writes} writes of a run fails once; files refused above three sizes; a file "
         "system of 60 MB; data moved away under 0 and 2 workers; allocators asked for too much; killed "
         "workers: {faults_tests} tests in `test_faults.py`.",
         "What the operating system does to other programs. wandb's own files.",
