@@ -7,7 +7,6 @@ __all__ = ['EVERY_S', 'RunningLoss', 'Checkpoints']
 
 # %% ../nbs/03a_checkpoints.ipynb #checkpoints-imports
 import os
-import shutil
 import signal
 import sys
 import time
@@ -18,6 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from .core import RunError, read_json, write_json
+from .runfolder import remove
 
 # %% ../nbs/03a_checkpoints.ipynb #checkpoints-loss
 class RunningLoss:
@@ -82,7 +82,7 @@ class Checkpoints(TrainerCallback):
             raise RunError(f"cannot create {folder} for checkpoints: {error.strerror}.") from error
         for path in self.folder.iterdir():
             if self._mark(path) is None:
-                _drop(path)
+                remove(path)
 
     def _mark(self, path: Path) -> dict[str, Any] | None:
         "What the last file of a checkpoint says; None for one that does not count."
@@ -125,7 +125,7 @@ class Checkpoints(TrainerCallback):
         for path in self.folder.iterdir():
             if path.name not in {w.name for w in wanted}:
                 (path / _WHOLE).unlink(missing_ok=True)
-                _drop(path)
+                remove(path)
 
     def ask_to_stop(self, number: int = 0, frame: Any = None) -> None:
         "Handles a signal: finish the step, write a checkpoint, stop. The second time, stop at once."
@@ -166,11 +166,3 @@ class Checkpoints(TrainerCallback):
     ) -> bool:
         "Had the training stopped early when this checkpoint was written?"
         return bool((self._mark(path) or {}).get("over"))
-
-
-def _drop(path: Path) -> None:
-    "Remove a file or folder; of a link, only the link."
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DAMAGE', 'Stopped', 'on_signals', 'no_memory', 'from_worker', 'worker_errors', 'file_errors', 'protected', 'readable',
-           'checked_record', 'RunFolder']
+           'checked_record', 'remove', 'RunFolder']
 
 # %% ../nbs/00c_runfolder.ipynb #runfolder-imports
 import os
@@ -280,7 +280,9 @@ def _listed(folder: Path) -> list[Path]:
         raise RunError(f"cannot look into {folder}: {error.strerror}. Choose another output_dir.") from error
 
 
-def _remove(path: Path) -> None:
+def remove(
+    path: Path,  # file, folder or link; may be missing
+) -> None:
     "Remove a file or a folder as far as that is possible; of a link, only the link."
     if path.is_symlink() or path.is_file():
         path.unlink(missing_ok=True)
@@ -375,7 +377,7 @@ class RunFolder:
             unfinished = path.name.startswith(".") and path.name.endswith(".tmp")
             old_work = path.name.endswith(".work") and path.name.startswith(".round_") and path != self.work_path(whole)
             if unfinished or old_work:
-                _remove(path)
+                remove(path)
 
     @property
     def figures(self) -> Path:
@@ -424,7 +426,7 @@ class RunFolder:
         self.check_held()
         aside = self.path / f".round_{index:03d}.tmp"
         try:
-            _remove(aside)
+            remove(aside)
             aside.mkdir()
             self.work_path(index).mkdir(exist_ok=True)
             yield aside
@@ -433,12 +435,12 @@ class RunFolder:
             self.check_held()
             os.replace(aside, self.round_path(index))
         except OSError as error:
-            _remove(aside)
+            remove(aside)
             raise RunError(f"cannot write round {index} of {self.path}: {error}. Earlier rounds are kept.") from error
         except BaseException:
-            _remove(aside)
+            remove(aside)
             raise
-        _remove(self.work_path(index))
+        remove(self.work_path(index))
         self.write_index()
 
     def write_index(self) -> None:
