@@ -464,3 +464,19 @@ def test_nobody_is_asked_twice(scenes: Path, tmp_path: Path, monkeypatch: pytest
     asked = log.read_text().split()
     assert len(asked) == 12 + 8 and len(set(asked[:12])) == 12
     assert records[-1].budget["judge_calls"] == 20, "every answer is charged once"
+
+
+def test_helpers_of_a_dead_process_are_waited_for(tmp_path: Path) -> None:
+    """A data worker that outlives its parent holds the lock for some seconds: that is no second process."""
+
+    def work() -> None:
+        RunFolder.open(tmp_path / "run", {"seed": 0})
+        if os.fork() == 0:  # a helper, which has what its parent had open
+            time.sleep(5)
+            os._exit(0)
+        kill()
+
+    assert in_child(work)[0] == -signal.SIGKILL
+    began = time.monotonic()
+    RunFolder.open(tmp_path / "run", {"seed": 0}).close()
+    assert time.monotonic() - began > 2

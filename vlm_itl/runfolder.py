@@ -150,7 +150,8 @@ def protected(
 
 # %% ../nbs/00c_runfolder.ipynb #runfolder-lock
 _LOCK, _OWNER = ".lock", ".owner.json"
-_GRACE_S = 3.0  # a process that is just dying still holds its lock, and so do its data workers
+_GRACE_S = 3.0  # a process may be just about to end
+_HELPERS_S = 20.0  # data workers look every five seconds whether their parent still lives, and hold its lock so long
 _HELD: "weakref.WeakValueDictionary[str, _Lock]" = weakref.WeakValueDictionary()
 
 
@@ -199,7 +200,7 @@ def _take_lock(path: Path) -> _Lock:
     wanted = filelock.FileLock(folder / _LOCK, thread_local=False)
     lock: filelock.BaseFileLock | None = wanted
     try:
-        wanted.acquire(timeout=_GRACE_S)
+        _wait_for(wanted, folder)
     except filelock.Timeout:
         raise RunError(f"{path} is in use: {_holder(folder)}, or choose another output_dir.") from None
     except NotImplementedError:  # a file system without locks
@@ -210,6 +211,16 @@ def _take_lock(path: Path) -> _Lock:
         ) from error
     held = _HELD[str(folder)] = _Lock(folder, path, lock)
     return held
+
+
+def _wait_for(lock: filelock.BaseFileLock, folder: Path) -> None:
+    "Wait a little for a holder that lives, longer for the helpers of one that died; `filelock.Timeout`."
+    try:
+        lock.acquire(timeout=_GRACE_S)
+    except filelock.Timeout:
+        if _alive(_read_owner(folder)):
+            raise
+        lock.acquire(timeout=_HELPERS_S)
 
 
 def _read_owner(folder: Path) -> dict[str, Any]:
