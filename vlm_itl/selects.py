@@ -114,6 +114,7 @@ def cluster(
     points: np.ndarray,  # (N, D) features
     count: int,  # clusters wanted; fewer if there are fewer distinct points
     rng: np.random.Generator,  # seeds the start
+    in_place: bool = False,  # may overwrite the points, which saves a copy of them
 ) -> np.ndarray:  # (N,) cluster of each point
     "k-means with a start that comes from `rng`, every time the same."
     seed = int(rng.integers(2**31))
@@ -121,7 +122,7 @@ def cluster(
     if count == 1:
         return np.zeros(len(points), dtype=int)
     if count <= MANY_CLUSTERS:
-        return KMeans(count, n_init=1, random_state=seed).fit_predict(points)
+        return KMeans(count, n_init=1, random_state=seed, copy_x=not in_place).fit_predict(points)
     return MiniBatchKMeans(count, n_init=1, random_state=seed, batch_size=4096).fit_predict(points)
 
 
@@ -148,14 +149,16 @@ def typiclust(
     min_size: int = 5,  # smaller clusters come last
 ) -> tuple[list[int], list[int], list[int]]:  # rows in order, cluster of each, labelled so far in that cluster
     "Densest point of the least covered cluster. Source: Hacohen et al. 2022, arXiv 2202.02794, section 3."
-    everything = np.concatenate([points, labelled.reshape(-1, points.shape[1])])
-    n = len(points)
-    group = cluster(everything, min(len(labelled) + k, max_clusters), rng)
+    n, labelled = len(points), labelled.reshape(-1, points.shape[1])
+    everything = np.concatenate([points, labelled])
+    group = cluster(everything, min(len(labelled) + k, max_clusters), rng, in_place=True)
+    del everything
     members = {int(g): np.flatnonzero(group == g) for g in np.unique(group)}
     covered = {g: int((rows >= n).sum()) for g, rows in members.items()}
     waiting: dict[int, list[int]] = {}  # candidates of a cluster, densest first
     for g, rows in members.items():
-        density = neighbour_distance(everything[rows], neighbours)
+        inside = np.concatenate([points[rows[rows < n]], labelled[rows[rows >= n] - n]])
+        density = neighbour_distance(inside, neighbours)
         waiting[g] = [int(rows[i]) for i in np.argsort(density, kind="stable") if rows[i] < n]
     picks: list[int] = []
     picked_groups: list[int] = []
