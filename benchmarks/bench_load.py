@@ -1,6 +1,6 @@
 """What a pool of 20,000 images asks for beside one of 2,000: memory, time, file handles, sockets, temporary files.
 
-Run as `python benchmarks/bench_load.py` (Linux, ten to twelve minutes, 200 MB of disk while it runs) or with `--quick`
+Run as `python benchmarks/bench_load.py` (Linux, ten to fifteen minutes, 200 MB of disk while it runs) or with `--quick`
 (200 and 2,000 images, one minute, nothing is written). One thread. The images are generated: JPEGs of 64 x 64 and
 palette masks, in folders of their own. Every measurement is a process of its own, which first walks a small pool
 through all stages, so that what is loaded once counts for neither size:

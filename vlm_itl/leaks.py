@@ -158,7 +158,7 @@ def looks_file(
 def _recall(path: Path, first: Mapping[bytes, int], looks: np.ndarray) -> set[bytes]:
     "Put the looks that are on disk into their rows; whose they were."
     found: set[bytes] = set()
-    if not path.is_file():
+    if not os.path.isfile(path):  # also where one may not look
         return found
     keys = list(first)
     try:
