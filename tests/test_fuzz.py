@@ -35,6 +35,7 @@ from vlm_itl.core import (
     to_json,
     write_json,
 )
+from vlm_itl.guards import refuse_secrets
 from vlm_itl.judging import JudgeConfig, judge_run_path, make_judge_config
 from vlm_itl.labels import LabelSpace
 from vlm_itl.openai_judge import OpenAIHandler
@@ -572,3 +573,17 @@ def test_log_probabilities_that_are_none(record_property: Record) -> None:
 def test_errors_can_be_told_apart(error: type[Exception]) -> None:
     """The builtin class they also are stays."""
     assert issubclass(error, (ValueError, RuntimeError))
+
+
+def test_keys_are_looked_for_in_endless_settings() -> None:
+    """A list inside itself, and nine lists of nine: looked through once, however often they stand there."""
+    endless: list[Any] = []
+    endless.append(endless)
+    for value in (endless, {0: endless}, "{0: &0 [*0]}", {10**5000: 1}):
+        refuse_secrets("mode", value)
+    bomb: Any = "lol"
+    for _ in range(40):
+        bomb = [bomb] * 9
+    refuse_secrets("mode", bomb)
+    with pytest.raises(ConfigError, match="must hold no 'api_key'"):
+        refuse_secrets("mode", [bomb, endless, {"a": [{"api_key": "x"}]}])

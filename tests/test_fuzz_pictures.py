@@ -670,3 +670,10 @@ def test_masks_of_a_store(tmp_path: Path, record_property: Record) -> None:
     with pytest.raises(DataError, match="a.png"):
         store["a"]
     tried.report(record_property)
+
+
+def test_class_names_that_are_no_text() -> None:
+    """A number of 5,000 digits has no text, and made Python itself complain."""
+    assert LabelSpace([1, 2.5]).names == ("1", "2.5")  # type: ignore[arg-type]
+    names = LabelSpace(["a", 10**5000]).names  # type: ignore[list-item,arg-type]
+    assert names[0] == "a" and len(names[1]) < 400

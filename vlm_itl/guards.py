@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from .core import ConfigError, RunError
+from .core import ConfigError, RunError, show
 
 # %% ../nbs/00ba_guards.ipynb #guards-inside
 def inside(
@@ -98,30 +98,51 @@ def refuse_secrets(
     value: Any,  # dictionaries and lists are looked through
 ) -> None:
     "`ConfigError` if a setting holds a key by its name, its form, or as an environment variable holds it."
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            named = names_secret(str(key)) and not _NOT_SECRET.search(str(key))
-            if named and isinstance(inner, (str, bytes)) and inner:
-                raise ConfigError(
-                    f"{name} must hold no {hide_secrets(str(key))!r}: it would be written down. "
-                    "Use an environment variable."
-                )
-            refuse_secrets(name, inner)
-            refuse_secrets(name, str(key))
-    elif isinstance(value, (list, tuple, set)):
-        for inner in value:
-            refuse_secrets(name, inner)
-    elif isinstance(value, str) and value.lstrip()[:1] in ("{", "["):  # a dictionary that a command line gave as text
-        try:
-            read = yaml.safe_load(value)
-        except (yaml.YAMLError, RecursionError, ValueError):
-            read = None
-        if isinstance(read, (dict, list)):
-            refuse_secrets(name, read)
-    if isinstance(value, str) and hide_secrets(value) != value:
+    waiting: list[Any] = [value]
+    seen: dict[int, Any] = {}  # YAML may hold a list that holds itself, or one list a million times
+    while waiting:
+        one = waiting.pop()
+        if id(one) in seen:
+            continue
+        if isinstance(one, (Mapping, list, tuple, set)):
+            seen[id(one)] = one
+        if isinstance(one, Mapping):
+            for key, inner in one.items():
+                _refuse_name(name, show(key) if isinstance(key, int) else str(key), inner)
+                waiting += [inner, key]
+        elif isinstance(one, (list, tuple, set)):
+            waiting += one
+        elif isinstance(one, str):
+            waiting += _written_in(one)
+            _refuse_form(name, one)
+
+
+def _refuse_name(name: str, key: str, inner: Any) -> None:
+    "`ConfigError` if something is called as keys are called."
+    named = names_secret(key) and not _NOT_SECRET.search(key)
+    if named and isinstance(inner, (str, bytes)) and inner:
+        raise ConfigError(
+            f"{name} must hold no {hide_secrets(key)!r}: it would be written down. Use an environment variable."
+        )
+
+
+def _refuse_form(name: str, text: str) -> None:
+    "`ConfigError` if a text looks like a key."
+    if hide_secrets(text) != text:
         raise ConfigError(
             f"{name} holds what looks like a key or a password: it would be written down. Use an environment variable."
         )
+
+
+def _written_in(text: str) -> list[Any]:
+    "The dictionary or list that a command line gave as text."
+    if text.lstrip()[:1] not in ("{", "["):
+        return []
+    try:
+        read = yaml.safe_load(text)
+    except Exception:  # whatever is wrong with it, it is no dictionary; who reads the setting says what is wrong
+        return []
+    return [read] if isinstance(read, (dict, list)) else []
 
 # %% ../nbs/00ba_guards.ipynb #guards-markdown
 def markdown_cell(

@@ -34,7 +34,7 @@ def _checked_names(names: Any) -> tuple[str, ...]:
     "The class names; `ConfigError` if there are too few, too many, or two alike."
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise ConfigError(f"classes: a list of names is needed, not {show(names)}")
-    checked = tuple(one_line(str(name)) for name in names)
+    checked = tuple(one_line(name) if isinstance(name, str) else show(name) for name in names)
     if not 2 <= len(checked) <= _UNKNOWN or len(set(checked)) < len(checked):
         raise ConfigError(f"classes: 2 to {_UNKNOWN} different names are needed, got {len(checked)}: {checked[:8]}")
     return checked
