@@ -478,3 +478,36 @@ def test_helpers_of_a_dead_process_are_waited_for(tmp_path: Path) -> None:
 
     assert in_child(work)[0] == -signal.SIGKILL
     RunFolder.open(tmp_path / "run", {"seed": 0}).close()
+
+
+def test_what_fails_keeps_nobody_out(scenes: Path, tmp_path: Path) -> None:
+    """A notebook keeps a failed cell's objects alive; the folder must be free for others all the same."""
+    config = settings(scenes, tmp_path / "run")
+    list(run_al(config))
+    record = tmp_path / "run/round_000/record.json"
+    good = record.read_bytes()
+    kept = []
+    for bad in (None, good.replace(b'"train_', b'"nobody_')):
+        record.unlink() if bad is None else record.write_bytes(bad)
+        with pytest.raises(RunError) as caught:
+            list(run_al(config))
+        kept.append(caught)  # with its traceback, and all that lives in its frames
+        record.write_bytes(good)
+        assert in_child(lambda: list(run_al(config)), 60) == (0, "")
+
+
+def test_the_slower_of_two_starts_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process made the folder, with other settings, while this one waited for the lock."""
+    import vlm_itl.runfolder as module
+
+    take = module._take_lock
+
+    def late(path: Path) -> Any:
+        monkeypatch.setattr(module, "_take_lock", take)
+        assert in_child(lambda: RunFolder.open(path, {"seed": 1}).close())[0] == 0
+        return take(path)
+
+    monkeypatch.setattr(module, "_take_lock", late)
+    with pytest.raises(RunError, match="belongs to another configuration"):
+        RunFolder.open(tmp_path / "run", {"seed": 0})
+    RunFolder.open(tmp_path / "run", {"seed": 1}).close()

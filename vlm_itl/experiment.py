@@ -144,8 +144,12 @@ class Experiment:
             self.handler.bind_truth(self._truth)
         self.rounds: list[Round] = []
         self._seal()
-        self._write_data_card()
-        self._resume()
+        try:
+            self._write_data_card()
+            self._resume()
+        except BaseException:
+            self.folder.close()  # a notebook keeps what failed alive, and others would be kept out
+            raise
 
     def _seal(self) -> None:
         "Seal what may not be read: masks of the pool, other than through the oracle, and the test split until the end."
@@ -228,6 +232,7 @@ class Experiment:
         earlier = [Round(**r) for r in records]
         chosen = [i for r in earlier[:-1] for i in r.selection["ids"]]
         whole = earlier[0].start_ids if self.regions else [*earlier[0].start_ids, *chosen]
+        self.oracle.rows(whole)  # `DataError` for what is not in the pool
         self.oracle.paid.update(whole)
         self.pool.add_human(whole)
         if self.regions:

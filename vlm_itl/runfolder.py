@@ -342,11 +342,17 @@ class RunFolder:
         if known:  # told before the lock is taken: a folder of another run is not touched
             run._check_same(config, free, plain(dict(defaults or {})))
         run._lock = _take_lock(run.path)
-        if not (run.path / "config.json").is_file():
-            write_json(run.path / "config.json", config)
-        run._drop_leftovers()
-        with file_errors(f"writing into {path}"):
-            run.figures.mkdir(exist_ok=True)
+        try:
+            if not (run.path / "config.json").is_file():
+                write_json(run.path / "config.json", config)
+            elif not known:  # another process was faster, and is done
+                run._check_same(config, free, plain(dict(defaults or {})))
+            run._drop_leftovers()
+            with file_errors(f"writing into {path}"):
+                run.figures.mkdir(exist_ok=True)
+        except BaseException:
+            run.close()  # a notebook keeps what failed alive, and others would be kept out
+            raise
         return run
 
     def close(self) -> None:
