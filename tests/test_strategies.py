@@ -21,7 +21,7 @@ from vlm_itl.experiment import Experiment
 from vlm_itl.gradient import GradientProbe
 from vlm_itl.labels import DecodeRows, LabelSpace, make_rows
 from vlm_itl.model import MODELS, Segmenter, load_model, register_model
-from vlm_itl.sampler import AGGREGATES, SCORES, SELECTS, SHORT, Sampler, kcenter_greedy, parse_strategy
+from vlm_itl.sampler import SCORES, SELECTS, SHORT, Sampler, aggregates, kcenter_greedy, parse_strategy
 from vlm_itl.scores import AGGREGATORS, PASS_SCORES, PIXEL_SCORES, scoring_options
 from vlm_itl.selects import (
     ball_radius,
@@ -72,7 +72,9 @@ def shuffled(pool: SimpleNamespace, seed: int) -> SimpleNamespace:
 def test_every_part_of_the_issue_is_there():
     scores = {"random", "entropy", "margin", "least_confidence", "bald", "expected_entropy", "variation_ratio", "judge"}
     assert scores <= set(SCORES)
-    assert set(AGGREGATES) - {"none"} == set(AGGREGATORS) == {"mean", "topk", "class_balanced", "boundary", "patch_max"}
+    assert (
+        set(aggregates()) - {"none"} == set(AGGREGATORS) == {"mean", "topk", "class_balanced", "boundary", "patch_max"}
+    )
     selects = {"top", "power", "softmax", "softrank", "coreset", "badge", "typiclust", "probcover", "class_stratified"}
     assert selects <= set(SELECTS)
     assert {str(parse_strategy(s)) for s in SHORT} <= set(STRATEGIES)

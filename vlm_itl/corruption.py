@@ -21,7 +21,17 @@ from datasets import Dataset
 from PIL import Image
 from scipy import ndimage
 
-from .core import ConfigError, DataError, check_choice, check_number, make_rng, progress, resolve_path
+from vlm_itl.core import (
+    ConfigError,
+    DataError,
+    Registry,
+    check_choice,
+    check_number,
+    checked_part,
+    make_rng,
+    progress,
+    resolve_path,
+)
 from .judge import mask_groups
 from .labels import VOID, LabelSpace, read_mask, row_ids
 from .metrics import image_iou
@@ -31,16 +41,18 @@ from .vlm import JudgeQuery, background_of
 Family = Callable[[float], np.ndarray]  # strength in (0, 1] -> spoilt mask, uint8 (H, W)
 Prepare = Callable[[np.ndarray, LabelSpace, np.random.Generator], Family | None]  # truth, labels, dice -> family
 
-ERROR_KINDS: dict[str, Prepare] = {}
+ERROR_KINDS: Registry[Prepare] = Registry("kind of error")
 
 
 def register_error(
     name: str,  # the word in a table
 ) -> Callable[[Prepare], Prepare]:  # a decorator
     "Make a kind of error known: a function (truth, labels, rng) -> (strength -> mask), or None where it cannot be."
+    ERROR_KINDS.check_word(name)
 
     def register(prepare: Prepare) -> Prepare:
-        ERROR_KINDS[name] = prepare
+        checked = checked_part(f"the kind of error {name!r}", prepare, "truth", "labels", "rng")
+        ERROR_KINDS.add(name, checked, function=prepare)
         return prepare
 
     return register

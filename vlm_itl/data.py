@@ -24,8 +24,10 @@ from PIL import Image
 from vlm_itl.core import (
     ConfigError,
     DataError,
+    Registry,
     check_choice,
     check_number,
+    checked_part,
     closest,
     make_rng,
     progress,
@@ -125,16 +127,20 @@ class Splits:
     )  # image -> clip: frames of one scene, near each other on purpose
 
 
-SOURCES: dict[str, Callable[..., Splits]] = {}  # name -> function(source, seed, cache_dir, options) -> Splits
+SOURCES: Registry[Callable[..., Splits]] = Registry(
+    "source"
+)  # name -> function(source, seed, cache_dir, options) -> Splits
 
 
 def register_source(
     name: str,  # what `load_data` calls it
 ) -> Callable[[Callable[..., Splits]], Callable[..., Splits]]:  # a decorator
     "Add a source: `@register_source('mine')` over a function (source, seed, cache_dir, options) -> `Splits`."
+    SOURCES.check_word(name)
 
     def add(function: Callable[..., Splits]) -> Callable[..., Splits]:
-        SOURCES[name] = function
+        names = {"seed": 0, "cache_dir": None, "options": {}}
+        SOURCES.add(name, checked_part(f"the source {name!r}", function, "source", **names), function=function)
         return function
 
     return add

@@ -29,7 +29,17 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from .core import ConfigError, RunError, check_choice, closest, read_json, seeded, write_json
+from vlm_itl.core import (
+    ConfigError,
+    Registry,
+    RunError,
+    check_choice,
+    checked_part,
+    closest,
+    read_json,
+    seeded,
+    write_json,
+)
 from .labels import LabelSpace
 
 # %% ../nbs/03_model.ipynb #model-normalisation
@@ -103,16 +113,17 @@ def _as_map(
     return hidden if hidden.dim() == 4 else hidden.transpose(1, 2).unsqueeze(-1)
 
 # %% ../nbs/03_model.ipynb #model-registry
-MODELS: dict[str, Callable[[LabelSpace], nn.Module]] = {}
+MODELS: Registry[Callable[[LabelSpace], nn.Module]] = Registry("model")
 
 
 def register_model(
     name: str,  # what `load_model` will know it by
 ) -> Callable[[Callable[[LabelSpace], nn.Module]], Callable[[LabelSpace], nn.Module]]:  # a decorator
     "Register a function `labels -> network` (built from scratch, with .logits and .hidden_states in its output)."
+    MODELS.check_word(name)
 
     def add(build: Callable[[LabelSpace], nn.Module]) -> Callable[[LabelSpace], nn.Module]:
-        MODELS[name] = build
+        MODELS.add(name, checked_part(f"the model {name!r}", build, "labels"), function=build)
         return build
 
     return add

@@ -26,19 +26,18 @@ from skimage.measure import approximate_polygon, find_contours
 from skimage.measure import label as connected_parts
 from skimage.segmentation import find_boundaries, slic
 
-from .core import ConfigError, DataError, check_choice, check_number, closest
+from .core import ConfigError, DataError, Registry, check_choice, check_number, checked_part, closest
 from .gradient import GradientProbe
 from .labels import VOID, row_ids
 from .model import Segmenter
 from .sampler import Sampler
-from .scores import PASS_SCORES, look_maps, make_aggregator, split_key
+from .scores import PASS_SCORES, look_maps, make_aggregator, pixel_map, split_key
 from vlm_itl.train import (
     Inference,
     MaskStore,
     PoolScores,
     autocast,
     predict_batches,
-    uncertainty_maps,
     write_masks,
 )
 
@@ -90,16 +89,17 @@ def cover_of_parts(
     return Cover(parts.shape, tuple(boxes), numbered)
 
 # %% ../nbs/05b_regions.ipynb #regions-kinds
-REGIONS: dict[str, Callable[..., Cover]] = {}
+REGIONS: Registry[Callable[..., Cover]] = Registry("kind of region")
 
 
 def register_regions(
     name: str,  # the word in a configuration
 ) -> Callable[[Callable[..., Cover]], Callable[..., Cover]]:  # a decorator
     "Make a function `(image, **options) -> Cover` known."
+    REGIONS.check_word(name)
 
     def add(function: Callable[..., Cover]) -> Callable[..., Cover]:
-        REGIONS[name] = function
+        REGIONS.add(name, checked_part(f"the kind of region {name!r}", function, "image"), function=function)
         return function
 
     return add
@@ -285,7 +285,8 @@ def score_regions(
     "Look once at every image and score its regions. `DataError` naming the image if a prediction is not finite."
     view = view or Inference()
     blind = images.remove_columns("mask") if "mask" in images.column_names else images
-    several = key is not None and split_key(key)[0] in PASS_SCORES
+    asked = [] if key is None else [split_key(key)[0]]
+    several, once = any(name in PASS_SCORES for name in asked), [name for name in asked if name not in PASS_SCORES]
     ids: list[str] = []
     rows: dict[str, list[np.ndarray]] = {"score": [], "embedding": [], "class_hist": [], "gradient": []}
     with ExitStack() as hooks:
@@ -300,7 +301,7 @@ def score_regions(
 
             if probe is not None:  # before the network is run again
                 rows["gradient"] += [_numpy(part) for part in probe.read_parts(logits, weigh)]
-            maps, predicted = uncertainty_maps(logits), logits.argmax(1)
+            maps, predicted = {name: pixel_map(name, logits) for name in once}, logits.argmax(1)
             if several:
                 with autocast(logits.device, view.precision):
                     maps, predicted = look_maps(model, batch["pixel_values"].to(logits.device), **(looks or {}))

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from scipy import ndimage
 
-from .core import ConfigError, DataError, check_choice, check_number
+from .core import ConfigError, DataError, Registry, check_choice, check_number, checked_part
 from .labels import LabelSpace
 from .vlm import JudgeQuery, VLMHandler, check_question, legend_text, render_overlay
 
@@ -125,7 +125,7 @@ class Style:
     legend: Legend = legend_text  # (class_ids, labels) -> "maroon = aeroplane"
 
 
-STYLES: dict[str, Style] = {}
+STYLES: Registry[Style] = Registry("style")
 
 
 def register_style(
@@ -134,9 +134,11 @@ def register_style(
     legend: Legend = legend_text,  # what the colours or numbers mean
 ) -> Callable[[Draw], Draw]:  # a decorator
     "Make a drawing function known as a style."
+    STYLES.check_word(name)
 
     def register(draw: Draw) -> Draw:
-        STYLES[name] = Style(name, draw, note, legend)
+        checked = checked_part(f"the style {name!r}", draw, "image", "mask", "labels", "class_ids")
+        STYLES.add(name, Style(name, checked, note, legend), note, draw)
         return draw
 
     return register

@@ -16,17 +16,17 @@ from sklearn.neighbors import NearestNeighbors
 
 from .core import ConfigError, check_number, closest
 from vlm_itl.sampler import (
-    AGGREGATES,
     SCORES,
     SELECTS,
     Picks,
     PoolView,
     Sampler,
+    ScoreRow,
     Strategy,
+    aggregates,
     kcenter_greedy,
     nearest_squared,
     parse_strategy,
-    register_aggregate,
     register_score,
     register_select,
     register_short,
@@ -35,13 +35,12 @@ from vlm_itl.sampler import (
 from .scores import DROPOUT_RATE, PASS_SCORES, aggregate_options
 
 # %% ../nbs/05a_selects.ipynb #selects-registry
-register_score("bald", "what the network does not know: H(mean p) - mean H(p) over dropout", per_pixel=True)(None)
-register_score("expected_entropy", "mean entropy over dropout: what the image does not show", per_pixel=True)(None)
-register_score("variation_ratio", "share of looks under dropout that disagree with the most frequent class", True)(None)
-register_aggregate("topk", "mean of the most unsure 5 % of the pixels")
-register_aggregate("class_balanced", "mean over predicted classes of the mean inside each")
-register_aggregate("boundary", "mean over pixels near a boundary between predicted classes")
-register_aggregate("patch_max", "largest mean of a window")
+for _name, _about in (  # of several looks: no function of one look's logits
+    ("bald", "what the network does not know: H(mean p) - mean H(p) over dropout"),
+    ("expected_entropy", "mean entropy over dropout: what the image does not show"),
+    ("variation_ratio", "share of looks under dropout that disagree with the most frequent class"),
+):
+    SCORES.add(_name, ScoreRow(_name, _about, per_pixel=True), _about)
 register_short("bald", "bald-mean-top")
 SCORE_OPTIONS = {"passes": 10, "rate": DROPOUT_RATE, "members": [], "rounds": 0}  # of bald and its kin
 
@@ -431,7 +430,7 @@ def known_strategies(
     from_scores = list(SCORES if scores is None else scores)
     found = []
     for score in from_scores:
-        for aggregate in AGGREGATES:
+        for aggregate in aggregates():
             for select in SELECTS:
                 try:
                     found.append(str(parse_strategy(f"{score}-{aggregate}-{select}")))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRACKERS', 'public_config', 'flatten_record', 'Sample', 'read_gallery', 'panel', 'Tracker', 'WandbTracker',
-           'read_wandb_file', 'TensorboardTracker', 'make_tracker']
+           'read_wandb_file', 'TensorboardTracker', 'register_tracker', 'make_tracker']
 
 # %% ../nbs/07a_tracking.ipynb #tracking-imports
 import importlib
@@ -17,7 +17,7 @@ import struct
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .core import ConfigError, check_choice, plain, read_json, stable_hash, to_json, write_text
+from .core import ConfigError, Registry, check_choice, plain, read_json, show, stable_hash, to_json, write_text
 from .guards import hide_secrets, inside, markdown_cell, names_secret
 from .labels import VOID, open_image
 
@@ -555,11 +555,30 @@ class TensorboardTracker(Tracker):
             self._writer = None
 
 # %% ../nbs/07a_tracking.ipynb #tracking-make
-TRACKERS: dict[str, type[Tracker]] = {"none": Tracker, "wandb": WandbTracker, "tensorboard": TensorboardTracker}
+TRACKERS: Registry[type[Tracker]] = Registry("tracker")
+
+
+def register_tracker(
+    name: str,  # the word of `log_with`
+) -> Callable[[type[Tracker]], type[Tracker]]:  # a class decorator
+    "Make a tracker class known under a name."
+    TRACKERS.check_word(name)
+
+    def register(tracker: type[Tracker]) -> type[Tracker]:
+        if not isinstance(tracker, type) or not issubclass(tracker, Tracker):
+            raise ConfigError(f"the tracker {name!r} must be a class over Tracker, not {show(tracker, 80)}.")
+        return TRACKERS.add(name, tracker)
+
+    return register
+
+
+register_tracker("none")(Tracker)
+register_tracker("wandb")(WandbTracker)
+register_tracker("tensorboard")(TensorboardTracker)
 
 
 def make_tracker(
-    log_with: str,  # "none", "wandb", "tensorboard", or what was added to TRACKERS
+    log_with: str,  # "none", "wandb", "tensorboard", or a name given to `register_tracker`
     *,
     project: str,  # what all experiments of a study share
     group: str,  # this experiment; one wandb group

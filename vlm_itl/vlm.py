@@ -26,10 +26,12 @@ from vlm_itl.core import (
     DataError,
     JudgeError,
     LeakError,
+    Registry,
     check_choice,
     check_number,
     closest,
     progress,
+    show,
 )
 from .labels import VOID, LabelSpace
 
@@ -449,17 +451,22 @@ class VLMHandler(ABC):
             judge.close()
 
 # %% ../nbs/06_vlm.ipynb #vlm-registry
-HANDLERS: dict[str, type[VLMHandler]] = {}
+HANDLERS: Registry[type[VLMHandler]] = Registry("judge")
 
 
 def register_handler(
     name: str,  # the word in a configuration
 ) -> Callable[[type[VLMHandler]], type[VLMHandler]]:  # a class decorator
     "Make a handler class known under a name."
+    HANDLERS.check_word(name)
 
     def register(handler: type[VLMHandler]) -> type[VLMHandler]:
+        if not isinstance(handler, type) or not issubclass(handler, VLMHandler) or inspect.isabstract(handler):
+            raise ConfigError(
+                f"the judge {name!r} must be a class over VLMHandler with `_judge_one`, not {show(handler, 80)}."
+            )
+        HANDLERS.add(name, handler)
         handler.name = name
-        HANDLERS[name] = handler
         return handler
 
     return register
