@@ -16,6 +16,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
     os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 # %% ../nbs/00_core.ipynb #core-imports
+import builtins
 import difflib
 import functools
 import hashlib
@@ -30,6 +31,7 @@ from collections import UserDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -141,23 +143,35 @@ Part = TypeVar("Part")
 
 
 def _home(
-    part: Any,  # a function, a class, anything
-) -> tuple[str, str]:  # who it is, the same after loading its module anew; where it is, for people
+    part: Any,  # a function, a class, a text
+) -> tuple[str, str]:  # module and name: the same after loading the module anew; where it is, for people
     "Where a part was defined."
-    if not callable(part):
-        return f"{type(part).__name__} {show(part)}", show(part, 80)
-    inner = inspect.unwrap(part)
+    inner = inspect.unwrap(part) if callable(part) else part
     code = getattr(inner, "__code__", None)
-    module = str(getattr(inner, "__module__", None) or type(inner).__module__)
-    name = str(getattr(inner, "__qualname__", None) or show(inner))
+    if callable(part):
+        module = str(getattr(inner, "__module__", None) or type(inner).__module__)
+        name = str(getattr(inner, "__qualname__", None) or show(inner))
+    else:
+        module, name = _calling_module(), f"<text> {show(part)}"
+    cell = module == "__main__" and hasattr(builtins, "get_ipython")  # may be changed and run again
     if "<lambda>" in name and code is not None:  # all of them have one name
-        name += f" {hashlib.sha256(code.co_code).hexdigest()} {show(code.co_consts)} {code.co_names}"
+        name += "" if cell else f" {hashlib.sha256(code.co_code).hexdigest()} {show(code.co_consts)} {code.co_names}"
+    elif "<text>" in name and cell:
+        name = "<text>"
     file = getattr(code, "co_filename", None) or getattr(sys.modules.get(module), "__file__", None)
-    if module.split(".")[0] == "vlm_itl" or not file:
-        return f"{module} {name}", module
     if module == "__main__":
         return f"{module} {name}", "this notebook or script"
+    if module.split(".")[0] == "vlm_itl" or not file:
+        return f"{module} {name}", module
     return f"{module} {name}", f"{file}, line {code.co_firstlineno}" if code else str(file)
+
+
+def _calling_module() -> str:
+    "The module or notebook whose own line led here."
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "<module>":
+        frame = frame.f_back
+    return str(frame.f_globals.get("__name__")) if frame is not None else ""
 
 
 def _blamed(what: str, function: Any) -> Any:
@@ -216,6 +230,7 @@ class Registry(UserDict[str, Part]):
     "What a word in a setting stands for. A word that is taken is refused."
 
     all: "list[Registry[Any]]" = []  # every registry there is
+    loading: str = ""  # the module that is being loaded anew: what it registers twice is a mistake
 
     def __init__(
         self,
@@ -247,7 +262,8 @@ class Registry(UserDict[str, Part]):
         "Make a word known; `ConfigError` if it is taken by another part."
         home = _home(part if function is None else function)
         self.check_word(name)
-        if name in self.data and self._homes[name][0] != home[0]:
+        anew = bool(Registry.loading) and home[0].startswith(f"{Registry.loading} ")
+        if name in self.data and (anew or self._homes[name][0] != home[0]):
             raise ConfigError(
                 f"the {self.kind} {name!r} exists already ({self._homes[name][1]}) and is not replaced by that of "
                 f"{home[1]}: choose another name."
@@ -262,6 +278,11 @@ class Registry(UserDict[str, Part]):
 
     def __delitem__(self, name: str) -> None:
         del self.data[name], self._homes[name], self.about[name]
+
+    def forget(self, module: str) -> None:
+        "Take out what a module has registered, before it is loaded anew."
+        for name in [name for name, home in self._homes.items() if home[0].startswith(f"{module} ")]:
+            del self[name]
 
     def keep(self) -> Callable[[], None]:
         "Remember what is known; the result brings it back."

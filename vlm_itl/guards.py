@@ -52,6 +52,18 @@ def refuse_links(
 # %% ../nbs/00ba_guards.ipynb #guards-secrets
 _SECRET_ENDINGS = ("apikey", "token", "secret", "password", "passwd", "passphrase", "credential", "authorization")
 _SECRET_WORDS = {"key", "pwd", "auth", "bearer", "cookie"}  # whole words only: a class may be called "monkey"
+_PLACES = {
+    "env",
+    "file",
+    "path",
+    "dir",
+    "folder",
+    "home",
+    "sock",
+    "socket",
+}  # `..._env` names a variable, `..._file` a file
+_NOT_SECRET = re.compile(r"(?i)(?:max|min|pad|bos|eos|unk|sep|cls|mask|image|video|extra_special)_?tokens?$")
+_FOLDERS = {"PWD", "OLDPWD"}  # where a shell is and was
 _KEY_FORMS = re.compile(
     r"(?<![A-Za-z0-9_])(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}"
     r"|github_pat_[A-Za-z0-9_]{16,}|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{16,}|AIza[A-Za-z0-9_-]{30,}"
@@ -61,21 +73,38 @@ _SECRET_FORMS = [
     (re.compile(r"(?<=://)[^/\s@]+(?=@)"), "***"),  # https://user:password@host
     (_KEY_FORMS, "***"),
     (re.compile(r"(?i)(\bbearer\s+)[A-Za-z0-9._~+/=-]{8,}"), r"\1***"),
-    (re.compile(r"""(?i)((?:key|token|secret|password)(?:=|["']\s*:\s*["']))[^\s"'&,;}]+"""), r"\1***"),
+    (
+        re.compile(
+            r"""(?i)((?<![a-z])(?:[a-z]*(?:api|access|auth|secret|client)[_-]?)?(?:key|token|secret|password)(?:=|["']\s*:\s*["']))[^\s"'&,;}]+"""
+        ),
+        r"\1***",
+    ),
 ]
 
 
 def names_secret(
     name: str,  # of a setting or an environment variable
 ) -> bool:
-    "Whether something of this name would hold a secret; `..._env` only names a variable."
+    "Whether something of this name would hold a secret; `..._env` and `..._file` only say where one is."
     words = [w.lower().removesuffix("s") for w in re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)]
-    return words[-1:] != ["env"] and any(w in _SECRET_WORDS or w.endswith(_SECRET_ENDINGS) for w in words)
+    place = not words or words[-1] in _PLACES
+    return not place and any(w in _SECRET_WORDS or w.endswith(_SECRET_ENDINGS) for w in words)
+
+
+def _is_place(value: str) -> bool:
+    "A path that exists, or one for every shell to see: a folder is no secret, whatever the variable is called."
+    if not value.startswith(("/", "~", "./", "../")) and not re.match(r"[A-Za-z]:[\\/]", value):
+        return False
+    try:
+        return os.path.lexists(os.path.expanduser(value))
+    except ValueError:
+        return False
 
 
 def _secrets_at_hand() -> list[str]:
     "The values of environment variables that hold secrets, the longest first."
-    held = {value.strip() for name, value in os.environ.items() if names_secret(name)}
+    named = ((n, v.strip()) for n, v in os.environ.items() if n.upper() not in _FOLDERS and names_secret(n))
+    held = {value for name, value in named if not _NOT_SECRET.search(name) and not _is_place(value)}
     return sorted((value for value in held if len(value) >= 8), key=lambda value: (-len(value), value))
 
 
@@ -90,9 +119,6 @@ def hide_secrets(
     return text
 
 # %% ../nbs/00ba_guards.ipynb #guards-refuse
-_NOT_SECRET = re.compile(r"(?i)(?:max|min|pad|bos|eos|unk|sep|cls|mask|image|video|extra_special)_?tokens?$")
-
-
 def refuse_secrets(
     name: str,  # the setting, for the message
     value: Any,  # dictionaries and lists are looked through
@@ -120,7 +146,7 @@ def refuse_secrets(
 def _refuse_name(name: str, key: str, inner: Any) -> None:
     "`ConfigError` if something is called as keys are called."
     named = names_secret(key) and not _NOT_SECRET.search(key)
-    if named and isinstance(inner, (str, bytes)) and inner:
+    if named and isinstance(inner, (str, bytes)) and inner and not _is_place(str(inner)):
         raise ConfigError(
             f"{name} must hold no {hide_secrets(key)!r}: it would be written down. Use an environment variable."
         )

@@ -49,6 +49,7 @@ from vlm_itl.judge_figures import (
 from .labels import DecodeRows, raw_rows, row_ids
 from .leaks import LEAKS
 from .model import Segmenter, load_model
+from .plugins import described, load_plugins
 from .pool import FULL_MASK_SECONDS
 from .report import save_png
 from .runfolder import RunFolder, protected
@@ -100,11 +101,13 @@ class JudgeConfig:
     max_calls: int = 0  # stop the judge after this many calls; 0: never
     max_usd: float = 0.0  # or after this much money; 0: never
     output_dir: str = ""  # the run folder; empty: a name of its own under runs/
+    plugins: list[str] = field(default_factory=list)  # files or modules of your own parts, e.g. ["my_parts.py"]
 
     def __post_init__(self) -> None:
         "Raise `ConfigError` for impossible values."
         for setting in fields(self):
             refuse_secrets(setting.name, getattr(self, setting.name))
+        object.__setattr__(self, "plugins", load_plugins(self.plugins))  # before anything is looked up by name
         handler_options(self.handler)
         check_question(self.question)
         check_choice("leaks", self.leaks, LEAKS)
@@ -139,8 +142,8 @@ class JudgeConfig:
         return Inference(self.image_size, self.resize, device=self.device)
 
     def to_dict(self) -> dict[str, Any]:
-        "All settings as plain types."
-        return plain(asdict(self))
+        "All settings as plain types; plugins with what is in them, wherever they lie."
+        return plain({**asdict(self), "plugins": described(self.plugins)})
 
 
 def make_judge_config(
@@ -157,7 +160,7 @@ def judge_run_path(
     "The run folder of a trial."
     if config.output_dir:
         return Path(config.output_dir).expanduser().absolute()
-    settings = {k: v for k, v in config.to_dict().items() if k not in FREE_SETTINGS}
+    settings = {k: v for k, v in config.to_dict().items() if k not in FREE_SETTINGS and (v or k != "plugins")}
     parts = ["judge", Path(config.dataset).name, Path(config.masks).name, config.handler]
     return named_run(parts, config.seed, settings)
 
@@ -291,7 +294,7 @@ def try_judge(
         )
         model = load_model(config.model, data.labels, seed=config.seed) if config.model else None
         settings = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
-        run = RunFolder.open(judge_run_path(config), settings, free=FREE_SETTINGS)
+        run = RunFolder.open(judge_run_path(config), settings, free=FREE_SETTINGS, defaults={"plugins": []})
         try:
             return _try(config, run, handlers, data, model)
         finally:
