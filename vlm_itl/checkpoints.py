@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
 
-from .core import RunError, read_json, write_json
+from .core import RunError, environment, read_json, write_json
 from .runfolder import remove
+
+# %% ../nbs/03a_checkpoints.ipynb #checkpoints-transformers
+with environment(WANDB_MODE=None):  # or transformers prints "Running in WANDB offline mode"
+    from transformers import TrainerCallback
 
 # %% ../nbs/03a_checkpoints.ipynb #checkpoints-loss
 class RunningLoss:

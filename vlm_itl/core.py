@@ -6,7 +6,8 @@
 __all__ = ['Part', 'printable', 'one_line', 'show', 'VlmItlError', 'ConfigError', 'DataError', 'LeakError', 'RunError',
            'JudgeError', 'closest', 'check_choice', 'check_number', 'checked_part', 'Registry', 'stable_hash',
            'derive_seed', 'make_rng', 'stable_uniform', 'seed_everything', 'seeded', 'project_root', 'resolve_path',
-           'write_bytes', 'write_text', 'plain', 'to_json', 'write_json', 'from_json', 'read_json', 'progress']
+           'write_bytes', 'write_text', 'plain', 'to_json', 'write_json', 'from_json', 'read_json', 'progress',
+           'environment']
 
 # %% ../nbs/00_core.ipynb #core-threads-import
 import os
@@ -506,3 +507,18 @@ def progress(
     "A progress bar that stays quiet for what takes under a second."
     off = os.environ.get("VLM_ITL_PROGRESS", "1") == "0"
     return tqdm(iterable, desc=desc, total=total, unit=unit, leave=leave, disable=off, delay=1, mininterval=0.5)
+
+# %% ../nbs/00_core.ipynb #core-environment
+@contextmanager
+def environment(
+    **variables: str | None,  # name -> value; None: not there
+) -> Iterator[None]:
+    "Environment variables inside the block; afterwards they are what they were."
+    before = {name: os.environ.pop(name, None) for name in variables}
+    os.environ.update({name: value for name, value in variables.items() if value is not None})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({} if value is None else {name: value})

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import torch
 from safetensors import SafetensorError
 
 from vlm_itl.core import (
@@ -41,6 +40,10 @@ from .guards import refuse_links
 # %% ../nbs/00c_runfolder.ipynb #runfolder-faults
 class Stopped(KeyboardInterrupt):
     "Ctrl-C or SIGTERM ended a run. The text says how to go on."
+
+    def _render_traceback_(self) -> list[str]:
+        "What Jupyter shows: the line, and not where in a training it happened to be."
+        return [f"Stopped: {' '.join(str(self).split())}"]
 
 
 @contextmanager
@@ -74,7 +77,7 @@ def no_memory(
     error: BaseException,  # any
 ) -> bool:
     "Does an error mean that memory ran out? Torch on a CPU says so in a `RuntimeError`."
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's; it is not loaded here
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(m in str(error).lower() for m in _NO_MEMORY)
 

@@ -26,14 +26,6 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_model as load_safetensors
 from torch.utils.data import DataLoader
-from transformers import (
-    EarlyStoppingCallback,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
 
 from .checkpoints import Checkpoints, RunningLoss
 from vlm_itl.core import (
@@ -43,6 +35,7 @@ from vlm_itl.core import (
     check_choice,
     check_number,
     derive_seed,
+    environment,
     progress,
     seed_everything,
     stable_hash,
@@ -61,6 +54,17 @@ from vlm_itl.model import (
 )
 from .runfolder import on_signals, worker_errors
 from .transforms import EvalTransform, TrainingSet, TrainTransform, collate, predicted_classes
+
+# %% ../nbs/04_train.ipynb #train-transformers
+with environment(WANDB_MODE=None):  # or transformers prints "Running in WANDB offline mode"
+    from transformers import (
+        EarlyStoppingCallback,
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        TrainerState,
+        TrainingArguments,
+    )
 
 # %% ../nbs/04_train.ipynb #train-device
 def pick_device(
