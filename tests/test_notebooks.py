@@ -79,6 +79,11 @@ def test_notebook_names_no_place_of_one_machine(path: Path) -> None:
     assert not local, f"absolute paths: {sorted(set(local))[:5]}"
 
 
+def test_no_notebook_shows_the_mode_of_wandb() -> None:
+    texts = ["".join(o.get("text", "")) for path in NOTEBOOKS for cell in cells_of(path) for o in cell.outputs]
+    assert not any("WANDB offline mode" in text for text in texts)
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=stems(NOTEBOOKS))
 def test_notebook_stores_no_error(path: Path) -> None:
     failed = [cell.id for cell in cells_of(path) for output in cell.outputs if output.output_type == "error"]

@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pytest
 
 from vlm_itl import run
-from vlm_itl.core import ConfigError
+from vlm_itl.core import ConfigError, check_choice
 
 PARAMETERS = """\
 images: int = 6  # how many
@@ -223,3 +224,182 @@ def test_exit_codes_of_the_process(script: Callable[..., subprocess.CompletedPro
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1
     good = script("run_tiny", "out.ipynb", "-p", "images", "1")
     assert good.returncode == 0 and "run folder:" in good.stdout and (home / "out.ipynb").is_file()
+
+
+# ---- settings that mean one thing ----
+
+UNCLEAR = [
+    ("seed: 010", "leading zero"),
+    ("seed: !!int 010", "leading zero"),
+    ("seed: 0o17", "in tens"),
+    ("seed: 1_000", "without _"),
+    ("tau: 1_0.5", "without _"),
+    ("mask_seconds: 1:30", "sixties"),
+    ("binary: yes", "true or false"),
+    ("judge_options: {strict: off}", "true or false"),
+    ("seed: 1\nmode: al\nseed: 2", "'seed' stands there twice"),
+    ("data_options: {n_train: 1, n_train: 2}", "'n_train' stands there twice"),
+    ("data_options: {1: a, '1': b}", "twice"),
+    ("data_options: {1: a, true: b}", "twice"),
+    ("seed: 1\n---\nseed: 2", "single document"),
+    ("data_options:\n\tn_train: 1", "spaces"),
+    ("1: 2", "no name of a parameter"),
+    ("true: 2", "no name of a parameter"),
+    ("null: 2", "no name of a parameter"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), UNCLEAR)
+def test_36_yaml_that_two_readings_fit_is_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    for read in (lambda: run.read_yaml(text, "-y"), lambda: run.read_yaml_file(tmp_path / "a.yaml")):
+        with pytest.raises(ConfigError) as error:
+            read()
+        assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_36_yaml_that_is_clear_is_read() -> None:
+    text = "\ufeffrate: 1e-3\nmore: [.5, -0, 0x1F, '010', 'no', 2026-01-31, 127.0.0.1:8000]\nflag: TRUE\nmap: {0: 255}"
+    more = [0.5, 0, 31, "010", "no", "2026-01-31", "127.0.0.1:8000"]
+    read = {"rate": 0.001, "more": more, "flag": True, "map": {0: 255}}
+    assert run.read_yaml(text, "-y") == read == run.read_yaml(text.encode("utf-8"), "-y")
+    assert run.read_yaml("a: &x {b: 1}\nc: {<<: *x, b: 2}", "-y")["c"] == {"b": 2}
+
+
+def test_36_the_command_line_reads_alike(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "leading zero" in refused(capsys, "run_tiny", "-p", "images", "010")
+    assert "without _" in refused(capsys, "run_tiny", "-p", "images", "1_000")
+    assert "true or false" in refused(capsys, "run_tiny", "-p", "strict", "yes")
+    assert "twice" in refused(capsys, "run_tiny", "-p", "images", "1", "-p", "images", "2")
+    assert "twice" in refused(capsys, "run_tiny", "-p", "judge", "a", "-r", "judge", "b")
+    assert run.typed_value("judge", "010", "str") == "010" and run.typed_value("share", "1e-3", "float") == 0.001
+
+
+def test_36_capitals_do_not_hide_a_name() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'al'"):
+        check_choice("mode", "AL", ["baseline", "al", "vlm"])
+    with pytest.raises(ConfigError, match="'images'"):
+        run.check_parameters({"IMAGES": 3}, {"images": "int"})
+
+
+# ---- outside a clone ----
+
+
+@pytest.mark.parametrize("name", [".", "/", "..", "~nobody_of_this_name/x", "x" * 300, ""])
+def test_what_cannot_be_a_notebook_is_one_line(home: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    assert "run_tiny" in refused(capsys, name)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", None])
+def test_an_output_that_is_no_notebook_is_kept(
+    home: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    kept = home / "kept.ipynb"
+    kept.mkdir() if content is None else kept.write_text(content)
+    assert "overwritten" in refused(capsys, "run_tiny", "kept.ipynb")
+    assert kept.is_dir() if content is None else kept.read_text() == content
+
+
+def test_33_without_a_clone_the_shipped_notebooks_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run.main(["list"]) == 0
+    listed = capsys.readouterr().out
+    assert "run_al " in listed and "run_judge " in listed and str(tmp_path) not in listed
+    assert run.find_notebook("run_al").is_file() and run.plan_output("run_al").parent == tmp_path / "runs"
+    assert run.main(["init"]) == 2
+    assert run.main(["init", "mine"]) == 0
+    assert "next: cd mine" in capsys.readouterr().out.splitlines()[-1]
+    assert Path("mine/run_al.ipynb").is_file() and run.read_yaml_file("mine/configs/voc_al.yaml")["mode"] == "al"
+    assert run.read_yaml_file("configs/voc_al.yaml")["mode"] == "al"  # that of the package
+    Path("mine/run_al.ipynb").unlink()
+    Path("mine/run_baseline.ipynb").write_text("mine")
+    assert run.main(["init", "mine"]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    assert Path("mine/run_baseline.ipynb").read_text() == "mine" and not Path("mine/run_al.ipynb").exists()
+    assert run.main(["init", "mine/run_judge.ipynb"]) == 2
+    monkeypatch.chdir("mine")
+    assert run.find_notebook("run_judge") == tmp_path / "mine" / "run_judge.ipynb"
+    assert run.find_notebook("run_al").is_file()  # again that of the package
+
+
+def test_33_the_wheel_brings_notebooks_and_configurations(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
+    command[3:3] = ["egg_info", "--egg-base", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True, timeout=120)
+    shipped = tmp_path / "lib" / "vlm_itl" / "shipped"
+    for source in [*sorted((root / "nbs").glob("run_*.ipynb")), *sorted((root / "configs").glob("*.yaml"))]:
+        assert (shipped / source.parent.name / source.name).read_bytes() == source.read_bytes()
+
+
+def test_the_command_line_loads_no_torch(script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    code = "import sys, vlm_itl.run as r; r.main(['--version']); print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("vlm_itl ") and done.stdout.strip().endswith("set()"), done
+
+
+# ---- run again in one kernel ----
+
+
+def cells_of(path: Path) -> list[str]:
+    """The code of a notebook."""
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("name", ["run_al", "run_baseline", "run_judge"])
+@pytest.mark.parametrize("history", [True, False])
+def test_21_run_all_twice(root: Path, name: str, history: bool) -> None:
+    from vlm_itl.settings import notebook_settings
+
+    cells = cells_of(root / "nbs" / f"{name}.ipynb")
+    left: dict[str, Any] = {"rounds": [], "curve": {}, "seconds": 3.0, "shown": ["a"], "test": {}, "group": "size"}
+    space: dict[str, Any] = {"__name__": "__main__", "In": [""], "Out": {}} if history else {"__name__": "__main__"}
+    seen = []
+    for turn in range(3):
+        for cell in [*cells[:1], *(["seed = 3"] if turn == 1 else []), cells[1]]:  # papermill's cell, once
+            if history:
+                space["In"].append(cell)
+            exec(cell, space)
+        if history:
+            space["In"].append("config = make(notebook_settings(given))")
+        seen.append(notebook_settings(space["given"]))
+        if history:
+            space["In"] += [
+                "rounds = []\nfor record in run(config):\n    rounds.append(record)",
+                "shown = ['a']\nshown[0]",
+            ]
+        space.update(left)
+    assert list(seen[0]) == list(seen[1]) == list(seen[2]) and not set(left) & set(seen[0])
+    assert [settings["seed"] for settings in seen] == [0, 3, 0]
+
+
+def test_21_a_misspelt_name_is_still_found_when_run_again() -> None:
+    from vlm_itl.settings import make_config, notebook_settings
+
+    cells = ["", "seed: int = 0\nmode: str = 'al'", "given = dict(globals())", "make_config(notebook_settings(given))"]
+    space = {
+        "seed": 0,
+        "mode": "al",
+        "rounds": [],
+        "given": {"seed": 0, "mode": "al"},
+        "In": [*cells, "rounds = []\nrun()"],
+    }
+    again = {**space, "sede": 0, "In": [*space["In"], "sede: int = 0\nmode: str = 'al'", *cells[2:]]}
+    with pytest.raises(ConfigError, match="'seed'"):
+        make_config(notebook_settings(again))
+
+
+def test_21_an_interrupt_is_one_line_in_jupyter() -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
+    from vlm_itl.runfolder import Stopped
+
+    shell = InteractiveShell()
+    shown: list[list[str]] = []
+    shell._showtraceback = lambda etype, value, lines: shown.append(lines)  # type: ignore[method-assign]
+    try:
+        raise Stopped("stopped during round 1. Run the same again to go on.")
+    except Stopped:
+        shell.showtraceback()
+    assert shown == [["Stopped: stopped during round 1. Run the same again to go on."]]

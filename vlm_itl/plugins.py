@@ -8,6 +8,7 @@ __all__ = ['load_plugins', 'described']
 # %% ../nbs/00bc_plugins.ipynb #plugins-imports
 import hashlib
 import importlib
+import importlib.abc
 import importlib.util
 import re
 import sys
@@ -15,7 +16,6 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from .core import ConfigError, Registry, VlmItlError, one_line, resolve_path, show
@@ -107,6 +107,21 @@ def _whole(module: str, files: Sequence[Path]) -> Iterator[None]:
         Registry.loading = ""
 
 
+class _ReadAlready(importlib.abc.SourceLoader):
+    "Loads a module from the very bytes that were fingerprinted."
+
+    def __init__(self, path: Path, data: bytes):
+        self.path, self.data = str(path), data
+
+    def get_filename(self, fullname: str) -> str:
+        return self.path
+
+    def get_data(self, path: Any) -> bytes:
+        if str(path) != self.path:
+            raise OSError("nothing is cached")
+        return self.data
+
+
 def _run(name: str, module: str, files: Sequence[tuple[Path, bytes]]) -> None:
     "Run a plugin's code, the very bytes that were fingerprinted where it is one file."
     with _whole(module, [path for path, _ in files]):
@@ -114,10 +129,11 @@ def _run(name: str, module: str, files: Sequence[tuple[Path, bytes]]) -> None:
             known = sys.modules.get(module)
             importlib.import_module(module) if known is None else importlib.reload(known)
             return
-        made = ModuleType(module)
-        made.__file__ = str(files[0][0])
-        sys.modules[module] = made  # where pickle looks for what is defined in it
-        exec(compile(files[0][1], made.__file__, "exec"), made.__dict__)
+        loader = _ReadAlready(*files[0])
+        spec = importlib.util.spec_from_loader(module, loader, origin=loader.path)
+        assert spec is not None
+        sys.modules[module] = made = importlib.util.module_from_spec(spec)  # where pickle looks for what it defines
+        loader.exec_module(made)
 
 
 def load_plugins(
