@@ -287,10 +287,10 @@ class Registry(UserDict[str, Part]):
 
     def keep(self) -> Callable[[], None]:
         "Remember what is known; the result brings it back."
-        before = [dict(held) for held in (self.data, self._homes, self.about)]
+        data, homes, about = dict(self.data), dict(self._homes), dict(self.about)
 
         def restore() -> None:
-            self.data, self._homes, self.about = before
+            self.data, self._homes, self.about = data, homes, about
 
         return restore
 

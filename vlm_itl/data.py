@@ -139,8 +139,8 @@ def register_source(
     SOURCES.check_word(name)
 
     def add(function: Callable[..., Splits]) -> Callable[..., Splits]:
-        names = {"seed": 0, "cache_dir": None, "options": {}}
-        SOURCES.add(name, checked_part(f"the source {name!r}", function, "source", **names), function=function)
+        checked = checked_part(f"the source {name!r}", function, "source", seed=0, cache_dir=None, options={})
+        SOURCES.add(name, checked, function=function)
         return function
 
     return add
