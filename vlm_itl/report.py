@@ -851,7 +851,7 @@ def plot_judge(
     )  # fmt: skip
     rates.set_ylim(-0.03, 1.03)
     tidy_axes(rates, "round", "share of judged masks")
-    rates.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3, frameon=False, fontsize=8.5)
+    rates.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2, frameon=False, fontsize=8.5)
 
     labels.bar(table["round"], table["n"], color="#e2e2e2", width=0.7, label="judged")
     labels.bar(table["round"], table["accepted"], color=COLORS[4], width=0.7, label="accepted")
