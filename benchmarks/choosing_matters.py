@@ -120,7 +120,7 @@ def report(folder: Path, name: str, command: str) -> None:
     result.table.round(5).to_csv(out / f"{name}.csv", index=False)
     save_png(plot_compare(result), out / f"{name}.png")
     if len(result.table) < 8:
-        save_png(plot_learning_curve(runs), out / f"{name}_curves.png")
+        save_png(plot_learning_curve(runs), ROOT / "nbs" / "images" / f"{name}_curves.png")  # README and book show it
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from vlm_itl.judge import (
     image_weights,
     interval_text,
     mask_groups,
+    match_acceptance,
     paired_difference,
     rank_judges,
     report_card,
@@ -479,3 +480,21 @@ def test_reliability_leaves_hard_judges_out():
     order = np.argsort(p, kind="stable")
     wanted = [[p[rows].mean(), (iou[rows] >= 0.7).mean()] for rows in np.array_split(order, 5)]
     assert np.allclose(points, wanted)
+
+
+def test_no_empty_panels():
+    hard, ious = [Judgement("yes"), Judgement("no")], [0.9, 0.1]
+    for draw in (plot_roc, plot_risk_coverage, plot_reliability):
+        with pytest.raises(DataError, match="nothing to draw"):
+            draw({"hard": hard}, ious)
+
+
+def test_a_rival_may_choose_its_threshold():
+    """A free confidence whose numbers all lie above .5 is not a judge that says yes to everything."""
+    free = [Judgement("yes", p_yes=p) for p in (0.9, 0.6, 0.8, 0.7)] + [Judgement("abstain"), Judgement("no")]
+    matched = match_acceptance(free, 2)
+    assert [j.verdict for j in matched] == ["yes", "no", "yes", "no", "abstain", "no"]
+    assert [j.p_yes for j in matched] == [j.p_yes for j in free]
+    assert [j.verdict for j in match_acceptance(free, 9)][:4] == ["yes"] * 4
+    with pytest.raises(ConfigError, match="count"):
+        match_acceptance(free, -1)

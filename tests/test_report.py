@@ -14,6 +14,7 @@ from vlm_itl.core import ConfigError, RunError, write_json, write_text
 from vlm_itl.report import (
     COLORS,
     aubc,
+    find_references,
     gallery_items,
     list_runs,
     plot_class_iou,
@@ -245,11 +246,11 @@ def test_learning_curve_marks_pseudo_labels_and_recipes(tmp_path):
     (axes,) = plot_learning_curve(vlm).axes
     names = axes.get_legend_handles_labels()[1]
     assert names == ["test", "images learnt from, pseudo-labels included", "val"]
-    assert axes.get_title(loc="left") == "random, mock judge (pseudo)"
+    assert axes.get_title(loc="left") == "random, simulated mock judge (pseudo)"
     other = write_run(tmp_path / "longer", mode="vlm", steps=20)
     (axes,) = plot_learning_curve([vlm, other]).axes
     names = [name for name in axes.get_legend_handles_labels()[1] if "learnt" not in name]
-    assert names == ["random, mock judge (pseudo); steps=10", "random, mock judge (pseudo); steps=20"]
+    assert names == ["random, simulated mock judge (pseudo); steps=10", "random, simulated mock judge (pseudo); steps=20"]
 
 
 def test_learning_curve_of_runs_of_unequal_length(tmp_path):
@@ -314,3 +315,52 @@ def test_no_warnings_on_the_way(tmp_path):
         for run in runs[:1]:
             save_figures(run)
         plot_learning_curve(runs).savefig(tmp_path / "y.png")
+
+
+# ---- what is shown first, and beside what
+
+
+def test_the_short_table_shows_the_result_first_and_nothing_that_was_not_measured(tmp_path):
+    run = write_run(tmp_path / "run", mode="vlm")
+    assert round_table(run, short=True).columns.tolist()[:5] == [
+        "round", "labelled", "pseudo", "val_mean_iou", "test_mean_iou",
+    ]  # fmt: skip
+    assert len(round_table(run, short=True).columns) <= 11 and "kappa" in round_table(run)
+    assert "pseudo" not in round_table(write_run(tmp_path / "al"), short=True)
+
+
+def test_references_are_the_twin_without_a_judge_and_full_supervision(tmp_path):
+    run = write_run(tmp_path / "vlm", mode="vlm", dataset="scenes")
+    for name, more in {
+        "twin": {"mode": "al"},
+        "full": {"mode": "baseline", "levels": (0.9,)},
+        "other-seed": {"mode": "al", "seed": 1},
+        "other-recipe": {"mode": "al", "steps": 20},
+        "other-data": {"mode": "baseline", "levels": (0.9,), "dataset": "elsewhere"},
+        "unfinished": {"mode": "baseline", "levels": (0.9,), "finished": False},
+    }.items():
+        write_run(tmp_path / name, **{"dataset": "scenes", **more})
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "summary.json").write_text("{")
+    assert sorted(other.name for other in find_references(run)) == ["full", "twin"]
+    assert [other.name for other in find_references(tmp_path / "twin")] == ["full"]
+    (axes,) = plot_learning_curve([run, *find_references(run)]).axes
+    names = axes.get_legend_handles_labels()[1]
+    assert any("full supervision" in n for n in names) and any("simulated mock" in n for n in names)
+    assert "simulated" in axes.get_title(loc="left")
+
+
+@pytest.mark.parametrize(("kind", "said"), [("logprobs", "p(yes) 0.81"), ("score", "score 0.81"), (None, "score 0.81")])
+def test_a_score_is_not_called_a_probability(tmp_path, kind, said):
+    run = write_run(tmp_path / "run", mode="vlm")
+    gallery(run / "round_000" / "gallery", verdict="no")
+    index = run / "round_000" / "gallery" / "index.json"
+    (item,) = json.loads(index.read_text())
+    write_json(index, [item | {"p_yes": 0.81, "score_kind": kind}])
+    assert any(said in axes.get_xlabel() for axes in plot_gallery(run).axes)
+
+
+def test_equal_rates_do_not_hide_each_other(tmp_path):
+    axes = plot_judge(write_run(tmp_path / "run", mode="vlm")).axes[0]
+    places = [tuple(line.get_xdata()) for line in axes.get_lines() if len(line.get_xdata()) == 3]
+    assert len(places) == len(set(places)) >= 3

@@ -100,9 +100,11 @@ class Round:
         text += f" + {self.pseudo} pseudo" if self.pseudo else ""
         text += f" | val mIoU {val['mean_iou']:.3f}" if val else ""
         if self.judge and self.judge.get("n"):
-            rate = self.judge["agreement_rate"]
-            text += f" | judge agrees {'-' if rate is None else f'{rate:.0%}'}"
-            text += f", accepts {self.judge['accepted']} of {self.judge['n']}"
+            text += f" | judge: {self.judge['accepted']} of {self.judge['n']} accepted"
+            good, bad = self.judge["sensitivity"], self.judge["specificity"]
+            told = [] if good is None else [f"yes to {good:.0%} of the good"]
+            told += [] if bad is None else [f"{1 - bad:.0%} of the bad"]
+            text += f" ({', '.join(told)})" if told else ""
         return text + f" | {self.seconds['total']:.0f} s"
 
 # %% ../nbs/08_experiment.ipynb #experiment-class
@@ -558,7 +560,15 @@ def summarise(
         "test_pixel_accuracy": [tests[r.index]["pixel_accuracy"] if r.index in tests else None for r in rounds],
     }
     if config.mode == "vlm":
-        for key in ("agreement_rate", "balanced_accuracy", "coverage", "accepted", "accepted_label_miou"):
+        for key in (
+            "agreement_rate",
+            "balanced_accuracy",
+            "sensitivity",
+            "specificity",
+            "coverage",
+            "accepted",
+            "accepted_label_miou",
+        ):
             curve[key] = [r.judge[key] if r.judge else None for r in rounds]
     return {
         "name": name,

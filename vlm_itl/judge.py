@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['RATES', 'VERDICT_MEASURES', 'SCORE_MEASURES', 'ECE_BINS', 'SIZES', 'FREE_JUDGES', 'verdict_metrics', 'Answers',
-           'gather_answers', 'image_weights', 'verdict_measures', 'score_measures', 'risk_coverage', 'report_card',
-           'card_table', 'interval_text', 'mask_groups', 'paired_difference', 'Ranking', 'rank_judges', 'break_even']
+           'gather_answers', 'image_weights', 'verdict_measures', 'score_measures', 'match_acceptance', 'risk_coverage',
+           'report_card', 'card_table', 'interval_text', 'mask_groups', 'paired_difference', 'Ranking', 'rank_judges',
+           'break_even']
 
 # %% ../nbs/07_judge.ipynb #judge-imports
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -237,6 +238,23 @@ def score_measures(
     return found
 
 # %% ../nbs/07_judge.ipynb #judge-curve
+def match_acceptance(
+    judgements: Sequence[Judgement],  # N, with scores
+    count: int,  # how many to accept; fewer where fewer have a score
+) -> list[Judgement]:  # N: yes for the highest scores, no for the rest; abstentions and answers without a score stay
+    """The same ranking at a threshold that accepts a given number: what a rival would do that may choose it too.
+
+    Equal scores are taken in order.
+    """
+    check_number("count", count, 0, integer=True)
+    scored = [row for row, j in enumerate(judgements) if j.p_yes is not None and j.verdict != "abstain"]
+    best = set(sorted(scored, key=lambda row: -float(judgements[row].p_yes or 0))[:count])
+    kept = list(judgements)
+    for row in scored:
+        kept[row] = replace(kept[row], verdict="yes" if row in best else "no")
+    return kept
+
+
 def risk_coverage(
     p_yes: Sequence[float],  # N scores; nan: never accepted
     good: Sequence[bool],  # N

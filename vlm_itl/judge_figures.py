@@ -39,13 +39,10 @@ def _style(place: int) -> dict[str, Any]:
     return {"color": COLORS[place % len(COLORS)], "linestyle": ("-", "--", "-.", ":")[place % 4], "linewidth": 2}
 
 
-def _legend(axes: Axes) -> None:
-    "Under the axes; where there is no curve, say so."
+def _legend(axes: Axes, missing: str) -> None:
+    "Under the axes; where there is no curve at all, `DataError`: an empty panel tells nothing."
     if not axes.get_legend_handles_labels()[0]:
-        axes.text(
-            0.5, 0.08, "nothing to draw: no scores, or masks of one kind only", ha="center", fontsize=8, color="#767676"
-        )
-        return
+        raise DataError(f"{missing}: nothing to draw.")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8.5)
 
 
@@ -70,7 +67,7 @@ def plot_roc(
         )
     tidy_axes(axes, "bad masks accepted", "good masks accepted")
     axes.set_aspect("equal")
-    _legend(axes)
+    _legend(axes, "no judge gives scores, or the masks are of one kind only")
     return figure
 
 
@@ -99,7 +96,7 @@ def plot_risk_coverage(
     tidy_axes(axes, "accepted share of all masks", "bad among the accepted")
     axes.xaxis.set_major_formatter(PercentFormatter(1, 0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
-    _legend(axes)
+    _legend(axes, "no judge gives scores")
     return figure
 
 # %% ../nbs/07f_judge_figures.ipynb #judge-figures-reliability
@@ -136,10 +133,7 @@ def plot_reliability(
         )  # fmt: skip
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     tidy_axes(axes, "p_yes (mean of a bin)", "share of good masks")
-    if axes.get_legend_handles_labels()[0]:
-        _legend(axes)
-    else:
-        axes.text(0.5, 0.08, "no judge gives graded scores", ha="center", color="#767676")
+    _legend(axes, "no judge gives graded scores")
     return figure
 
 # %% ../nbs/07f_judge_figures.ipynb #judge-figures-acceptance
@@ -209,7 +203,7 @@ def plot_break_even(
         "one mask", (c_mask, axes.get_ylim()[0]), (3, 4), textcoords="offset points", fontsize=8, color="#666666"
     )
     tidy_axes(axes, "ψ: seconds that undo one accepted bad mask", "human seconds saved per image")
-    _legend(axes)
+    _legend(axes, "no judge")
     return figure
 
 # %% ../nbs/07f_judge_figures.ipynb #judge-figures-gallery

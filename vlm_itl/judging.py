@@ -9,7 +9,8 @@ __all__ = ['FREE_SETTINGS', 'GROUPS', 'JudgeConfig', 'make_judge_config', 'judge
 # %% ../nbs/08a_judging.ipynb #judging-imports
 import importlib.metadata
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .cache import CachedHandler
 from .certify import certify
 from vlm_itl.core import (
     ConfigError,
+    DataError,
     check_choice,
     check_number,
     make_rng,
@@ -37,7 +39,7 @@ from vlm_itl.core import (
 from .corruption import corruption_queries, folder_queries, truth_reader
 from .data import SegData, load_data
 from .guards import refuse_secrets
-from .judge import Ranking, gather_answers, rank_judges, report_card
+from .judge import Ranking, gather_answers, match_acceptance, rank_judges, report_card, verdict_metrics
 from vlm_itl.judge_figures import (
     plot_acceptance,
     plot_break_even,
@@ -372,7 +374,7 @@ def _report(
         "config": config.to_dict(),
     }
     shown = {n: said[n] for n in _shown(config.handler, ranking)}
-    figures = _figures(config, queries, ious, table, shown, said[config.handler], cards, rows)
+    figures = _figures(config, queries, ious, table, shown, said[config.handler], rows)
     for name, figure in figures.items():
         save_png(figure, run.figures / f"{name}.png")
     write_json(run.path / "report.json", report)
@@ -384,6 +386,24 @@ def _shown(judge: str, ranking: Ranking) -> list[str]:
     return [judge, *[name for name in ranking.table.index if name != judge][:4]]
 
 
+def _at_equal_acceptance(judge: str, said: dict[str, list[Judgement]]) -> dict[str, list[Judgement]]:
+    "Judges that give scores, at the threshold by which they accept as many as the judge on trial: a fair rival."
+    count = sum(j.verdict == "yes" for j in said[judge])
+    fair = {judge: said[judge]}
+    for name, answers in said.items():
+        graded = len({j.p_yes for j in answers if j.p_yes is not None}) > 2
+        if name != judge:
+            fair[f"{name}, as many" if graded else name] = match_acceptance(answers, count) if graded else answers
+    return fair
+
+
+def _rates_of(said: dict[str, list[Judgement]], ious: Sequence[float], tau: float) -> dict[str, dict[str, Any]]:
+    "Base rate, sensitivity and specificity of each judge, in the form of a report card."
+    names = ("base_rate", "sensitivity", "specificity")
+    found = {name: verdict_metrics(answers, ious, tau) for name, answers in said.items()}
+    return {name: {"measures": {m: {"value": rates[m]} for m in names}} for name, rates in found.items()}
+
+
 def _figures(
     config: JudgeConfig,
     queries: Sequence[JudgeQuery],
@@ -391,20 +411,22 @@ def _figures(
     table: pd.DataFrame,
     shown: dict[str, list[Judgement]],
     judged: list[Judgement],
-    cards: dict[str, dict[str, Any]],
     rows: Dataset,
 ) -> dict[str, Figure]:
     "Every figure that these answers allow."
     known = [*ious]
-    measures = cards[config.handler]["measures"]
-    figures = {
-        "roc": plot_roc(shown, known, config.tau),
-        "risk_coverage": plot_risk_coverage(shown, known, config.tau, config.alpha),
-        "reliability": plot_reliability(shown, known, config.tau),
-        "acceptance": plot_acceptance(shown, known, config.tau),
+    rivals = _at_equal_acceptance(config.handler, shown)
+    drawings: dict[str, Callable[[], Figure]] = {
+        "roc": lambda: plot_roc(shown, known, config.tau),
+        "risk_coverage": lambda: plot_risk_coverage(shown, known, config.tau, config.alpha),
+        "reliability": lambda: plot_reliability(shown, known, config.tau),
+        "acceptance": lambda: plot_acceptance(rivals, known, config.tau),
+        "break_even": lambda: plot_break_even(_rates_of(rivals, known, config.tau), config.mask_seconds),
     }
-    if 0 < (measures["base_rate"]["value"] or 0) < 1:
-        figures["break_even"] = plot_break_even({n: cards[n] for n in shown}, config.mask_seconds)
+    figures = {}
+    for name, draw in drawings.items():
+        with suppress(DataError):  # no scores, or masks of one kind only: no empty panel
+            figures[name] = draw()
     notes = table["kind"].tolist()
     figures["mistakes"] = plot_mistakes(queries, judged, known, truth_reader(rows), config.tau, 6, notes)
     return figures

@@ -280,7 +280,13 @@ def write_gallery(
         image = oracle.images[oracle.rows([judgement.id])[0]]["image"]
         truth = oracle.peek_for_simulation(judgement.id)
         files = _save_example(folder, len(index), image, truth, masks[judgement.id], data.labels)
-        answer = {"verdict": judgement.verdict, "p_yes": judgement.p_yes, "iou": ious[judgement.id], "split": "pool"}
+        answer = {
+            "verdict": judgement.verdict,
+            "p_yes": judgement.p_yes,
+            "score_kind": judgement.score_kind,
+            "iou": ious[judgement.id],
+            "split": "pool",
+        }
         index.append({"id": judgement.id, **files, **answer})
     write_json(folder / "index.json", index)
 
