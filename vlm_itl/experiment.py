@@ -58,7 +58,7 @@ from .scores import PASS_SCORES, dropout_layers, scoring_options
 from .selects import parse_strategy, sort_options
 from .settings import FREE_SETTINGS, Config, make_config, run_path
 from .tracking import Tracker, make_tracker
-from .train import MaskStore, PoolScores, evaluate, fit, score_pool
+from .train import MaskStore, PoolScores, evaluate, fit, score_pool, try_once
 from vlm_itl.turns import (
     AUDIT_SHARE,
     Journal,
@@ -129,6 +129,7 @@ class Experiment:
         amounts = (1.0, 1.0, 1.0) if baseline else (config.initial, config.increment, config.max_labelled)
         self.schedule = budget_schedule(len(self.data.train), *amounts)
         self.model = load_model(config.model, self.data.labels, seed=config.seed, options=config.model_options)
+        try_once(self.model, config.train_settings, config.view, len(self.data.train))
         self.members = [load_model(str(m), self.data.labels) for m in self.options["score"].get("members", [])]
         if self.sampler.strategy.score in PASS_SCORES and not self.members:
             dropout_layers(self.model)  # a network without dropout is refused now, not after the first training
@@ -400,7 +401,8 @@ class Experiment:
         if self.regions is not None and config.gallery:
             write_asked(here / "asked", ids, self.oracle.images, self.regions)
         write_gallery(here / "gallery", self.model, self.data, config, self.oracle, masks, judgements, ious)
-        save_model(self.model, here / "model")
+        shown = [row["image"] for row in self.data.val.select(range(min(4, len(self.data.val))))] if last else []
+        save_model(self.model, here / "model", config.image_size, config.resize, shown)
         write_text(here / "training.jsonl", "".join(to_json(h) + "\n" for h in history))
         chosen = set(ids)
         return Round(

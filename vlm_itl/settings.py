@@ -252,8 +252,7 @@ class Config:
             check_number(name, getattr(self, name), low=0, high=1)
         for name in ("alpha", "delta"):
             check_number(name, getattr(self, name), low=1e-9, high=1 - 1e-9)
-        check_number("image_size", self.image_size, low=16, integer=True)
-        check_number("eval_batch_size", self.eval_batch_size, low=1, integer=True)
+        self.view.check()
         for name in ("judge_limit", "gallery"):
             check_number(name, getattr(self, name), low=0, integer=True)
         check_number("seed", self.seed, low=0, integer=True)
@@ -264,7 +263,7 @@ class Config:
                 raise ConfigError(f"{name} must be a dictionary, e.g. {{'name': value}}, not {show(value)}.")
         sort_options(self.strategy, self.strategy_options)
         check_question(self.question)
-        self.train_settings.check()
+        self.train_settings.check(self.image_size)
 
     @property
     def train_settings(self) -> TrainSettings:
