@@ -124,7 +124,7 @@ class Segmenter(nn.Module):
 
 def _cannot_show(model: Segmenter, shape: torch.Size, error: Exception) -> VlmItlError:
     "What to say, and what to do, where a network fails on a batch (B, 3, H, W)."
-    shown = f"{shape[0]} pictures of {shape[2]} x {shape[3]} px"
+    shown = f"a batch of {shape[0]} at {shape[2]} x {shape[3]} px"
     reason = one_line((str(error).strip().splitlines() or [type(error).__name__])[0], 200)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "t allocate memory" in reason:
         return RunError(
@@ -267,9 +267,7 @@ def _check_numbers(name: str, raw: Any) -> bool:  # is any number suspiciously l
         counts = any(word in key for word in ("layers", "depth", "repeats", "blocks"))
         most = _MOST_LAYERS if counts else _MOST
         if not math.isfinite(number) or abs(number) > most:
-            raise ConfigError(
-                f"model {name!r}: {key} = {show(number, 40)} in config.json is no size of a network (at most {most})."
-            )
+            raise ConfigError(f"model {name!r}: {key} = {show(number, 40)} is no size of a network (at most {most}).")
         wide = wide or abs(number) > _WIDE
     return wide
 
@@ -307,10 +305,12 @@ def _checkpoint_config(name: str) -> Any:
     except Exception as error:  # settings of any kind, read by code of any kind
         if "trust_remote_code" in str(error):
             raise ConfigError(OWN_CODE.format(name)) from error
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = one_line(str(error) or type(error).__name__, 300)
+        if local.is_dir():
+            raise ConfigError(f"model {name!r}: its config.json is not that of a segmenter ({reason})") from error
         raise ConfigError(
             f"model {name!r} is neither built in ({', '.join(MODELS)}), nor a local model folder, nor reachable on "
-            f"the Hub.{closest(name, MODELS)} ({one_line(reason, 300)})"
+            f"the Hub.{closest(name, MODELS)} ({reason})"
         ) from error
     channels = getattr(getattr(config, "backbone_config", None) or config, "num_channels", 3)
     if channels != 3:
@@ -352,8 +352,8 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[nn.Module, di
                 **settings,
             )
     except Exception as error:  # settings and weights of any kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"model {name!r} cannot be loaded as a segmenter: {one_line(reason, 300)}") from error
+        reason = one_line(str(error) or type(error).__name__, 300)
+        raise ConfigError(f"model {name!r} cannot be loaded as a segmenter: {reason}") from error
     mismatched = [m[0] if isinstance(m, (tuple, list)) else str(m) for m in info.get("mismatched_keys", [])]
     return net, info, {*info.get("missing_keys", []), *mismatched}
 
@@ -376,7 +376,8 @@ def _check_weights(model: Segmenter, info: dict[str, Any], rows: list[str]) -> N
             f"model {model.name!r}: most of its encoder is not in the checkpoint, which holds {one_line(other, 100)!r} "
             f"where {next(name for name in inside if name in model.fresh)!r} was looked for."
         )
-    broken = next((name for name, p in known.items() if not bool(torch.isfinite(p).all())), None)
+    numbers = {name: value for name, value in model.net.state_dict().items() if value.is_floating_point()}
+    broken = next((name for name, value in numbers.items() if not bool(torch.isfinite(value).all())), None)
     if broken:
         raise ConfigError(f"model {model.name!r}: its weights are broken: {broken} is not finite (NaN or infinite).")
 
@@ -422,10 +423,11 @@ def _carry_head(
         return [f"its head was trained for other classes ({_some(theirs)})"]
     take_rows(net, source.state_dict(), sorted(rows), match)
     fresh -= rows
-    if len(known) == len(labels):
+    if len(known) == len(labels) == len(theirs):
         return [f"its head's classes ({_some(theirs)}) are put into our order by name"]
     new = [n for n in labels.names if n not in known]
-    return [f"of its head's {len(theirs)} classes ours are taken over by name: {_some(known)}; new: {_some(new)}"]
+    said = f"of its head's {len(theirs)} classes ours are taken over by name: {_some(known)}"
+    return [said + (f"; new: {_some(new)}" if new else "")]
 
 
 def _some(names: list[str]) -> str:
@@ -433,8 +435,11 @@ def _some(names: list[str]) -> str:
     return one_line(", ".join(names[:4]) + (", ..." if len(names) > 4 else ""), 120)
 
 # %% ../nbs/03_model.ipynb #model-load-checkpoint
-def _pixels_of(name: str, config: Any) -> tuple[Normalisation, list[str]]:
-    "How the checkpoint wants its pixels, and what is to be said about it."
+_OURS = ("num_labels", "id2label", "label2id", "num_channels", "dtype", "torch_dtype", "return_dict")
+
+
+def _pixels_of(name: str, config: Any) -> tuple[Normalisation, list[str], bool]:
+    "How the checkpoint wants its pixels, what is to be said about it, and whether it counts classes from 1."
     own = processor_of(name)
     processor = family_processor(config.model_type) if own is None else own
     norm = Normalisation() if processor is None else check_writable(watch_processor(processor, name), name)
@@ -442,11 +447,7 @@ def _pixels_of(name: str, config: Any) -> tuple[Normalisation, list[str]]:
     notes = [] if own is not None else [f"no processor settings found: {kind} normalisation is assumed"]
     if norm.order != (0, 1, 2):
         notes.append("its processor shows blue first (BGR), and so do we")
-    if own is not None and getattr(own, "do_reduce_labels", False):
-        notes.append(
-            "its masks were read with do_reduce_labels (0 void, 1 the first class): its names must stand in that order"
-        )
-    return norm, notes
+    return norm, notes, bool(getattr(own, "do_reduce_labels", False))
 
 
 def _load_checkpoint(name: str, labels: LabelSpace, options: dict[str, Any]) -> Segmenter:
@@ -454,19 +455,26 @@ def _load_checkpoint(name: str, labels: LabelSpace, options: dict[str, Any]) -> 
     config = _checkpoint_config(name)
     if "trust_remote_code" in options:
         raise ConfigError(OWN_CODE.format(name))
-    is_segmenter = any("Segmentation" in str(a) for a in (config.architectures or []))
+    is_segmenter = "Segmentation" in str(config.architectures)
     settings = {**({} if is_segmenter else SEGMENTER_DEFAULTS.get(config.model_type, {})), **options}
+    _check_numbers(name, options)
+    ours = next((key for key in options if key in _OURS), None)
+    if ours is not None:
+        raise ConfigError(f"model_options: {ours} is not free: classes come from the data, pictures are RGB in 32 bits.")
     unknown = [k for k in options if not hasattr(config, k)]
     if unknown:
         raise ConfigError(
             f"model_options: {config.model_type} has no setting {unknown[0]!r}.{closest(unknown[0], config.to_dict())}"
         )
     own = {"num_labels": len(labels), "id2label": labels.id2label, "label2id": labels.label2id}
-    norm, notes = _pixels_of(name, config)
-    net, info, fresh = _from_pretrained(name, {**own, **settings})
+    norm, notes, reduced = _pixels_of(name, config)
+    net, info, fresh = _from_pretrained(name, {**settings, **own})
     missing = set(info.get("missing_keys", []))
     said = _carry_head(name, net, fresh, missing, _their_names(config), labels, settings)
     notes = [*said, *_loading_notes(fresh), *notes]
+    if reduced and not fresh:
+        first = show(_their_names(config)[0], 80)
+        notes.append(f"its masks were read with do_reduce_labels (0 void, 1 its first class): was that {first}?")
     mended = fix_batchnorm(net)
     if mended:
         notes.append(f"BatchNorm momentum set to 0.1 in {mended} layers (TensorFlow's convention in the configuration)")
@@ -570,9 +578,7 @@ def _alike(model: Segmenter, folder: Path, image_size: int, resize: str, picture
     return sum(same) / len(same)
 
 
-def _write_card(
-    model: Segmenter, folder: Path, image_size: int | None, resize: str, pictures: Sequence[Any]
-) -> None:
+def _write_card(model: Segmenter, folder: Path, image_size: int | None, resize: str, pictures: Sequence[Any]) -> None:
     "How the network wants its pictures, for machines and for people."
     shown = how = resize
     if image_size is None:

@@ -18,6 +18,7 @@ from transformers import AutoImageProcessor
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.utils import is_torchvision_available
 
 from .core import ConfigError, check_choice, one_line, show
 
@@ -150,10 +151,13 @@ def processor_of(
         return None
     try:
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
-    except ImportError:
-        return _without_torchvision(name, given)
     except Exception as error:  # settings of any kind, read by code of any kind
+        known = [kinds.get("torchvision") for kinds in IMAGE_PROCESSOR_MAPPING_NAMES.values()]
+        if given.get("image_processor_type") in known and not is_torchvision_available():
+            return _without_torchvision(name, given)
         reason = one_line(str(error) or type(error).__name__, 200)
+        if "trust_remote_code" in reason:
+            reason = "it brings Python code of its own, which is never run for a segmenter"
         raise ConfigError(f"model {name!r}: its image processor cannot be built ({reason}).") from error
 
 
@@ -162,8 +166,11 @@ def family_processor(
 ) -> Any:  # an image processor with its own defaults; None where the family has none that works here
     "What transformers pairs with a family."
     kinds = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
-    kind = kinds.get("pil") if isinstance(kinds, dict) else None
-    return getattr(transformers, kind)() if kind else None
+    kind = kinds.get("pil") or kinds.get("torchvision")
+    try:
+        return getattr(transformers, kind)() if kind else None
+    except ImportError:  # of torchvision
+        return None
 
 
 def normalisation_of(
