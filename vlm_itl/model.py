@@ -460,7 +460,9 @@ def _load_checkpoint(name: str, labels: LabelSpace, options: dict[str, Any]) -> 
     _check_numbers(name, options)
     ours = next((key for key in options if key in _OURS), None)
     if ours is not None:
-        raise ConfigError(f"model_options: {ours} is not free: classes come from the data, pictures are RGB in 32 bits.")
+        raise ConfigError(
+            f"model_options: {ours} is not free: classes come from the data, pictures are RGB in 32 bits."
+        )
     unknown = [k for k in options if not hasattr(config, k)]
     if unknown:
         raise ConfigError(
@@ -589,7 +591,7 @@ def _write_card(model: Segmenter, folder: Path, image_size: int | None, resize: 
     text = (_HOW[how] + ("" if how == "none" else _EXACT)).format(size=image_size, resize=resize)
     if image_size is not None and pictures:
         share = _alike(model, folder, image_size, resize, pictures)
-        text += f" On {len(pictures)} pictures, {share:.1%} of the pixels got the same class both ways."
+        text += f" On {len(pictures)} validation pictures, {share:.1%} of the pixels got the same class both ways."
     classes = ", ".join(one_line(name, 100) for name in model.labels.names)
     write_text(folder / "README.md", _README.format(classes=classes, how=text))
 

@@ -66,13 +66,13 @@ def explain(
 ) -> Normalisation | None:  # None: it is no shift and scale of single channels
     "The straight lines through what was seen."
     lines = []
-    for column in seen.T:
+    for column in seen.T if np.isfinite(seen).all() else ():
         slope = (column[1] - column[0]) / 255
         close = [np.allclose(column[0] + slope * PROBES[:, k], column, 0, 1e-4 * abs(slope) * 255) for k in range(3)]
-        if not slope or not np.isfinite(column).all() or not any(close):
+        if not slope or not any(close):
             return None
         lines.append((float(-column[0] / slope / 255), float(1 / slope / 255), close.index(True)))
-    mean, std, order = zip(*lines, strict=True)
+    mean, std, order = zip(*lines, strict=True) if lines else ((), (), ())
     return Normalisation(mean, std, order) if sorted(order) == [0, 1, 2] else None
 
 # %% ../nbs/02a_pixels.ipynb #pixels-declared
@@ -93,7 +93,8 @@ def watch_processor(
     "The normalisation that a processor really applies; `ConfigError` where it is none."
     kind = type(processor).__name__.removesuffix("Pil")
     try:
-        seen = seen_through(processor)
+        with np.errstate(all="ignore"):
+            seen = seen_through(processor)
     except Exception as error:  # settings of any kind, read by code of any kind
         reason = one_line(f"{type(error).__name__}: {error}", 200)
         raise ConfigError(f"model {name!r}: its {kind} fails on a plain picture ({reason}).") from error
