@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoImageProcessor,
@@ -37,7 +38,8 @@ from transformers import (
 )
 
 from vlm_itl.core import ConfigError, RunError
-from vlm_itl.data import LabelSpace
+from vlm_itl.data import LabelSpace, toy_images
+from vlm_itl.experiment import run_baseline
 from vlm_itl.model import (
     MODELS,
     Segmenter,
@@ -50,6 +52,8 @@ from vlm_itl.model import (
     save_model,
     watch_last_layer,
 )
+from vlm_itl.settings import make_config
+from vlm_itl.transforms import EvalTransform, predicted_classes
 
 VOC = LabelSpace.voc()
 SEVEN = LabelSpace(tuple("abcdefg"))
@@ -139,7 +143,7 @@ def test_round_trip(tmp_path):
     model = load_model("segformer-nano", VOC, seed=1)
     folder = save_model(model, tmp_path / "deep" / "model")
     again = load_model(str(folder), VOC)
-    assert same_weights(model, again) and again.pretrained and again.notes == []
+    assert same_weights(model, again) and again.pretrained and len(again.notes) == 1 and "head 42,709" in again.notes[0]
     assert again.norm == model.norm
     with torch.inference_mode():
         assert torch.equal(model(BATCH), again(BATCH))
@@ -185,8 +189,7 @@ def test_head_of_equal_size_is_kept(segformer_folder, tmp_path):
     model = load_model(str(segformer_folder), SEVEN)
     checkpoint = AutoModelForSemanticSegmentation.from_pretrained(segformer_folder)
     assert same_weights(model.net, checkpoint) and not any("re-initialised" in n for n in model.notes)
-    tiny_segformer(7, tuple("gfedcba")).save_pretrained(tmp_path)
-    assert any("other class names" in n for n in load_model(str(tmp_path), SEVEN).notes)
+    assert any("no names" in n for n in model.notes)
 
 
 def test_normalisation_comes_from_the_checkpoint(segformer_folder, tmp_path):
@@ -392,11 +395,16 @@ def test_other_architectures(name, tmp_path):
         with watch_last_layer(model) as last:
             logits, features = model(BATCH, features=True)
             hidden, output = last.passed(logits)  # BADGE works with every family
+            classifier = last.find(logits)
     assert output.shape[1] == 7 and hidden.shape[-2:] == output.shape[-2:]
     assert logits.shape[:2] == (2, 7) and logits.shape[2] == logits.shape[3] >= 2 and torch.isfinite(logits).all()
     assert features.dim() == 4 and features.shape[0] == 2 and torch.isfinite(features).all()
-    ids = [id(p) for group in parameter_groups(model, 1.0, 10.0) for p in group["params"]]
+    groups = parameter_groups(model, 1.0, 10.0)
+    ids = [id(p) for group in groups for p in group["params"]]
     assert sorted(ids) == sorted({id(p) for p in model.parameters()})
+    assert {group["lr"] for group in groups} == {1.0, 10.0}  # fault 11: every family has an encoder and a head
+    assert any("encoder" in n and "head" in n for n in model.notes)
+    assert id(classifier.weight) in {id(p) for p in model.head_parameters}
     fresh = load_model(str(tmp_path), VOC)
     assert any("re-initialised" in n for n in fresh.notes) and fresh(BATCH).shape[1] == 21
 
@@ -427,9 +435,264 @@ def test_real_mobilenet(weights):
 def test_real_deeplab(weights):
     model = load_model(str(weights / "deeplabv3-mobilenetv2-voc"), VOC)
     assert model.pretrained and not any("re-initialised" in n for n in model.notes)
-    assert not any("other class names" in n for n in model.notes)
+    assert not any("other classes" in n for n in model.notes)
     with torch.inference_mode():
         logits, features = model(BATCH, features=True)
     assert logits.shape == (2, 21, 4, 4) and features.shape == (2, 320, 4, 4)
     other = load_model(str(weights / "deeplabv3-mobilenetv2-voc"), SEVEN)
     assert any("re-initialised" in n and "classifier" in n for n in other.notes)
+
+
+# --- faults: checkpoints used otherwise than their own files say ------------------------------------------------------
+
+
+def seen_by(model: Segmenter, picture: Image.Image) -> torch.Tensor:
+    """What the network is given of a picture."""
+    seen: list[torch.Tensor] = []
+    hook = model.net.register_forward_pre_hook(lambda _, a, given: seen.append(given["pixel_values"]), with_kwargs=True)
+    with torch.no_grad():
+        model(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])
+    hook.remove()
+    return seen[0]
+
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "MobileViTImageProcessor": {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3},
+    "EfficientNetImageProcessor": {"rescale_factor": 1 / 127.5, "rescale_offset": True, "include_top": True},
+    "BeitImageProcessor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "do_reduce_labels": True},
+    "DPTImageProcessor": {"do_pad": True, "size_divisor": 32},
+    "SegformerImageProcessor": {"do_normalize": False, "do_rescale": False},
+    "ConvNextImageProcessor": {"crop_pct": 0.9},
+    "MobileNetV2ImageProcessor": {},
+}
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_fault_10_pixels_are_those_of_the_checkpoints_own_processor(kind, segformer_folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((segformer_folder / name).read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind, **PROCESSORS[kind]}))
+    processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    off = {flag: False for flag in ("do_resize", "do_center_crop", "do_pad") if getattr(processor, flag, None)}
+    theirs = processor(NOISE, return_tensors="pt", **off)["pixel_values"].float()
+    model = load_model(str(tmp_path), SEVEN)
+    assert torch.allclose(seen_by(model, NOISE), theirs, atol=1e-4 * float(theirs.abs().max()))
+    assert torch.allclose(seen_by(load_model(str(save_model(model, tmp_path / "s")), SEVEN), NOISE), theirs, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"image_processor_type": "ImageGPTImageProcessor"},  # colours become clusters
+        {"image_processor_type": "TvpImageProcessor"},  # blue first, and a mean: nobody could be told
+        {"image_processor_type": "NoSuchProcessor"},
+        {"image_processor_type": "SegformerImageProcessor", "image_std": [0, 0, 0]},
+        {"image_processor_type": "SegformerImageProcessor", "image_mean": "x"},
+        ["a list"],
+    ],
+    ids=lambda settings: str(settings)[:50],
+)
+def test_fault_10_a_processor_that_cannot_be_honoured_is_refused(settings, segformer_folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((segformer_folder / name).read_bytes())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert "rocessor" in refused(str(tmp_path))
+
+
+def test_fault_10_a_processor_of_another_package_is_followed_or_named(segformer_folder, tmp_path):
+    """Its class needs torchvision. Found without it, its settings count where they are complete."""
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((segformer_folder / name).read_bytes())
+    plain = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": False, "size": {"height": 64, "width": 64}}
+    full = {"image_processor_type": "Tipsv2DptImageProcessor", **plain}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(full))
+    model = load_model(str(tmp_path), SEVEN)
+    assert (
+        model.norm.mean == (0, 0, 0) and model.norm.std == (1, 1, 1) and not any("ImageNet" in n for n in model.notes)
+    )
+
+
+def test_a_checkpoint_without_processor_gets_the_familys_own(tmp_path):
+    torch.manual_seed(0)
+    ARCHITECTURES["beit"]().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), SEVEN)
+    assert model.norm.mean == (0.5,) * 3 and any(
+        "BeitImageProcessor normalisation is assumed" in n for n in model.notes
+    )
+
+
+def test_fault_11_the_head_of_upernet_learns_faster_and_is_not_frozen(tmp_path):
+    upernet().save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), SEVEN)
+    assert model.encoder is model.net.backbone
+    rates = {id(p): g["lr"] for g in parameter_groups(model, 1.0, 10.0) for p in g["params"]}
+    assert {rates[id(p)] for p in model.net.backbone.parameters()} == {1.0}
+    assert {rates[id(p)] for p in model.net.decode_head.parameters()} == {10.0}
+    freeze_batchnorm(model.train(), "auto")
+    assert all(m.training for m in model.net.decode_head.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+def test_fault_11_what_no_checkpoint_held_learns_with_the_head(segformer_folder, tmp_path):
+    weights = load_file(segformer_folder / "model.safetensors")
+    fresh = [key for key in weights if "block.0.0.layer_norm_1" in key]
+    assert fresh
+    (tmp_path / "config.json").write_bytes((segformer_folder / "config.json").read_bytes())
+    save_file({k: v for k, v in weights.items() if k not in fresh}, tmp_path / "model.safetensors", {"format": "pt"})
+    model, whole = load_model(str(tmp_path), SEVEN), load_model(str(segformer_folder), SEVEN)
+    assert len(model.head_parameters) == len(whole.head_parameters) + len(fresh)
+
+
+def test_fault_11_a_network_without_parts_is_refused_where_they_matter():
+    model = Segmenter(nn.Sequential(nn.Conv2d(3, 7, 1), nn.BatchNorm2d(7)), SEVEN, name="own")
+    assert len(parameter_groups(model, 1.0)) == 2 and freeze_batchnorm(model, "auto") == 0
+    for ask in (lambda: parameter_groups(model, 1.0, 10.0), lambda: freeze_batchnorm(model, "freeze_encoder")):
+        with pytest.raises(ConfigError, match="backbone"):
+            ask()
+
+
+def masks_elsewhere(folder: Path, picture: Image.Image) -> torch.Tensor:
+    """The mask that anybody gets who loads the folder with transformers alone."""
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    net = AutoModelForSemanticSegmentation.from_pretrained(folder)
+    with torch.inference_mode():
+        out = net(**processor(picture, return_tensors="pt"))
+    return processor.post_process_semantic_segmentation(out, target_sizes=[picture.size[::-1]])[0]
+
+
+def our_mask(model: Segmenter, picture: Image.Image, size: int, resize: str) -> torch.Tensor:
+    """The mask that evaluation sees."""
+    row = EvalTransform(size, resize)({"id": "x", "image": picture})
+    with torch.inference_mode():
+        return predicted_classes(model(row["pixel_values"][None])[0], row["box"], size, row["native"])
+
+
+def test_fault_12_a_run_leaves_a_model_that_answers_elsewhere_as_it_was_measured(tmp_path):
+    settings = {"dataset": "toy", "steps": 4, "batch_size": 2, "image_size": 64, "val_share": 0.25, "gallery": 0}
+    for resize, share in (("stretch", 0.999), ("keep", 0.9)):
+        folder = tmp_path / resize
+        list(run_baseline(make_config(**settings, resize=resize, output_dir=str(folder))))
+        saved = next(folder.rglob("model.safetensors")).parent
+        model = load_model(str(saved), toy_images().labels)
+        for row in toy_images().test:
+            picture = row["image"].resize((90, 60))
+            same = our_mask(model, picture, 64, resize) == masks_elsewhere(saved, picture)
+            assert same.float().mean() >= share
+        text = (saved / "README.md").read_text()
+        assert "64" in text and "of the pixels got the same class" in text
+
+
+@pytest.mark.parametrize("name", ["mobilevit", "beit", "upernet"])
+def test_fault_12_every_family_is_saved_with_its_own_view(name, tmp_path):
+    torch.manual_seed(0)
+    net = ARCHITECTURES[name]()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    net.save_pretrained(tmp_path / "theirs")
+    model = load_model(str(tmp_path / "theirs"), SEVEN)
+    picture = NOISE.resize((70, 50))
+    ours = our_mask(model, picture, 64, "stretch")
+    assert (ours == masks_elsewhere(save_model(model, tmp_path / "ours", 64, "stretch"), picture)).float().mean() > 0.99
+    text = (save_model(model, tmp_path / "keep", 64, "keep", [picture]) / "README.md").read_text()
+    assert ("squares only" in text) == (name == "beit") and "On 1 validation" in text
+
+
+def test_fault_12_on_photographs(voc, weights, tmp_path):
+    model = load_model(str(weights / "deeplabv3-mobilenetv2-voc"), VOC)
+    folder = save_model(model, tmp_path, 128, "stretch")
+    for path in sorted((voc / "JPEGImages").glob("*.jpg"))[:4]:
+        picture = Image.open(path)
+        same = our_mask(model, picture, 128, "stretch") == masks_elsewhere(folder, picture)
+        assert same.float().mean() > 0.995
+
+
+def head_of(classes: tuple[str, ...], folder: Path, **processor: Any) -> nn.Module:
+    """A checkpoint of these classes."""
+    torch.manual_seed(0)
+    net = tiny_segformer(len(classes), classes).eval()
+    net.save_pretrained(folder)
+    if processor:
+        write_processor(folder, **processor)
+    return net
+
+
+FOUR = LabelSpace(("background", "crack", "pothole", "patch"))
+
+
+def test_fault_13_a_head_in_another_order_is_put_into_ours(tmp_path):
+    net = head_of(("Patch", "pot_hole", "CRACK", "background", "extra"), tmp_path)
+    model = load_model(str(tmp_path), FOUR)
+    with torch.no_grad():
+        pixels = (BATCH.float() - model.mean) / model.std
+        assert torch.allclose(model(BATCH), net(pixel_values=pixels).logits[:, [3, 2, 1, 0]], atol=1e-5)
+    assert any("by name" in n for n in model.notes)
+    assert load_model(str(save_model(model, tmp_path / "again")), FOUR).net.config.id2label == FOUR.id2label
+
+
+def test_fault_13_classes_that_are_not_there_start_anew(tmp_path):
+    net = head_of(("sky", "crack", "tree", "car"), tmp_path)
+    model = load_model(str(tmp_path), FOUR)
+    theirs, own = net.decode_head.classifier.weight, model.net.decode_head.classifier.weight
+    assert torch.equal(own[1], theirs[1]) and not any(torch.equal(own[i], theirs[i]) for i in (0, 2, 3))
+    assert any("by name: crack; new: background" in n for n in model.notes)
+    head_of(("sky", "road", "tree", "car"), tmp_path)
+    model = load_model(str(tmp_path), FOUR)
+    assert not torch.equal(model.net.decode_head.classifier.weight, theirs)
+    assert any("other classes (sky" in n for n in model.notes) and any("re-initialised" in n for n in model.notes)
+    assert same_weights(model, load_model(str(tmp_path), FOUR))
+
+
+def test_fault_13_a_head_that_counts_from_one_is_said(tmp_path):
+    head_of(FOUR.names, tmp_path, do_reduce_labels=True)
+    assert any("do_reduce_labels" in n and "background" in n for n in load_model(str(tmp_path), FOUR).notes)
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "a negative size": {"hidden_sizes": [-8, 8, 16, 16]},
+    "no class": {"id2label": ["a"]},
+    "a text": {"hidden_sizes": ["a", 8, 16, 16]},
+    "another shape": {"hidden_sizes": [8, 8, 16, 32]},
+    "layers without end": {"depths": [10**7] * 4},
+    "larger than the memory": {"hidden_sizes": [90_000] * 4},
+    "as many classes as there are people": {"num_labels": 8 * 10**9, "id2label": None},
+    "one channel": {"num_channels": 1},
+    "another task": {"model_type": "bert"},
+    "heads by zero": {"num_attention_heads": [0] * 4},
+    "number for a name": {"model_type": 5},
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_fault_35_broken_configurations_get_one_line(what, segformer_folder, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes((segformer_folder / "model.safetensors").read_bytes())
+    config = {**json.loads((segformer_folder / "config.json").read_text()), **BROKEN[what]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert str(tmp_path) in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize("what", ["nan", "module.", "nothing", "statistics"])
+def test_fault_35_weights_that_are_none_are_refused(what, segformer_folder, tmp_path):
+    (tmp_path / "config.json").write_bytes((segformer_folder / "config.json").read_bytes())
+    weights = load_file(segformer_folder / "model.safetensors")
+    changed = {
+        "nan": {**weights, "decode_head.classifier.bias": torch.full((7,), torch.nan)},
+        "module.": {f"module.{key}": value for key, value in weights.items()},
+        "nothing": {"x": torch.zeros(1)},
+        "statistics": {**weights, "decode_head.batch_norm.running_var": torch.full((16,), torch.inf)},
+    }[what]
+    save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
+    assert str(tmp_path) in refused(str(tmp_path))
+
+
+def test_half_precision_and_tuples_load_as_they_are_used(tmp_path):
+    torch.manual_seed(0)
+    tiny_segformer(7).to(torch.bfloat16).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "return_dict": False}))
+    model = load_model(str(tmp_path), SEVEN)
+    assert {p.dtype for p in model.parameters()} == {torch.float32} and model(BATCH).shape == (2, 7, 16, 16)
+
+
+def test_options_do_not_decide_what_the_data_decides(segformer_folder):
+    assert "classes come from the data" in refused(str(segformer_folder), id2label={0: "a"})
+    assert "no size of a network" in refused(str(segformer_folder), depths=[10**7] * 4)

@@ -16,12 +16,20 @@ from PIL import Image
 from scipy.special import log_softmax, softmax
 from torch import nn
 from torchmetrics import JaccardIndex
-from transformers import MobileNetV2Config, MobileNetV2ForSemanticSegmentation
+from transformers import (
+    Data2VecVisionConfig,
+    Data2VecVisionForSemanticSegmentation,
+    MobileNetV2Config,
+    MobileNetV2ForSemanticSegmentation,
+)
 
+from vlm_itl import train
 from vlm_itl.core import ConfigError, DataError, RunError
 from vlm_itl.data import VOID, LabelSpace, SegData, raw_rows, toy_images
+from vlm_itl.experiment import run_baseline
 from vlm_itl.labels import DecodeRows, make_rows
 from vlm_itl.model import Segmenter, load_model
+from vlm_itl.settings import make_config
 from vlm_itl.train import (
     Inference,
     MaskStore,
@@ -623,3 +631,80 @@ def test_decoded_and_raw_rows_train_alike():
         model = load_model("segformer-nano", toy.labels)
         results.append(fit(model, rows, TrainSettings(steps=2, batch_size=2), Inference(32)).train_loss)
     assert results[0] == results[1]
+
+
+# --- fault 35: what cannot work is refused before anything is started or written --------------------------------------
+
+IMPOSSIBLE: dict[str, dict[str, Any]] = {
+    "num_workers": {"num_workers": 10**6},
+    "batch_size": {"batch_size": 10**9},
+    "more images than there are": {"batch_size": 1_000},
+    "eval_batch_size": {"eval_batch_size": 10**9},
+    "crop": {"crop": 1e-6},
+    "image_size": {"image_size": 10**6},
+    "device": {"device": "meta"},
+    "steps": {"steps": 10**15},
+    "epochs": {"epochs": 1e300},
+    "fp16": {"precision": "fp16", "device": "cpu"},
+    "batch norm": {"batch_size": 1},
+    "freeze": {"batch_norm": "frozen"},
+}
+
+
+@pytest.mark.parametrize("what", IMPOSSIBLE)
+def test_fault_35_impossible_settings_write_nothing(what, batchnorm_folder, tmp_path):
+    given = {
+        "dataset": "toy",
+        "model": str(batchnorm_folder),
+        "val_share": 0,
+        "image_size": 32,
+        "steps": 1,
+        "gallery": 0,
+    }
+    with pytest.raises(ConfigError) as caught:
+        run = {**given, "batch_size": 2, "output_dir": str(tmp_path / "run"), **IMPOSSIBLE[what]}
+        list(run_baseline(make_config(run)))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+    named = next(iter(IMPOSSIBLE[what]))
+    assert named in str(caught.value)
+
+
+def test_fault_35_bounds_leave_room():
+    """Sixteen loader processes, large batches and small crops are nobody's mistake."""
+    TrainSettings(num_workers=16, batch_size=512, crop=0.1).check(96)
+    Inference(1024, batch_size=64, num_workers=16).check()
+
+
+def test_a_size_that_the_network_cannot_take_is_one_line(tmp_path):
+    """A network of positions takes its own size only."""
+    vit = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16}
+    config = Data2VecVisionConfig(
+        **vit, image_size=32, patch_size=8, num_labels=7, out_indices=[1, 2, 3, 4], use_auxiliary_head=False
+    )
+    Data2VecVisionForSemanticSegmentation(config).save_pretrained(tmp_path)
+    model = load_model(str(tmp_path), SEVEN)
+    for ask in (
+        lambda: train.try_once(model, TrainSettings(steps=0), Inference(48)),
+        lambda: evaluate(model, toy_images().test, Inference(48)),
+    ):
+        with pytest.raises(ConfigError, match=r"48 x 48 px.*image_size.*made for 32") as caught:
+            ask()
+        assert "\n" not in str(caught.value)
+
+
+def test_trying_leaves_no_trace(batchnorm_folder):
+    for name in ("segformer-nano", str(batchnorm_folder)):
+        model = load_model(name, SEVEN)
+        before, random = state(model), torch.get_rng_state()
+        train.try_once(model, TrainSettings(batch_size=2), Inference(32), n_images=8)
+        assert equal(before, state(model)) and torch.equal(random, torch.get_rng_state()) and not model.training
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_batch_that_the_memory_cannot_hold_is_counted(monkeypatch):
+    """What a picture takes is measured; a machine of 100 MB holds some of them."""
+    model = load_model("segformer-nano", SEVEN)
+    monkeypatch.setattr("vlm_itl.train.memory_here", lambda: 10**8)
+    with pytest.raises(ConfigError, match=r"batch_size=64.* MiB in training"):
+        train.try_once(model, TrainSettings(batch_size=64), Inference(128))
+    train.try_once(model, TrainSettings(batch_size=2), Inference(128))
