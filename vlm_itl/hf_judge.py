@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 from transformers.utils import ModelOutput
 
-from .core import ConfigError, check_choice, check_number
+from .core import ConfigError, check_choice, check_number, stable_hash
 from vlm_itl.hf_model import (
     DTYPES,
     LoadedVLM,
@@ -28,6 +28,7 @@ from vlm_itl.hf_model import (
     same_answers,
     try_vlm,
     vlm_inputs,
+    written,
     yes_no,
 )
 from .labels import short_error
@@ -280,7 +281,7 @@ class HFJudge(PictureJudge):
         max_side: int | None = 768,  # longest side of the picture in pixels; None: native size
         min_mass: float = 0.1,  # P(yes) + P(no) below which the judge abstains, in [0, 1]
         revision: str | None = None,  # branch, tag or commit on the Hub
-        prompt: str = "",  # with {image} and {question}; empty: the model's chat template, or a plain prompt
+        prompt: str = "",  # with {image} and {question}; empty: the chat template, or the family's plain prompt
         share_images: bool = True,  # questions about one picture share what was seen and read of it
         model_options: dict[str, Any] | None = None,  # for from_pretrained, e.g. quantization_config
         processor_options: dict[str, Any] | None = None,  # for the processor
@@ -319,12 +320,15 @@ class HFJudge(PictureJudge):
         return "on" if self._prefix.off is None else f"off: {self._prefix.off}"
 
     def identity(self) -> dict[str, Any]:  # for the cache
-        "What can change an answer, the weights included: a model trained further is another judge."
+        "What can change an answer, weights and chat template included: a model trained further is another judge."
         self._fingerprint = self._fingerprint or fingerprint(self.vlm.net)
         names = ("model", "style", "max_side", "prompt", "min_mass")
         told = {key: repr(value) for key, value in self._options.items() if value}
         kind = str(self.vlm.net.dtype).removeprefix("torch.")
-        return {**{name: getattr(self, name) for name in names}, "dtype": kind, "weights": self._fingerprint, **told}
+        seen = self.vlm.processor.image_processor.to_dict()
+        eyes = stable_hash(*sorted(f"{key}: {value}" for key, value in seen.items() if key[0] != "_")).hex()[:16]
+        form = {"asked": written(self.vlm, "?", self.prompt), "eyes": eyes, "weights": self._fingerprint}
+        return {**{name: getattr(self, name) for name in names}, "dtype": kind, **form, **told}
 
     def judge(
         self,

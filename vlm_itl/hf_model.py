@@ -376,9 +376,9 @@ _UNMARKED = ("blip", "blip-2", "instructblip", "florence2", "kosmos-2", "git")  
 def _chat(vlm: LoadedVLM, template: str, content: Any) -> str:
     "One question as a chat template writes it; thinking is switched off where the template has a switch."
     quick = {name: False for name in ("enable_thinking", "thinking") if name in template}
-    return vlm.processor.apply_chat_template(
-        [{"role": "user", "content": content}], template, tokenize=False, add_generation_prompt=True, **quick
-    )
+    talk = [{"role": "user", "content": content}]  # written by the parent: SmolVLM's own method wants to know of films
+    options = {"tokenize": False, "add_generation_prompt": True, **quick}
+    return ProcessorMixin.apply_chat_template(vlm.processor, talk, template, **options)
 
 
 def _takes_images(vlm: LoadedVLM, template: str) -> bool:
@@ -430,7 +430,7 @@ def written(
     template = "" if prompt else chat_template(vlm)
     if template:
         asked = _chat(vlm, template, [{"type": "image"}, {"type": "text", "text": text}])
-        head, question, tail = asked.rpartition(text.strip())
+        head, question, tail = asked.rpartition(text.strip() or "\0")
         if tail.rfind("<think>") > tail.rfind("</think>"):  # it must think? Then it has thought
             tail = f"{tail.rstrip()}\n\n</think>\n\n"
         return head + question + tail
