@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +19,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_vlms
@@ -26,10 +29,14 @@ from vlm_itl.core import ConfigError, JudgeError
 from vlm_itl.experiment import run_al
 from vlm_itl.hf_judge import HFJudge, by_length, common_prefix, padded, share_image_features
 from vlm_itl.hf_model import (
+    LoadedVLM,
     answer_tokens,
     first_logits,
     load_vlm,
+    move_inputs,
+    still_pictures,
     vlm_inputs,
+    without_torchvision,
     yes_no,
 )
 from vlm_itl.labels import LabelSpace
@@ -167,6 +174,200 @@ def test_batched_equals_single_and_order_is_kept(kind: str, style: str, judge: C
         assert a.p_mass == pytest.approx(b.p_mass, abs=1e-5)
         assert a.verdict == b.verdict == ("yes" if a.p_yes >= 0.5 else "no")
         assert a.tokens == b.tokens and a.score_kind == "logprobs" and a.usd == 0 and a.latency_s > 0
+
+
+# ---- every family (FAULTS 17 and 22) ----
+
+
+def agrees_with_itself(made: HFJudge) -> None:
+    """Together as alone, shared as unshared, and P(yes) as the model's own `generate` begins its answer."""
+    shapes = [(48, 40), (96, 40), (40, 64)]
+    queries = [q for seed in range(3) for q in (ask(seed, image=photo(seed, shapes[seed])),) * 2]
+    queries = [fitted(replace(q, question=("quality", "Right?")[n % 2])) for n, q in enumerate(queries)]
+    pictures = [made.render_query(query) for query in queries]
+    texts = [made.query_text(query) for query in queries]
+    alone = [made.ask([picture], [text])[0] for picture, text in zip(pictures, texts, strict=True)]
+    assert np.ptp([a.p_yes for a in alone]) > 1e-3 and not any(a.error for a in alone)
+    for order in ([0, 2, 4, 1, 3, 5], [0, 1, 2, 3, 4, 5], [0, 1, 0, 1]):
+        for _ in range(2):  # what may be shared is compared the first time
+            together = made.ask([pictures[i] for i in order], [texts[i] for i in order])
+            assert [t.p_yes for t in together] == pytest.approx([alone[i].p_yes for i in order], abs=1e-5)
+            assert [t.p_mass for t in together] == pytest.approx([alone[i].p_mass for i in order], abs=1e-5)
+    for row in (0, 3):
+        inputs = move_inputs(made.vlm, vlm_inputs(made.vlm, [pictures[row]], [texts[row]], made.prompt))
+        out = made.vlm.net.generate(
+            **inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        p_yes, p_mass = yes_no(out.logits[0], made.vlm.yes, made.vlm.no)
+        assert alone[row].p_yes == pytest.approx(p_yes.item(), abs=1e-5)
+        assert alone[row].p_mass == pytest.approx(p_mass.item(), abs=1e-5)
+
+
+def fitted(query: JudgeQuery) -> JudgeQuery:
+    """The query with a mask of its picture's size."""
+    mask = np.zeros(query.image.size[::-1], np.uint8)
+    mask[5:30, 5:30] = 8
+    return replace(query, mask=mask)
+
+
+@pytest.mark.filterwarnings("error:judge 'hf'.*takes no pictures", "ignore:judge 'hf'.*one by one")
+@pytest.mark.parametrize("kind", tiny_vlms.ODD)
+def test_22_every_family_works(kind: str, tmp_path: Path) -> None:
+    """Without torchvision, films or num2words: processors that read films, that hide behind torchvision, that place the
+    picture themselves, that ask a second tokenizer, that start the answer in a decoder."""
+    made = make_handler("hf", model=str(tiny_vlms.build(kind, tmp_path / kind)), min_mass=0.0)
+    agrees_with_itself(made)
+    assert not hasattr(made.vlm.processor, "video_processor")
+
+
+def test_17_positions_that_padding_moves_are_asked_one_by_one(tmp_path: Path) -> None:
+    folder = str(tiny_vlms.build("git", tmp_path / "git"))
+    with pytest.warns(UserWarning) as said:
+        made = make_handler("hf", model=folder, min_mass=0.0, batch_size=6)
+    (line,) = [str(warning.message) for warning in said if "judge 'hf'" in str(warning.message)]
+    assert "(git)" in line and "one by one" in line and "\n" not in line and made.sharing == "off: asked one by one"
+    pictures, texts = (
+        [photo(seed) for seed in range(4)],
+        ["is it?", "is it a cat, and nothing beside it?", "right", "ok?"],
+    )
+    gap = first_logits(made.vlm, vlm_inputs(made.vlm, pictures, texts)) - torch.cat(
+        [first_logits(made.vlm, vlm_inputs(made.vlm, [p], [t])) for p, t in zip(pictures, texts, strict=True)]
+    )
+    assert gap.abs().max() > 0.1  # the fault is there
+    queries = questions(6)
+    together = made.judge(queries)
+    made.batch_size = 1
+    assert [t.p_yes for t in together] == pytest.approx([a.p_yes for a in made.judge(queries)], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("error:judge 'hf'.*takes no pictures", "ignore:judge 'hf'.*one by one")
+def test_22_all_families_of_the_shared_builder(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    """25 families; their builder wants films, which are left out here where torchvision is missing."""
+    script = shared / "faults" / "tiny_families.py"
+    if not script.is_file():
+        pytest.skip("faults/tiny_families.py is not in the shared folder")
+    monkeypatch.setenv("VLM_ITL_CLONE", str(root))
+    films = {"Qwen2VL": "Qwen2VL", "Qwen2_5_VL": "Qwen2VL", "Qwen3VL": "Qwen3VL", "InternVL": "InternVL"}
+    films |= {name: name for name in ("SmolVLM", "LlavaOnevision", "Glm4v")}
+    for family, film in {**films, "Pixtral": ""}.items():
+        kind = still_pictures(without_torchvision(getattr(transformers, f"{family}Processor")))
+        monkeypatch.setattr(transformers, f"{family}Processor", kind, raising=False)
+        if film:
+            monkeypatch.setattr(transformers, f"{film}VideoProcessor", lambda: None, raising=False)
+    spec = importlib.util.spec_from_file_location("tiny_families", script)
+    assert spec is not None and spec.loader is not None
+    families = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(families)
+    assert len(families.KINDS) == 25
+    for kind in families.KINDS:
+        families.build(kind, tmp_path / kind)
+        made = make_handler("hf", model=str(tmp_path / kind), min_mass=0.0)
+        agrees_with_itself(made)
+        print(kind, made.sharing, made.vlm.alone or "in batches", made.vlm.by_generate)
+
+
+def test_22_what_cannot_be_asked_is_refused_when_it_is_made(folders: dict[str, Path], tmp_path: Path) -> None:
+    """By name and with the reason, before anything is trained."""
+
+    def changed(name: str, file: str, **fields: Any) -> Path:
+        folder = tmp_path / name
+        shutil.copytree(folders["llava"], folder)
+        known = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+        (folder / file).write_text(json.dumps({**known, **fields}))
+        return folder
+
+    strange = changed("strange", "config.json", image_token_index=5)
+    quantised = changed("quantised", "config.json", quantization_config={"quant_method": "quark9", "bits": 4})
+    gptq = changed("gptq", "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    for folder, error, message in [
+        (strange, ConfigError, r"'.*strange' \(llava\) cannot be asked .*image tokens"),
+        (quantised, ConfigError, r"quark9.*'.*quantised' is quantised in a way that transformers does not know"),
+        (gptq, JudgeError, r"\(quantised: gptq\) of '.*gptq' needs a package"),
+    ]:
+        with pytest.raises(error, match=message) as found:
+            make_handler("hf", model=str(folder))
+        assert "\n" not in str(found.value)
+
+
+def test_weights_that_start_at_random_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """transformers prints a table and goes on: the head of such a model answers noise."""
+    for name, change in (("headless", lambda head: None), ("other", lambda head: head[:50].contiguous())):
+        folder = tmp_path / name
+        shutil.copytree(folders["llava"], folder)
+        weights = load_file(folder / "model.safetensors")
+        (key,) = [key for key in weights if "lm_head" in key]
+        head = change(weights.pop(key))
+        save_file({**weights, **({} if head is None else {key: head})}, folder / "model.safetensors", {"format": "pt"})
+        for options in ({}, {"ignore_mismatched_sizes": True}):
+            with pytest.raises(ConfigError, match=r"lacks 1 weights .*lm_head.*random") as found:
+                make_handler("hf", model=str(folder), model_options=options)
+            assert "\n" not in str(found.value)
+
+
+# ---- the prompt, wherever it was saved ----
+
+
+def test_22_chat_templates_wherever_they_were_saved(folders: dict[str, Path], tmp_path: Path) -> None:
+    template = (folders["llava"] / "chat_template.jinja").read_text()
+    files = {"tokenizer_config.json": template, "processor_config.json": template, "chat_template.json": template}
+    named = [{"name": "default", "template": template}, {"name": "tools", "template": "{{ tools }}"}]
+    wanted = shown(load_vlm(str(folders["llava"])))
+    for number, (file, text) in enumerate([*files.items(), ("tokenizer_config.json", named)]):
+        folder = tmp_path / str(number)
+        shutil.copytree(folders["llava"], folder)
+        (folder / "chat_template.jinja").unlink()
+        known = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+        (folder / file).write_text(json.dumps({**known, "chat_template": text}))
+        assert shown(load_vlm(str(folder))) == wanted, file
+
+
+def test_a_template_without_pictures_is_said_and_not_used(folders: dict[str, Path], tmp_path: Path) -> None:
+    words = "{% for m in messages %}{{ m['role'] }}: {{ m['content'].strip() }}{% endfor %}"
+    for name, template in {
+        "words": words,
+        "refuses": "{{ raise_exception('no') }}",
+        "broken": "{% for m in %}",
+    }.items():
+        folder = tmp_path / name
+        shutil.copytree(folders["llava"], folder)
+        (folder / "chat_template.jinja").write_text(template)
+        with pytest.warns(UserWarning, match=r"takes no pictures.*USER: <image>") as said:
+            made = make_handler("hf", model=str(folder), min_mass=0.0)
+        assert not any("\n" in str(warning.message) for warning in said)
+        assert shown(made.vlm).endswith("is it? ASSISTANT:")
+
+
+def test_22_a_model_that_thinks_is_asked_for_its_answer(folders: dict[str, Path], tmp_path: Path) -> None:
+    template = (folders["llava"] / "chat_template.jinja").read_text()
+    switch = "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>\n"
+    switch += "{% endif %}"
+    for name, opening in {"switch": switch, "always": "<think>\n"}.items():
+        folder = tmp_path / name
+        shutil.copytree(folders["llava"], folder)
+        (folder / "chat_template.jinja").write_text(template.replace("assistant: ", "assistant: " + opening))
+        vlm = load_vlm(str(folder))
+        assert shown(vlm).endswith("is it?assistant: <think>\n\n</think>\n\n"), name
+        assert shown(vlm, "is <think> it?").endswith("it?assistant: <think>\n\n</think>\n\n")
+
+
+@pytest.mark.parametrize("kind", ["llava", "idefics3", "blip"])
+def test_marks_typed_in_a_question_are_words(kind: str, judge: Callable[..., HFJudge]) -> None:
+    """A class called `<image>` is no second picture, and `</s>` ends nothing."""
+    made = judge(kind)
+    labels = LabelSpace(("background", "<image>", "</s>[SEP]"))
+    queries = [JudgeQuery(f"m{i}", photo(i), np.full((40, 48), i % 3, np.uint8), labels=labels) for i in (1, 2)]
+    (first, second), other = made.judge(queries), made.judge([ask(0)])[0]
+    assert not first.error and not second.error and first.p_yes != second.p_yes and not other.error
+
+
+def test_pictures_of_any_mode_are_rgb_to_the_model(judge: Callable[..., HFJudge]) -> None:
+    made = judge("llava")
+    grey = photo(0).convert("L")
+    answers = made.ask([grey, grey.convert("RGB"), grey.convert("RGBA"), grey.convert("LA")], ["right?"] * 4)
+    assert [a.p_yes for a in answers] == pytest.approx([answers[0].p_yes] * 4, abs=1e-6)
 
 
 # ---- image features ----
@@ -552,13 +753,18 @@ def test_style_and_max_side_reach_the_picture(judge: Callable[..., HFJudge], mon
     assert max(seen[0][0][0].size) == 32 and "Left the photograph" in seen[0][1][0] and "= cat" in seen[0][1][0]
 
 
+def shown(vlm: LoadedVLM, question: str = "is it?", prompt: str = "") -> str:
+    """What a model reads, as text."""
+    return vlm.tokenizer.decode(vlm_inputs(vlm, [photo(0)], [question], prompt)["input_ids"][0])
+
+
 def test_prompt_replaces_the_chat_template(judge: Callable[..., HFJudge]) -> None:
     made = judge("llava", prompt="{image} Q: {question} A:")
-    inputs = vlm_inputs(made.vlm, [photo(0)], ["is it?"], made.prompt)
-    text = made.vlm.tokenizer.decode(inputs["input_ids"][0])
+    text = shown(made.vlm, prompt=made.prompt)
     assert text.count("<image>") == 16 and text.endswith("Q: is it? A:")
-    made.vlm.processor.chat_template = None
-    assert made.vlm.tokenizer.decode(vlm_inputs(made.vlm, [photo(0)], ["is it?"])["input_ids"][0]).endswith("Answer:")
+    assert shown(made.vlm).endswith("is it?assistant: ")
+    made.vlm.processor.chat_template = made.vlm.tokenizer.chat_template = None
+    assert shown(made.vlm).startswith("USER: <image>") and shown(made.vlm).endswith("\nis it? ASSISTANT:")
 
 
 def test_options_pass_through(folders: dict[str, Path]) -> None:
@@ -584,6 +790,8 @@ def test_options_pass_through(folders: dict[str, Path]) -> None:
         ({"dtype": "float8"}, "dtype"),
         ({"device": "gpu"}, "device='gpu' is not usable here"),
         ({"prompt": "Is it good?"}, "prompt must hold"),
+        ({"prompt": "{image} {question} {class}"}, "no other braces"),
+        ({"prompt": "{image} {question} {"}, "prompt must hold"),
         ({"model_options": "4bit"}, "model_options must be a dictionary"),
         ({"modle": "x"}, "Did you mean 'model'"),
     ],

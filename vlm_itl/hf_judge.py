@@ -8,13 +8,15 @@ __all__ = ['share_image_features', 'common_prefix', 'padded', 'by_length', 'Shar
 # %% ../nbs/06b_hf_judge.ipynb #hf-imports
 import copy
 from collections.abc import Iterable, Sequence
+from string import Formatter
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import nn
+from transformers.utils import ModelOutput
 
-from .core import ConfigError, check_choice, check_number
+from .core import ConfigError, check_choice, check_number, stable_hash
 from vlm_itl.hf_model import (
     DTYPES,
     LoadedVLM,
@@ -23,7 +25,10 @@ from vlm_itl.hf_model import (
     load_vlm,
     move_inputs,
     positions_of_first,
+    same_answers,
+    try_vlm,
     vlm_inputs,
+    written,
     yes_no,
 )
 from .labels import short_error
@@ -47,6 +52,14 @@ def _rows(value: Any, size: int, rows: list[int]) -> Any:
     return tuple(_rows(v, size, rows) for v in value) if type(value) in (tuple, list) else value
 
 
+def _row_by_row(value: Any, size: int) -> bool:
+    "Has every tensor of an output a row for each image?"
+    if isinstance(value, torch.Tensor):
+        return value.dim() > 0 and len(value) == size
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else []
+    return all(_row_by_row(part, size) for part in inside)
+
+
 def share_image_features(
     net: nn.Module,  # a vision-language model; its vision tower is wrapped in place
 ) -> bool:  # was there a tower to wrap?
@@ -55,19 +68,26 @@ def share_image_features(
     if not towers:
         return False
     original = towers[0].forward
+    known: list[bool] = []  # does a row come out for each that goes in? Empty: not seen yet
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         pixels = args[0] if args else kwargs.get("pixel_values")
-        if not isinstance(pixels, torch.Tensor) or pixels.dim() != 4 or len(pixels) < 2:
+        if known == [False] or not isinstance(pixels, torch.Tensor) or pixels.dim() != 4 or len(pixels) < 2:
             return original(*args, **kwargs)
         size = len(pixels)
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() and len(v) == size]
         first, where = _equal_rows(tensors)
         if len(first) == size:
             return original(*args, **kwargs)
+        if not known and len(first) == 1:  # one image gives one row even where all of a batch lie in one (Pixtral)
+            out = original(*args, **kwargs)
+            known.append(isinstance(out, ModelOutput) and _row_by_row(out, size))
+            return out
         out = original(*_rows(args, size, first), **{key: _rows(v, size, first) for key, v in kwargs.items()})
-        spread = {key: _rows(value, len(first), where) for key, value in out.items()}
-        return type(out)(**spread)
+        known[:] = [isinstance(out, ModelOutput) and _row_by_row(out, len(first))]
+        if known == [False]:
+            return original(*args, **kwargs)
+        return type(out)(**{key: _rows(value, len(first), where) for key, value in out.items()})
 
     towers[0].forward = forward
     return True
@@ -121,7 +141,9 @@ class SharedPrefix:
         vlm: LoadedVLM,  # who is asked
     ):
         self.vlm = vlm
-        self.off: str | None = "encoder and decoder" if vlm.is_blip else None  # why nothing is shared
+        self.off: str | None = "encoder and decoder" if vlm.decodes else None  # why nothing is shared
+        if vlm.alone or vlm.by_generate:
+            self.off = self.off or ("asked one by one" if vlm.alone else "a plain pass would answer something else")
         self._image = {getattr(vlm.net.config, name, None) for name in ("image_token_id", "image_token_index")} - {None}
         self._seen: set[tuple[bool, bool, int]] = set()  # kinds of batches that were compared
 
@@ -188,19 +210,11 @@ class SharedPrefix:
         if not torch.isfinite(plain_logits).all():
             return plain_logits
         gap = float((found - plain_logits).abs().max())
-        if self._rounding(found, plain_logits):
+        if same_answers(self.vlm, found, plain_logits):
             self._seen.add(kind)
         else:
             self.off = f"its logits would change by {gap:.2g}"
         return plain_logits
-
-    def _rounding(self, one: torch.Tensor, other: torch.Tensor) -> bool:
-        "Are two sets of logits, and P(yes) from them, equal up to rounding?"
-        exact = self.vlm.net.dtype in (torch.float32, torch.float64)
-        steps, far = (256, 1e-5) if exact else (8, 0.05)
-        limit = steps * torch.finfo(self.vlm.net.dtype).eps * float(other.abs().max())
-        chances = zip(yes_no(one, self.vlm.yes, self.vlm.no), yes_no(other, self.vlm.yes, self.vlm.no), strict=True)
-        return float((one - other).abs().max()) <= limit and all((a - b).abs().max() <= far for a, b in chances)
 
     def _pass(
         self,
@@ -242,6 +256,14 @@ def _uneven(rows: Iterable[torch.Tensor]) -> bool:
     return len({len(row) for row in rows}) > 1
 
 # %% ../nbs/06b_hf_judge.ipynb #hf-handler
+def _braces(prompt: str) -> set[str]:
+    "What stands in the braces of a prompt."
+    try:
+        return {field for _, field, _, _ in Formatter().parse(prompt) if field is not None}
+    except ValueError:  # one that is never closed
+        return set()
+
+
 @register_handler("hf")
 class HFJudge(PictureJudge):
     "A vision-language model on this machine: P(yes) from one batched forward pass."
@@ -259,7 +281,7 @@ class HFJudge(PictureJudge):
         max_side: int | None = 768,  # longest side of the picture in pixels; None: native size
         min_mass: float = 0.1,  # P(yes) + P(no) below which the judge abstains, in [0, 1]
         revision: str | None = None,  # branch, tag or commit on the Hub
-        prompt: str = "",  # with {image} and {question}; empty: the model's chat template, or a plain prompt
+        prompt: str = "",  # with {image} and {question}; empty: the chat template, or the family's plain prompt
         share_images: bool = True,  # questions about one picture share what was seen and read of it
         model_options: dict[str, Any] | None = None,  # for from_pretrained, e.g. quantization_config
         processor_options: dict[str, Any] | None = None,  # for the processor
@@ -269,8 +291,8 @@ class HFJudge(PictureJudge):
         self.batch_size = int(check_number("judge 'hf': batch_size", batch_size, 1, integer=True))
         self.min_mass = check_number("judge 'hf': min_mass", min_mass, 0, 1)
         self.prompt = prompt
-        if prompt and not ("{image}" in prompt and "{question}" in prompt):
-            raise ConfigError("judge 'hf': prompt must hold {image} and {question}.")
+        if prompt and _braces(prompt) != {"image", "question"}:
+            raise ConfigError("judge 'hf': prompt must hold {image} and {question}, and no other braces ({{ means {).")
         for key, value in (("model_options", model_options), ("processor_options", processor_options)):
             if value is not None and not isinstance(value, dict):
                 raise ConfigError(f"judge 'hf': {key} must be a dictionary, not {type(value).__name__}.")
@@ -282,6 +304,7 @@ class HFJudge(PictureJudge):
             model_options=model_options,
             processor_options=processor_options,
         )
+        try_vlm(self.vlm, model, prompt)
         self._prefix = SharedPrefix(self.vlm) if share_images else None
         if share_images:
             share_image_features(self.vlm.net)
@@ -297,12 +320,15 @@ class HFJudge(PictureJudge):
         return "on" if self._prefix.off is None else f"off: {self._prefix.off}"
 
     def identity(self) -> dict[str, Any]:  # for the cache
-        "What can change an answer, the weights included: a model trained further is another judge."
+        "What can change an answer, weights and chat template included: a model trained further is another judge."
         self._fingerprint = self._fingerprint or fingerprint(self.vlm.net)
         names = ("model", "style", "max_side", "prompt", "min_mass")
         told = {key: repr(value) for key, value in self._options.items() if value}
         kind = str(self.vlm.net.dtype).removeprefix("torch.")
-        return {**{name: getattr(self, name) for name in names}, "dtype": kind, "weights": self._fingerprint, **told}
+        seen = self.vlm.processor.image_processor.to_dict()
+        eyes = stable_hash(*sorted(f"{key}: {value}" for key, value in seen.items() if key[0] != "_")).hex()[:16]
+        form = {"asked": written(self.vlm, "?", self.prompt), "eyes": eyes, "weights": self._fingerprint}
+        return {**{name: getattr(self, name) for name in names}, "dtype": kind, **form, **told}
 
     def judge(
         self,
@@ -322,6 +348,9 @@ class HFJudge(PictureJudge):
         texts: Sequence[str],  # B questions
     ) -> list[Judgement]:  # B judgements, without ids
         "Ask questions about pictures that are already drawn."
+        if self.vlm.alone and len(pictures) > 1:
+            pairs = zip(pictures, texts, strict=True)
+            return [answer for picture, text in pairs for answer in self.ask([picture], [text])]
         inputs = vlm_inputs(self.vlm, pictures, texts, self.prompt)
         logits = first_logits(self.vlm, inputs) if self._prefix is None else self._prefix.logits(inputs)
         p_yes, p_mass = yes_no(logits, self.vlm.yes, self.vlm.no)
