@@ -555,6 +555,9 @@ class OpenAIHandler(_Trouble):
 
         async def before(request: Any) -> None:
             _ATTEMPTS.get()[0] += 1
+            if self._address.azure and self.api_key_env is not None:
+                request.headers["api-key"] = key
+                del request.headers["Authorization"]
             await self._wait_for_slot(batch)
 
         async def after(response: Any) -> None:
@@ -563,16 +566,14 @@ class OpenAIHandler(_Trouble):
         hooks: dict[str, list[Any]] = {"request": [before], "response": [after]}
         # the address that was given is the one that is asked: a redirect could carry the picture anywhere
         http = openai.DefaultAsyncHttpxClient(event_hooks=hooks, follow_redirects=False, verify=_certificates())
-        headers: dict[str, Any] = {"Accept-Encoding": "identity"}  # what is not packed cannot grow when it is unpacked
-        if self._address.azure and self.api_key_env is not None:
-            headers |= {"api-key": key, "Authorization": openai.Omit()}
+        plain = {"Accept-Encoding": "identity"}  # what is not packed cannot grow when it is unpacked
         return openai.AsyncOpenAI(
             api_key=key,
             base_url=self._address.base,
             timeout=self.timeout_s,
             max_retries=self.max_retries,
             http_client=http,
-            default_headers=headers,
+            default_headers=plain,
             default_query=dict(self._address.query),
         )
 
