@@ -90,7 +90,7 @@ ANSWERS = [
     ("No errors found", "abstain"),
     ("No one is left out.", "abstain"),
     ("No. 1 is a dog", "abstain"),
-    ("Nope", "abstain"),
+    ("Nope", "no"),
     ("Yesterday", "abstain"),
     ("Yes and no", "abstain"),
     ("yes/no", "abstain"),
