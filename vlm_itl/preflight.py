@@ -135,7 +135,8 @@ def preflight(
     found = examined(said, accepts)
     found["order_gap"] = _order_gap(handler, queries, said)
     lost = getattr(_behind_caches(handler), "lost", None) or {}
-    found["lost"] = {str(k): str(v) for k, v in dict(lost).items()} if isinstance(lost, Mapping) else list(map(str, lost))
+    pairs = lost.items() if isinstance(lost, Mapping) else ((name, "left out") for name in lost)
+    found["lost"] = {str(name): str(how) for name, how in pairs}
     return found
 
 
@@ -147,8 +148,8 @@ def preflight_problem(
         return None
     reason = max(found["failures"], key=lambda text: found["failures"][text])
     return (
-        f"the judge {found['model']!r} answered none of {found['asked']} questions before the first training: {reason}. "
-        f"To do: {remedy(reason)}; then run again. preflight=0 leaves the examination out."
+        f"the judge {found['model']!r} answered none of {found['asked']} questions before any training: {reason}. "
+        f"To do: {remedy(reason)}. (preflight=0 leaves the examination out.)"
     )
 
 # %% ../nbs/06h_preflight.ipynb #preflight-foresee
@@ -200,8 +201,7 @@ def preflight_table(
         "p_yes comes from": kinds + ("" if found["p_mass"] is None else f", P(yes) + P(no) {found['p_mass']:.2f}"),
     }
     if found.get("lost"):
-        lost = found["lost"]
-        rows["given up"] = ", ".join(f"{k}: {v}" for k, v in lost.items()) if isinstance(lost, dict) else ", ".join(lost)
+        rows["given up"] = ", ".join(f"{name}: {how}" for name, how in found["lost"].items())
     rows["tokens a question"] = "not known" if found["tokens"] is None else f"{found['tokens']:.0f}"
     price = "not known" if found["usd"] is None else f"{found['usd']:.6f} USD"
     if found["usd"] and still_to_ask:
