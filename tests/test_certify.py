@@ -189,8 +189,8 @@ def one_by_one(p_yes: Any, good: Any, alpha: float, delta: float, min_share: flo
     for threshold in CERTIFY_GRID:
         above = scores >= threshold
         accepted, bad = int(above.sum()), int((above & ~is_good).sum())
-        if accepted < max(1, min_share * len(scores)):
-            continue
+        if accepted < max(1, min_share * len(scores)) or 1 - delta ** (1 / accepted) > alpha:
+            continue  # too few: below what may pass, or could ever pass
         if bad == accepted or stats.beta.ppf(1 - delta, bad + 1, accepted - bad) > alpha:
             break
         if accepted > best[1]:
@@ -207,6 +207,51 @@ def test_certify_equals_the_rule_step_by_step(seed: int):
     alpha, delta, share = rng.uniform(0.05, 0.4), rng.uniform(0.02, 0.3), rng.uniform(0, 0.5)
     found = certify(p, good, alpha, delta, share)
     assert (found["threshold"], found["accepted"], found["bad"]) == one_by_one(p, good, alpha, delta, share)
+
+
+def test_27_a_start_that_could_never_pass_is_left_out():
+    """One hundred good masks, no two alike: 15 of them can certify nothing, 22 can, and 100 do."""
+    scores = np.linspace(0.3, 0.99, 100)
+    assert certify(scores, [True] * 100, min_share=0.15)["accepted"] == 100
+    assert certify(scores, [True] * 100, 0.1, 0.1 / 4)["accepted"] == 100
+
+
+def test_27_least_sample():
+    from vlm_itl.certify import least_sample
+
+    for delta, left in [(0.1, 1.0), (0.1 / 4, 1.0), (0.1 / 4, 0.7), (0.5, 0.2)]:
+        n = least_sample(0.1, delta, left)
+        assert clopper_pearson_upper(0, n, delta) / left <= 0.1 < clopper_pearson_upper(0, n - 1, delta) / left
+    assert (least_sample(0.1, 0.1), least_sample(0.1, 0.1 / 4)) == (22, 36)
+
+
+def loop_breaks(seed: int, n: int, easy_first: float, counted: bool, size: int = 400, rounds: int = 4) -> bool:
+    """Does a loop whose strategy takes good masks first accept too many bad ones in any round?"""
+    rng = np.random.default_rng([seed, n])
+    sample, sample_good = draw(rng, n, 0.92, 0.6)
+    p, good = draw(rng, size, 0.92, 0.6)
+    easy, left = rng.normal(size=size) + easy_first * good, np.arange(size)
+    for _ in range(rounds):
+        known: dict[str, Any] = {"left": len(left) / size, "pool": p[left]} if counted else {}
+        threshold = certify(sample, sample_good, 0.1, 0.1 / rounds, **known)["threshold"]
+        taken = p[left] >= (2 if threshold is None else threshold)
+        if taken.any() and (~good[left][taken]).mean() > 0.1:
+            return True
+        left = left[np.argsort(-easy[left])[size // 10 :]]
+    return False
+
+
+@pytest.mark.parametrize(("n", "easy_first"), [(150, 2.0), (400, 2.0), (400, 9.0)])
+def test_28_a_strategy_that_takes_easy_images_keeps_the_promise(n: int, easy_first: float):
+    repetitions = 60
+    broken = sum(loop_breaks(seed, n, easy_first, True) for seed in range(repetitions)) / repetitions
+    assert broken <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / repetitions)
+
+
+def test_28_what_it_protects_from():
+    assert sum(loop_breaks(seed, 400, 9.0, False) for seed in range(20)) > 5
+    with pytest.raises(DataError, match="pool"):
+        certify([0.9] * 30, [True] * 30, left=0.5)
 
 
 # ---- how many masks of a pool are good ----

@@ -247,6 +247,21 @@ def test_policies_decide_who_is_next():
     assert pick("observe", 4) == top
 
 
+def test_16_triage_is_not_pseudo():
+    """All judged, nothing abstained: the strategy chooses under pseudo, the judge under triage."""
+    scores, sampler = made_up_scores(), Sampler("entropy")
+    ids = scores.ids
+    verdicts = {i: "yes" if n % 3 == 0 else "no" for n, i in enumerate(ids)}
+    yes = [i for i in ids if verdicts[i] == "yes"]
+
+    def pick(policy, *more):
+        return choose(sampler, scores, Pool(ids), 3, verdicts, yes, policy, make_rng(1, "policy"), *more)[0]
+
+    assert pick("pseudo") != pick("triage") and not {*pick("pseudo"), *pick("triage")} & set(yes)
+    p_yes = {i: 0.9 if verdicts[i] == "yes" else 0.4 - n / 100 for n, i in enumerate(ids)}
+    assert pick("triage", p_yes) == ["i11", "i10", "i08"]  # the surest rejections
+
+
 def test_vlm_rounds_hold_every_measure(scenes, tmp_path):
     rounds = run(scenes, tmp_path / "r", mode="vlm", policy="observe", judge_options={"accuracy": 0.9}, tau=0.2)
     wanted = {"agreement_rate", "balanced_accuracy", "sensitivity", "specificity", "kappa", "coverage"}

@@ -452,7 +452,7 @@ def test_nobody_is_asked_twice(scenes: Path, tmp_path: Path, monkeypatch: pytest
     """Killed in the middle of judging: answers that were kept are not asked for again."""
     monkeypatch.setitem(HANDLERS, "counting", Counting)
     log = tmp_path / "asked.txt"
-    more = {"judge": "counting", "judge_options": {"log": str(log)}, "judge_threshold": 0.5}
+    more = {"judge": "counting", "judge_options": {"log": str(log)}, "judge_threshold": 0.5, "preflight": 0}
     config = settings(scenes, tmp_path / "run", **more)
 
     def work() -> None:

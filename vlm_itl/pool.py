@@ -43,6 +43,8 @@ class Ledger:
     checks: int = 0  # masks that a human looked at and said yes or no, at `CHECK_SECONDS` each
     judge_calls: int = 0  # questions put to the judge
     judge_usd: float | None = 0.0  # money for them; None as soon as one price is unknown
+    preflight_calls: int = 0  # questions by which the judge was examined before any training
+    preflight_usd: float | None = 0.0  # money for them
     peeks: int = 0  # truths read without paying, for simulation and measurement only
 
     @property
