@@ -11,6 +11,7 @@ import importlib.metadata
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ from .corruption import truth_reader
 from .data import load_data
 from .gradient import GradientProbe
 from .judge import verdict_metrics
-from .labels import row_ids
+from .labels import MeaningError, row_ids
 from .leaks import check_apart, seal
 from .metrics import image_iou
 from .model import Segmenter, load_model, load_weights, save_model
@@ -148,7 +149,7 @@ class Experiment:
             self._write_data_card()
             self._resume()
         except BaseException:
-            self.folder.close()  # a notebook keeps what failed alive, and others would be kept out
+            self.folder.give_up()  # a notebook keeps what failed alive, and others would be kept out
             raise
 
     def _seal(self) -> None:
@@ -158,6 +159,15 @@ class Experiment:
         self._test = self.data.test
         closed = {"train": seal(self.data.train, ["mask"], pool), "test": seal(self._test, ["image", "mask"], test)}
         self.data = replace(self.data, **closed)
+
+    def _check_meaning(self) -> None:
+        "`MeaningError` where the first masks that were paid for show that 255 is a class; a warning where it may be."
+        if self.data.watch is None:
+            return
+        self.data.watch.check()
+        if missing := self.data.watch.missing():
+            warnings.warn(missing, stacklevel=2)
+        self.data.watch.settled = True  # what was trained on once is not called into question later
 
     def _check_validation(self) -> None:
         "`LeakError` unless the validation images were paid for, all of them, and taught the model nothing."
@@ -191,6 +201,7 @@ class Experiment:
         sizes = {split: len(getattr(self.data, split)) for split in ("train", "val", "test")}
         palette = np.asarray(self.data.labels.palette)[: len(self.data.labels)]
         card = {"name": self.data.name, "sizes": sizes, "labels": self.data.labels.names, "palette": palette}
+        card["masks"] = self.data.meaning
         path, paid = self.folder.path / "data.json", stable_hash(*sorted(row_ids(self.data.val))).hex()[:16]
         if path.is_file() and read_json(path, dict).get("validation", paid) != paid:
             raise LeakError(
@@ -206,7 +217,7 @@ class Experiment:
                 self._replay()
                 self.folder.write_index()  # a process that died right after its last round had no time to
             except (ConfigError, DataError) as error:
-                if isinstance(error.__context__, OSError):  # the data cannot be read now
+                if isinstance(error.__context__, OSError) or not self.folder.rounds():  # it is the data that is wrong
                     raise
                 raise RunError(
                     f"the rounds in {self.folder.path} do not fit its data ({error}): put back a good copy of their "
@@ -229,6 +240,8 @@ class Experiment:
                     f"{self.folder.path} has rounds with {newer[0]!r}, which this version "
                     f"({importlib.metadata.version('vlm_itl')}) does not know; it began with version {told}: update."
                 )
+        if self.data.watch is not None:
+            self.data.watch.settled = True
         earlier = [Round(**r) for r in records]
         chosen = [i for r in earlier[:-1] for i in r.selection["ids"]]
         whole = earlier[0].start_ids if self.regions else [*earlier[0].start_ids, *chosen]
@@ -352,6 +365,7 @@ class Experiment:
             start_ids = self._start_ids()
             self.oracle.label(start_ids)
             self.pool.add_human(start_ids)
+            self._check_meaning()
         self._check_validation()
         trained, history = self._train(index)
         if self.handler is not None and self.handler.needs_segmenter:
@@ -595,6 +609,9 @@ def run_experiment(
         experiment = Experiment(config)
     try:
         yield from _run(experiment)
+    except MeaningError:
+        experiment.folder.give_up()
+        raise
     finally:
         experiment.folder.close()
 

@@ -49,7 +49,7 @@ from vlm_itl.core import (
     to_json,
 )
 from .guards import inside
-from .labels import LabelSpace, read_indices, row_ids
+from .labels import LabelSpace, own_mark, read_indices, row_ids
 from .metrics import ConfusionMatrix
 from vlm_itl.model import (
     Segmenter,
@@ -585,7 +585,7 @@ class MaskStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         picture = Image.fromarray(np.ascontiguousarray(mask, dtype=np.uint8), mode=None).convert("L")
         picture.putpalette(np.asarray(self.labels.palette, dtype=np.uint8).tobytes())
-        picture.save(self.path(image_id), compress_level=1)
+        picture.save(self.path(image_id), compress_level=1, pnginfo=own_mark())
 
     def __getitem__(self, image_id: str) -> np.ndarray:  # (H, W) uint8
         "Read one mask."
