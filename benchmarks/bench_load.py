@@ -154,6 +154,7 @@ def make_pool(written: Path, folder: Path, count: int) -> Path:
             os.link(written / part / f"{name}.{suffix}", folder / part / f"{name}.{suffix}")
     (folder / "train.txt").write_text("\n".join(names[HELD:]))  # HELD of them will validate
     (folder / "test.txt").write_text("\n".join(names[:HELD]))
+    (folder / "classes.txt").write_text("\n".join(VOC_CLASSES))
     return folder
 
 

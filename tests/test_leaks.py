@@ -223,6 +223,7 @@ def write_voc(folder: Path, train: dict[str, bytes], test: dict[str, bytes]) -> 
             (folder / "JPEGImages" / f"{name}.{suffix}").write_bytes(data)
             mask = Image.new("L", picture.size)
             mask.save(folder / "SegmentationClass" / f"{name}.png")
+    (folder / "classes.txt").write_text("background\nthing\n")
     return str(folder)
 
 

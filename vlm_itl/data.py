@@ -366,8 +366,9 @@ def _hub_rows(rows: Dataset, split: str, options: Mapping[str, Any]) -> Dataset:
     rows = rows.flatten_indices() if rows._indices is not None else rows
     stems = [Path(path or "").stem for path in _column_paths(rows)]
     for names in (given, stems):
-        if all(names) and len({same_name(name) for name in names}) == len(rows) > 0:
-            ids = [one.strip(".-") for one in safe_ids(names)]
+        names = [same_name(name).strip("./\\- ") for name in names]
+        if all(names) and len(set(names)) == len(rows) > 0:
+            ids = safe_ids(names)
             break
     else:
         ids = [f"{split}-{index:05d}" for index in range(len(rows))]

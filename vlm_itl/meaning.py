@@ -241,7 +241,7 @@ def _proven(said: Said, survey: Survey) -> Said:
     "VOC itself: a folder of that name whose masks have VOC's own palette."
     theirs = voc_palette()[: len(VOC_CLASSES)].tobytes()
     own = survey.palettes and all(palette.startswith(theirs) for palette in survey.palettes)
-    if said.names is None and said.voc and own and set(survey.kinds) == {"palette"}:
+    if said.names is None and said.voc and own and not survey.kinds["colour"]:
         return replace(said, names=tuple(VOC_CLASSES), palette=voc_palette(), origin="VOC's palette")
     return replace(said, palette=voc_palette()) if said.palette is None and said.names == tuple(VOC_CLASSES) else said
 
