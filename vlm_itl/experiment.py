@@ -208,7 +208,19 @@ class Experiment:
                 f"{self.folder.path} has paid for other validation images than the data now has: the data set has "
                 "changed since. Bring it back, or choose another output_dir."
             )
+        self._check_same_meaning(read_json(path, dict) if path.is_file() else {})
         write_json(path, {**card, "validation": paid})
+
+    def _check_same_meaning(self, card: dict[str, Any]) -> None:
+        "`RunError` if a run that goes on reads its masks in another way than before: its rounds would not compare."
+        old, now = card.get("masks") or {}, plain(self.data.meaning)
+        names = card.get("labels", self.data.labels.names)
+        changed = [key for key in ("values", "ignore", "read_by") if key in old and old[key] != now.get(key)]
+        if changed or list(names) != list(self.data.labels.names):
+            raise RunError(
+                f"{self.folder.path} read its masks as {old.get('line', names)!r}, and now it would be "
+                f"{now.get('line')!r}: bring back the classes of before, or choose another output_dir."
+            )
 
     def _resume(self) -> None:
         "Rebuild pool and ledger from the rounds on disk; `RunError` if they do not belong to this pool or version."

@@ -9,7 +9,6 @@ __all__ = ['SUFFIXES', 'PAIR_OPTIONS', 'same_name', 'safe_ids', 'check_text', 'i
 # %% ../nbs/00bc_layouts.ipynb #layouts-imports
 import csv
 import hashlib
-import os
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -77,8 +76,13 @@ def check_text(
     try:
         str(path).encode()
     except UnicodeEncodeError:
-        raw = os.fsencode(str(path))
-        raise DataError(f"the name {ascii(raw)[1:]} is not UTF-8; rename the file, e.g. with convmv") from None
+        shown = ascii(str(path).encode("utf-8", "surrogateescape" if _escaped(path) else "surrogatepass"))[1:]
+        raise DataError(f"the name {shown} is not UTF-8; rename the file, e.g. with convmv") from None
+
+
+def _escaped(path: str | Path) -> bool:
+    "Are the bytes of a name that are no UTF-8 kept as Python keeps them?"
+    return not any("\ud800" <= letter < "\udc80" or letter > "\udcff" and letter <= "\udfff" for letter in str(path))
 
 
 def _counts(path: Path, root: Path) -> bool:
