@@ -147,6 +147,8 @@ def write_images(folder: Path, count: int) -> None:
 
 def make_pool(written: Path, folder: Path, count: int) -> Path:
     "A folder data set of so many pool images, by hard links; images to begin, validate and test with come on top."
+    from vlm_itl.labels import LabelSpace
+
     names = [f"{index:05d}" for index in range(count + EXTRA)]
     for part, suffix in (("images", "jpg"), ("masks", "png")):
         (folder / part).mkdir(parents=True)
@@ -154,6 +156,7 @@ def make_pool(written: Path, folder: Path, count: int) -> Path:
             os.link(written / part / f"{name}.{suffix}", folder / part / f"{name}.{suffix}")
     (folder / "train.txt").write_text("\n".join(names[HELD:]))  # HELD of them will validate
     (folder / "test.txt").write_text("\n".join(names[:HELD]))
+    (folder / "classes.txt").write_text("\n".join(LabelSpace.voc().names))
     return folder
 
 

@@ -29,6 +29,7 @@ from vlm_itl.data import (
 from vlm_itl.scenes import VOID
 
 VOC = LabelSpace.voc()
+AS_VOC = {"classes": "voc"}
 
 
 def write_pair(folder: Path, name: str, images: str, masks: str, suffix: str = ".jpg") -> None:
@@ -64,6 +65,7 @@ def own(tmp_path: Path) -> Path:
     folder = tmp_path / "own"
     for index in range(10):
         write_pair(folder, f"pic{index}", "images", "masks", suffix=".png")
+    (folder / "classes.txt").write_text("\n".join(VOC.names))
     return folder
 
 
@@ -213,7 +215,7 @@ def test_folder_lists_csv_and_subfolders_agree(own: Path, tmp_path: Path) -> Non
     for split, members in names.items():
         for member in members:
             write_pair(tmp_path / "deep", f"{split}/{member}", "images", "masks")
-    deep = all_ids(load_data(str(tmp_path / "deep")))
+    deep = all_ids(load_data(str(tmp_path / "deep"), options=AS_VOC))
     assert deep == {split: [f"{split}-{member}" for member in members] for split, members in names.items()}
 
 
@@ -292,7 +294,7 @@ def test_datasets_folder(form: str, tmp_path: Path) -> None:
         folder.mkdir()
         for split, rows in made.items():
             rows.to_parquet(str(folder / f"{split}-00000-of-00001.parquet"))
-    data = load_data(str(folder), val_share=2, cache_dir=tmp_path / "cache")
+    data = load_data(str(folder), val_share=2, cache_dir=tmp_path / "cache", options=AS_VOC)
     assert [len(rows) for rows in data.splits.values()] == [10, 2, 3]
     name = "val" if form == "save_to_disk" else "validation"  # `datasets` names the split of val-*.parquet so
     assert all_ids(data)["test"] == [f"{name}-00000", f"{name}-00001", f"{name}-00002"]
@@ -300,7 +302,9 @@ def test_datasets_folder(form: str, tmp_path: Path) -> None:
         index = int(row["id"].split("-")[1])
         assert row["image"].getpixel((0, 0)) == (index, 0, 0)
         assert (row["mask"][0] == index % 21).all() and row["mask"][1, 0] == VOID
-    assert all_ids(data) == all_ids(load_data(str(folder), val_share=2, cache_dir=tmp_path / "cache"))
+    assert all_ids(data) == all_ids(
+        load_data(str(folder), val_share=2, cache_dir=tmp_path / "cache", options=AS_VOC)
+    )
 
 
 def test_imagefolder_with_masks(tmp_path: Path) -> None:
@@ -309,7 +313,7 @@ def test_imagefolder_with_masks(tmp_path: Path) -> None:
         write_pair(folder, f"a{index}", "pics", "labels", suffix=".png")
     lines = ["file_name,mask_file_name"] + [f"pics/a{i}.png,labels/a{i}.png" for i in range(6)]
     (folder / "metadata.csv").write_text("\n".join(lines))
-    data = load_data(str(folder.parent), val_share=1, cache_dir=tmp_path / "cache")
+    data = load_data(str(folder.parent), val_share=1, cache_dir=tmp_path / "cache", options=AS_VOC)
     assert sorted(sum(all_ids(data).values(), [])) == [f"a{i}" for i in range(6)]
     assert set(np.unique(data.train[0]["mask"])) == {0, 8, VOID}
 
@@ -321,10 +325,10 @@ def test_datasets_options_and_slips(tmp_path: Path) -> None:
     source = str(tmp_path / "d")
     with pytest.raises(DataError, match="no column image / img .*'photo'"):
         load_data(source)
-    data = load_data(source, options={"image_column": "photo"})
+    data = load_data(source, options={"image_column": "photo", **AS_VOC})
     assert [len(rows) for rows in data.splits.values()] == [4, 3, 2]
     splits = {"train": "train", "test": "validation"}
-    data = load_data(source, val_share=1, options={"image_column": "photo", "splits": splits})
+    data = load_data(source, val_share=1, options={"image_column": "photo", "splits": splits, **AS_VOC})
     assert [len(rows) for rows in data.splits.values()] == [3, 1, 3]
     with pytest.raises(ConfigError, match="split='tset'"):
         load_data(source, options={"image_column": "photo", "splits": {"train": "train", "test": "tset"}})
@@ -340,7 +344,8 @@ def test_datasets_of_another_kind(tmp_path: Path) -> None:
         load_data(str(tmp_path / "classify"))
     only_train = hub_like({"train": coloured(10)})
     only_train.save_to_disk(str(tmp_path / "one"))
-    assert [len(rows) for rows in load_data(str(tmp_path / "one"), val_share=1).splits.values()] == [7, 1, 2]
+    one = load_data(str(tmp_path / "one"), val_share=1, options=AS_VOC)
+    assert [len(rows) for rows in one.splits.values()] == [7, 1, 2]
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing" / "readme.md").write_text("no data")
     with pytest.raises(DataError, match="no data set"):
@@ -360,7 +365,7 @@ def test_own_ids_are_made_safe(tmp_path: Path) -> None:
     rows = [{"id": f"../a b/{index}", **row} for index, row in enumerate(coloured(3))]
     made = DatasetDict({"train": Dataset.from_list(rows, features=features), "val": Dataset.from_list(coloured(1, 50))})
     made.save_to_disk(str(tmp_path / "ids"))
-    for members in all_ids(load_data(str(tmp_path / "ids"), val_share=1)).values():
+    for members in all_ids(load_data(str(tmp_path / "ids"), val_share=1, options=AS_VOC)).values():
         for name in members:
             assert name == Path(name).name and not name.startswith(".") and " " not in name
 
@@ -447,7 +452,7 @@ def test_real_voc_as_hub_dataset(voc: Path, tmp_path: Path) -> None:
     for split, table in hub_like(made).items():
         table.to_parquet(str(folder / f"{split}.parquet"))
     assert "mask" in load_dataset(str(folder), cache_dir=str(tmp_path / "c"), split="train").column_names
-    read = load_data(str(folder), val_share=1, cache_dir=tmp_path / "c")
+    read = load_data(str(folder), val_share=1, cache_dir=tmp_path / "c", options=AS_VOC)
     originals = {row["id"]: row for row in data.train}
     assert len(read.train) == 9 and len(read.test) == 4
     for row in read.train:  # the ids are the stems of the files that were embedded

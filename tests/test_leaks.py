@@ -223,6 +223,7 @@ def write_voc(folder: Path, train: dict[str, bytes], test: dict[str, bytes]) -> 
             (folder / "JPEGImages" / f"{name}.{suffix}").write_bytes(data)
             mask = Image.new("L", picture.size)
             mask.save(folder / "SegmentationClass" / f"{name}.png")
+    (folder / "classes.txt").write_text("background\nthing\n")
     return str(folder)
 
 
@@ -280,7 +281,7 @@ def test_hub_like_val_is_train(spoil: str | None, scenes: list[bytes], tmp_path:
         splits[split] = Dataset.from_list(cells, features=columns)
     DatasetDict(splits).save_to_disk(str(tmp_path / "hub"))
     with pytest.raises(LeakError, match="all 6 pictures of train are in test too.*Take another revision"):
-        load_data(str(tmp_path / "hub"), val_share=2, cache_dir=tmp_path / "cache")
+        load_data(str(tmp_path / "hub"), val_share=2, cache_dir=tmp_path / "cache", options={"classes": 2})
     rows = {
         name: make_rows(
             [f"{name}{i}" for i in range(8)],

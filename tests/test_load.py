@@ -48,6 +48,7 @@ def write_folder(folder: Path, count: int) -> Path:
         mask.save(folder / "masks" / f"{name}.png")
     (folder / "train.txt").write_text("\n".join(names[2:]))
     (folder / "test.txt").write_text("\n".join(names[:2]))
+    (folder / "classes.txt").write_text("\n".join(LabelSpace.voc().names))
     return folder
 
 

@@ -64,7 +64,7 @@ def data(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param) / "d"
     if request.param == "voc":
         return load_data(str(make_scenes(folder, n_train=12, n_test=2, seed=3)), val_share=3)
-    return load_data(str(write_embedded(folder)), val_share=3)
+    return load_data(str(write_embedded(folder)), val_share=3, options={"classes": "voc"})
 
 
 @pytest.fixture
