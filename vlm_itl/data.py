@@ -7,11 +7,11 @@ __all__ = ['SOURCES', 'SegData', 'toy_images', 'carve', 'Splits', 'register_sour
            'folder_source', 'hub_source', 'load_data', 'check_data']
 
 # %% ../nbs/01_data.ipynb #data-imports
-import csv
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from io import BytesIO, StringIO
+from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,35 @@ from vlm_itl.core import (
     read_json,
     resolve_path,
 )
-from .labels import DecodeRows, LabelSpace, check_headers, make_rows, raw_rows, row_ids, short_error
+from vlm_itl.labels import (
+    DecodeRows,
+    LabelSpace,
+    MaskWatch,
+    Survey,
+    check_headers,
+    make_rows,
+    raw_rows,
+    row_ids,
+    short_error,
+)
 from .labels import read_image as read_image  # given on: later chapters take everything from here
 from .labels import read_mask as read_mask
+from vlm_itl.layouts import (
+    PAIR_OPTIONS,
+    check_text,
+    find_pairs,
+    hint,
+    image_files,
+    is_pair_folder,
+    read_list,
+    safe_ids,
+    same_name,
+    split_folders,
+    split_names,
+)
 from .leaks import check_leaks
-from .scenes import VOC_CLASSES, VOID, make_scenes
+from .meaning import LABEL_OPTIONS, Meaning, Said, decide, describe, read_said
+from .scenes import VOID, make_scenes
 from .scenes import voc_palette as voc_palette
 
 # %% ../nbs/01_data.ipynb #data-seg-data
@@ -52,6 +76,8 @@ class SegData:
     labels: LabelSpace  # what the masks mean
     name: str  # of the source, its folder, or its Hub id
     binary: bool = False  # all foreground classes merged
+    meaning: dict[str, Any] = field(default_factory=dict)  # what was decided about the masks, for data.json
+    watch: MaskWatch | None = None  # sees the masks that are read, and says when 255 must be a class
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -118,7 +144,7 @@ def carve(
 class Splits:
     "What a source returns: raw rows, not checked yet."
 
-    labels: LabelSpace
+    labels: LabelSpace | Said  # what masks mean; or what is said of them, to be decided by `load_data`
     train: Dataset
     test: Dataset
     val: Dataset | None = None  # None: carved from train
@@ -151,12 +177,12 @@ _ALIASES = {"training": "train", "validation": "val", "valid": "val", "dev": "va
 
 def _arrange(
     named: Mapping[str, Any],  # split name -> Dataset
-    labels: LabelSpace,
+    labels: Said,
     source: str,  # for messages
     seed: int,  # splits what comes as one
 ) -> Splits:
     "train + val: val is the test, as in VOC. train + val + test: as named. One split: 80 % train, 20 % test, by seed."
-    known = {_ALIASES.get(name, name): rows for name, rows in named.items()}
+    known = {_ALIASES.get(name.casefold(), name.casefold()): rows for name, rows in named.items()}
     if len(named) == 1:
         train, test = carve(next(iter(named.values())), 0.2, seed, "test")
         return Splits(labels, train, test)
@@ -165,45 +191,6 @@ def _arrange(
     if "test" in known:
         return Splits(labels, known["train"], known["test"], known.get("val"))
     return Splits(labels, known["train"], known["val"])
-
-
-_LABEL_OPTIONS = ("classes", "palette", "values")
-
-
-def _read_text(path: Path) -> str:
-    "A text file in UTF-8, with or without a byte order mark; `DataError` if it is none."
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}: line {line} is not UTF-8; save the file as UTF-8") from None
-    if "\0" in text:
-        raise DataError(f"{path}: a zero byte, so this is no text file in UTF-8")
-    return text
-
-
-def _read_lines(path: Path) -> list[str]:
-    "The lines that hold something."
-    return [line.strip() for line in _read_text(path).splitlines() if line.strip()]
-
-
-def _labels(
-    options: Mapping[str, Any],  # classes: names or a file of names; palette: colours; values: grey values
-    folder: Path | None = None,  # may hold classes.txt
-) -> LabelSpace:
-    "The label space of a source: from the options, else from classes.txt, else VOC's."
-    names = options.get("classes")
-    if names is None and folder is not None and (folder / "classes.txt").is_file():
-        names = folder / "classes.txt"
-    if isinstance(names, (str, Path)):
-        path = resolve_path(names)
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; it should hold one class name a line, class 0 first")
-        names = _read_lines(path)
-    checked: Any = VOC_CLASSES if names is None else names
-    return LabelSpace(checked, options.get("palette"), values=options.get("values"))
 
 # %% ../nbs/01_data.ipynb #data-sources-made
 @register_source("toy")
@@ -222,11 +209,11 @@ def scenes_source(
     source: str, seed: int = 0, cache_dir: Any = None, options: Mapping[str, Any] | None = None
 ) -> Splits:  # generated pictures; options as in `vlm_itl.scenes.SceneOptions` (its `seed` is not the seed of the run)
     "Generated scenes, written once to the cache, read back as VOC."
-    return voc_source(str(make_scenes(cache_dir=cache_dir, **(options or {}))), seed)
+    return voc_source(str(make_scenes(cache_dir=cache_dir, **(options or {}))), seed, options={"classes": "voc"})
 
 # %% ../nbs/01_data.ipynb #data-files
 _VOC_PARTS = ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation")
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif")
+_VOC_NAME = re.compile(r"(?i)voc(devkit)?(20\d\d)?")
 
 
 def _voc_root(path: Path) -> Path | None:
@@ -236,68 +223,68 @@ def _voc_root(path: Path) -> Path | None:
             return folder
     return None
 
-
-def _files(folder: Path) -> dict[str, Path]:  # path below the folder, without suffix -> file; sorted
-    "The image files of a folder and its subfolders; `DataError` if two differ by their suffix only."
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith("."):
-            key = path.relative_to(folder).with_suffix("").as_posix()
-            if key in found:
-                raise DataError(f"{path}: {found[key].name} lies beside it; which of the two is {key!r}?")
-            found[key] = path
-    return found
-
 # %% ../nbs/01_data.ipynb #data-lists
-def _stem(name: str) -> str:
-    "A name in a list without the suffix of an image."
-    return name[: name.rindex(".")] if name.lower().endswith(_SUFFIXES) and Path(name).stem else name
-
-
-def _read_list(path: Path) -> list[str]:
-    "The names in a list file, one a line; `DataError` if it is missing, empty or repeats a name."
-    if not path.is_file():
-        there = ", ".join(sorted(other.name for other in path.parent.glob("*.txt"))) or "no list at all"
-        raise DataError(f"{path}: no such list; the folder holds {there}")
-    names = [_stem(name) for name in _read_lines(path)]
-    if not names:
-        raise DataError(f"{path}: the list is empty")
-    if len(set(names)) < len(names):
-        raise DataError(f"{path}: {next(n for n in names if names.count(n) > 1)!r} is listed twice")
-    return names
-
-
 def _pair(names: Sequence[str], images: Mapping[str, Path], masks: Mapping[str, Path], where: str) -> Dataset:
-    "Rows for names; `DataError` that counts the names without a file."
+    "Rows for names; `DataError` that counts the names without a file. Ids are made later, for all splits together."
     for files, what in ((images, "image"), (masks, "mask")):
         missing = [name for name in names if name not in files]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise DataError(f"{where}: {missing[0]!r}{more} has no {what} file; remove the entry or add the file")
-    ids = [re.sub(r"[^A-Za-z0-9._-]+", "-", name) for name in names]
-    return make_rows(ids, [images[name] for name in names], [masks[name] for name in names])
+    return make_rows(names, [images[name] for name in names], [masks[name] for name in names])
+
+
+def _with_ids(named: Mapping[str, Dataset]) -> dict[str, Dataset]:
+    "Splits whose names have become ids."
+    names = [name for rows in named.values() for name in row_ids(rows)]
+    ids = dict(zip(names, safe_ids(list(dict.fromkeys(names))), strict=False)) if len(set(names)) == len(names) else {}
+    found: dict[str, Dataset] = {}
+    for split, rows in named.items():
+        mine = [ids.get(name, name) for name in row_ids(rows)]
+        found[split] = rows.remove_columns("id").add_column("id", mine).select_columns(["id", "image", "mask"])
+    return found
 
 # %% ../nbs/01_data.ipynb #data-sources-voc
 @register_source("voc")
 def voc_source(
     source: str, seed: int = 0, cache_dir: Any = None, options: Mapping[str, Any] | None = None
-) -> Splits:  # options: train_list, test_list (names of lists, "train" and "val"); classes, palette, values
-    "A folder in VOC layout. The official `val` is the test split."
+) -> Splits:  # options: train_list, test_list (names of lists, "train" and "val"), and of labels
+    "A folder in VOC layout. The official `val` is the test split; a single list (CVAT's default.txt) is cut in two."
     options = options or {}
     for name in options:
-        check_choice("option of a VOC folder", name, ["train_list", "test_list", *_LABEL_OPTIONS])
+        check_choice("option of a VOC folder", name, ["train_list", "test_list", *LABEL_OPTIONS])
     root = _voc_root(resolve_path(source)) or resolve_path(source)
     for part in _VOC_PARTS:
         if not (root / part).is_dir():
             raise DataError(f"{root / part}: no such folder; a VOC folder holds {', '.join(_VOC_PARTS)}")
-    images, masks = _files(root / _VOC_PARTS[0]), _files(root / _VOC_PARTS[1])
-    splits = []
-    for option, default in (("train_list", "train"), ("test_list", "val")):
-        path = root / _VOC_PARTS[2] / f"{options.get(option, default)}.txt"
-        splits.append(_pair(_read_list(path), images, masks, str(path)))
-    return Splits(_labels(options, root), splits[0], splits[1], clips=_clips(root))
+    images, masks = image_files(root / _VOC_PARTS[0]), image_files(root / _VOC_PARTS[1])
+    named = {}
+    for split, path in _voc_lists(root / _VOC_PARTS[2], options).items():
+        named[split] = _pair(read_list(path), images, masks, str(path))
+    splits = _arrange(_with_ids(named), _voc_said(root, options), str(root), seed)
+    splits.clips = _clips(root)
+    return splits
+
+
+def _voc_lists(folder: Path, options: Mapping[str, Any]) -> dict[str, Path]:
+    "The lists of train and test; of one split where one list is all there is, or both options name it."
+    names = [str(options.get(option, usual)) for option, usual in (("train_list", "train"), ("test_list", "val"))]
+    if "train_list" not in options and "test_list" not in options:
+        there = sorted(path.stem for path in folder.glob("*.txt"))
+        if len(there) == 1 and there[0] not in ("val", "test"):
+            names = there * 2
+    elif "test_list" not in options and not (folder / "val.txt").is_file():
+        names = names[:1] * 2
+    paths = [folder / f"{name}.txt" for name in names]
+    return {"all": paths[0]} if names[0] == names[1] else {"train": paths[0], "val": paths[1]}
+
+
+def _voc_said(root: Path, options: Mapping[str, Any]) -> Said:
+    "What is said of the masks; generated scenes are VOC's, and so may be a folder of that name."
+    if (root / "scenes.json").is_file() and "classes" not in options:
+        options = {**options, "classes": "voc"}
+    said = read_said(options, [root])
+    return replace(said, voc=any(_VOC_NAME.fullmatch(path.name) is not None for path in (root, root.parent)))
 
 
 def _clips(root: Path) -> dict[str, str]:
@@ -307,43 +294,22 @@ def _clips(root: Path) -> dict[str, str]:
     return {image_id: clip for clip, ids in clips.items() for image_id in ids}
 
 # %% ../nbs/01_data.ipynb #data-sources-folder
-def _split_names(root: Path, keys: Sequence[str]) -> dict[str, list[str]]:  # split -> names, or one split "all"
-    "Who belongs to which split: split.csv, else lists, else subfolders."
-    if (root / "split.csv").is_file():
-        try:
-            rows = list(csv.DictReader(StringIO(_read_text(root / "split.csv"), newline="")))
-        except csv.Error as error:
-            raise DataError(f"{root / 'split.csv'}: no CSV ({error})") from error
-        columns = list(rows[0]) if rows else []
-        name_column = next((name for name in ("id", "image", "file", "filename", "name") if name in columns), None)
-        if name_column is None or "split" not in columns:
-            raise DataError(f"{root / 'split.csv'}: needs the columns id and split, has {columns}")
-        split: dict[str, list[str]] = {}
-        for row in rows:
-            split.setdefault(row["split"] or "", []).append(_stem(row[name_column] or ""))
-        return split
-    lists = {name: root / f"{name}.txt" for name in ("train", "val", "test") if (root / f"{name}.txt").is_file()}
-    if lists:
-        return {name: _read_list(path) for name, path in lists.items()}
-    tops = {key.split("/")[0] for key in keys if "/" in key}
-    if "train" in {_ALIASES.get(top, top) for top in tops}:
-        return {top: [key for key in keys if key.startswith(f"{top}/")] for top in sorted(tops)}
-    return {"all": list(keys)}
-
-
 @register_source("folder")
 def folder_source(
     source: str, seed: int = 0, cache_dir: Any = None, options: Mapping[str, Any] | None = None
-) -> Splits:  # options: classes (names or a file), palette (colours), values (grey values that mean class 0, 1, ...)
-    "A folder with images/ and masks/."
-    for name in options or {}:
-        check_choice("option of a folder", name, _LABEL_OPTIONS)
+) -> Splits:  # options: images, masks (folders), mask_suffix, and of labels
+    "A folder with images and masks in any layout that `find_pairs` knows."
+    options = options or {}
+    for name in options:
+        check_choice("option of a folder", name, [*PAIR_OPTIONS, *LABEL_OPTIONS])
     root = resolve_path(source)
-    images, masks = _files(root / "images"), _files(root / "masks")
-    if not images:
-        raise DataError(f"{root / 'images'}: no image files ({', '.join(_SUFFIXES)})")
-    named = {split: _pair(names, images, masks, str(root)) for split, names in _split_names(root, list(images)).items()}
-    return _arrange(named, _labels(options or {}, root), str(root), seed)
+    pairs = find_pairs(root, options)
+    splits = pairs.splits or split_names(root, list(pairs.images), _ALIASES)
+    named = {split: _pair(names, pairs.images, pairs.masks, str(root)) for split, names in splits.items()}
+    said = read_said(options, [root, *split_folders(root)])
+    if pairs.note:
+        print(f"{root.name}: {pairs.note}")
+    return _arrange(_with_ids(named), said, str(root), seed)
 
 # %% ../nbs/01_data.ipynb #data-hub-fetch
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
@@ -362,7 +328,9 @@ def _fetch(source: str, cache_dir: Any, options: Mapping[str, Any]) -> Mapping[s
             loaded = load_dataset(place, options.get("config"), revision=options.get("revision"), cache_dir=cache)
     except Exception as error:
         if path.is_dir():
-            raise DataError(f"{path}: no data set that `datasets` can read ({short_error(error)})") from error
+            raise DataError(
+                f"{path}: no data set that `datasets` can read ({short_error(error)}). {hint(path)}"
+            ) from error
         raise DataError(
             f"{source!r}: no such folder ({path}), and not to be had from the Hugging Face Hub "
             f"({type(error).__name__}: no network, or no such data set). {_KINDS}"
@@ -404,21 +372,25 @@ def _hub_rows(rows: Dataset, split: str, options: Mapping[str, Any]) -> Dataset:
     rows = rows.flatten_indices() if rows._indices is not None else rows
     stems = [Path(path or "").stem for path in _column_paths(rows)]
     for names in (given, stems):
-        ids = [re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] for name in names]
-        if ids and all(ids) and len(set(ids)) == len(rows):
+        names = [same_name(name).strip("./\\- ") for name in names]
+        if all(names) and len(set(names)) == len(rows) > 0:
+            ids = safe_ids(names)
             break
     else:
         ids = [f"{split}-{index:05d}" for index in range(len(rows))]
     return rows.add_column("id", ids).select_columns(["id", "image", "mask"])
 
 # %% ../nbs/01_data.ipynb #data-sources-hub
+_KNOWN = {"nateraw/pascal-voc-2012": {"classes": "voc"}}  # Hub ids whose classes are known
+
+
 @register_source("hub")
 def hub_source(
     source: str, seed: int = 0, cache_dir: Any = None, options: Mapping[str, Any] | None = None
 ) -> Splits:  # options: splits {"train": ..}, image_column, mask_column, config, revision, and of labels
-    "A Hub id or a folder that `datasets` reads. Without `classes` the masks are taken as VOC's."
-    options = options or {}
-    allowed = ["splits", "image_column", "mask_column", "config", "revision", *_LABEL_OPTIONS]
+    "A Hub id or a folder that `datasets` reads."
+    options = {**_KNOWN.get(source, {}), **(options or {})}
+    allowed = ["splits", "image_column", "mask_column", "config", "revision", *LABEL_OPTIONS]
     for name in options:
         check_choice("option of a `datasets` source", name, allowed)
     found = _fetch(source, cache_dir, options)
@@ -434,20 +406,22 @@ def hub_source(
         for split, rows in named.items():
             numbers = [f"{split}-{index:05d}" for index in range(len(rows))]
             named[split] = rows.remove_columns("id").add_column("id", numbers).select_columns(["id", "image", "mask"])
-    return _arrange(named, _labels(options), source, seed)
+    folder = resolve_path(source)
+    return _arrange(named, read_said(options, [folder] if folder.is_dir() else []), source, seed)
 
 # %% ../nbs/01_data.ipynb #data-kind
 def _kind(source: str) -> str:
     "Which entry of `SOURCES` reads this; `DataError` where nothing can."
     if source in SOURCES and source not in ("voc", "folder", "hub"):
         return source
+    check_text(source)
     path = resolve_path(source)
     if path.is_file():
         raise DataError(f"{path}: is a file; a data set is a folder, a name or a Hub id")
     if path.is_dir():
         if _voc_root(path):
             return "voc"
-        return "folder" if (path / "images").is_dir() or (path / "masks").is_dir() else "hub"
+        return "folder" if is_pair_folder(path) else "hub"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source) or source in SOURCES:
         raise DataError(f"{path}: no such folder. {_KINDS}")
     if "/" not in source:
@@ -484,6 +458,7 @@ def load_data(
         train, val = carve(train, val_share, seed)
     parts = {"train": train, "val": raw_rows(val), "test": test}
     seen: dict[str, str] = {}
+    survey = Survey()
     for split, rows in parts.items():
         if not len(rows):
             raise DataError(f"{source}: the {split} split is empty")
@@ -491,22 +466,36 @@ def load_data(
             if row_id in seen:
                 raise DataError(f"{source}: {row_id!r} is in {seen[row_id]} and in {split}; an image has one split")
             seen[row_id] = split
-        check_headers(rows, split)
+        check_headers(rows, split, survey)
+    meaning = _meaning(splits.labels, survey, source)
     check_leaks(parts, source, splits.clips, cache_dir, leaks)
-    labels = splits.labels.binary() if binary else splits.labels
-    decoded = {split: rows.with_transform(DecodeRows(labels)) for split, rows in parts.items()}
+    labels = meaning.labels.binary() if binary else meaning.labels
+    watch = MaskWatch(labels, meaning.settled)
+    decoded = {split: rows.with_transform(DecodeRows(labels, watch)) for split, rows in parts.items()}
     name = resolve_path(source).name if resolve_path(source).is_dir() and source not in SOURCES else source
-    return SegData(**decoded, labels=labels, name=name, binary=binary)
+    if isinstance(splits.labels, Said) and source not in SOURCES:
+        print(f"{name}: {meaning.line}")
+    return SegData(**decoded, labels=labels, name=name, binary=binary, meaning=meaning.record, watch=watch)
+
+
+def _meaning(labels: LabelSpace | Said, survey: Survey, source: str) -> Meaning:
+    "What masks mean: as the source has decided, or as it follows from what is said and what headers show."
+    if isinstance(labels, Said):
+        return decide(labels, survey, source)
+    line = describe(labels, survey)
+    return Meaning(labels, line, True, {"line": line, "names from": "the source"})
 
 # %% ../nbs/01_data.ipynb #data-check
 def check_data(
     data: SegData,  # what to check
 ) -> pd.DataFrame:  # a row for each class, then void: for each split the images that hold it and its share of pixels
-    "Decode every image and mask; a table of what is there. `DataError` lists the first broken rows of all."
+    "Decode every image and mask; a table, and a warning where 255 seems to be a class. `DataError` for broken rows."
     names = [*data.labels.names, "void"]
     table: dict[str, Any] = {}
     broken: list[str] = []
-    for split, rows in data.splits.items():
+    watch = MaskWatch(data.labels, data.watch is None or data.watch.settled)
+    for split, decoded in data.splits.items():
+        rows = decoded.with_transform(DecodeRows(data.labels))
         images, pixels = np.zeros(256, dtype=np.int64), np.zeros(256, dtype=np.int64)
         for index in progress(range(len(rows)), desc=f"decoding {split}", unit="image"):
             try:
@@ -515,6 +504,7 @@ def check_data(
                 broken.append(str(error))
                 continue
             images += counts > 0
+            watch.count(np.flatnonzero(counts))
             pixels += counts
         order = [*range(len(data.labels)), VOID]
         table[f"{split} images"] = images[order]
@@ -522,4 +512,6 @@ def check_data(
     if broken:
         more = f" (and {len(broken) - 3} more)" if len(broken) > 3 else ""
         raise DataError(f"{len(broken)} broken rows: " + " | ".join(broken[:3]) + more)
+    if said := watch.problem() or watch.missing():
+        warnings.warn(said, stacklevel=2)
     return pd.DataFrame(table, index=pd.Index(names, name="class"))

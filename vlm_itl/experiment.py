@@ -11,7 +11,9 @@ import importlib.metadata
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import numpy as np
 from vlm_itl.core import (
     ConfigError,
     DataError,
+    JudgeError,
     LeakError,
     RunError,
     check_choice,
@@ -37,11 +40,12 @@ from .corruption import truth_reader
 from .data import load_data
 from .gradient import GradientProbe
 from .judge import verdict_metrics
-from .labels import row_ids
+from .labels import MeaningError, row_ids
 from .leaks import check_apart, seal
 from .metrics import image_iou
 from .model import Segmenter, load_model, load_weights, save_model
 from .pool import Ledger, Oracle, Pool, budget_schedule, mask_pixels, training_rows
+from .preflight import accepted_rates, preflight, preflight_problem, preflight_queries, preflight_table
 from vlm_itl.regions import (
     CHOICE_OPTIONS,
     Regions,
@@ -58,22 +62,25 @@ from .scores import PASS_SCORES, dropout_layers, scoring_options
 from .selects import parse_strategy, sort_options
 from .settings import FREE_SETTINGS, Config, make_config, run_path
 from .tracking import Tracker, make_tracker
-from .train import MaskStore, PoolScores, evaluate, fit, score_pool
+from .train import MaskStore, PoolScores, evaluate, fit, score_pool, try_once
 from vlm_itl.turns import (
     AUDIT_SHARE,
     Journal,
     accepts,
+    ask_once,
     certify_answers,
+    check_certifiable,
     choose,
     choose_parts,
     doubts,
+    foresee,
     judge_masks,
     measure_judge,
     policy_groups,
     write_asked,
     write_gallery,
 )
-from .vlm import Judgement, VLMHandler, make_handler
+from .vlm import Judgement, JudgeQuery, JudgeStopped, VLMHandler, make_handler
 
 # %% ../nbs/08_experiment.ipynb #experiment-round
 @dataclass
@@ -105,9 +112,31 @@ class Round:
             told = [] if good is None else [f"yes to {good:.0%} of the good"]
             told += [] if bad is None else [f"{1 - bad:.0%} of the bad"]
             text += f" ({', '.join(told)})" if told else ""
+            text += self._foreseen() + self._certified()
         return text + f" | {self.seconds['total']:.0f} s"
 
+    def _foreseen(self) -> str:
+        "Told where most of what is accepted must be expected to be bad."
+        precision = ((self.judge or {}).get("foreseen") or {}).get("precision")
+        low = precision is not None and precision < 0.5
+        return f" (few of them good: {precision:.0%} expected)" if low else ""
+
+    def _certified(self) -> str:
+        "What was promised, or why nothing was accepted."
+        made = (self.judge or {}).get("certified")
+        if not made:
+            return ""
+        left = f", {made['left']:.0%} of the pool left" if made.get("left", 1) < 1 else ""
+        if made["threshold"] is not None:
+            return f" (certified: at most {made['bound']:.0%} bad{left})"
+        few = f", {made['needed']} needed" if made.get("needed", 0) > made["n"] else ""
+        return f" (nothing certified: {made['n']} validation masks{few}{left})"
+
 # %% ../nbs/08_experiment.ipynb #experiment-class
+_STOPPED = "judge_stopped.json"  # the note of a run whose judge stopped: round, why
+_JUDGE_SETTINGS = ("judge_options", "question")  # what may then be changed to go on
+
+
 class Experiment:
     "A run in progress: data, pool, ledger, and the folder they are written to."
 
@@ -131,13 +160,22 @@ class Experiment:
         amounts = (1.0, 1.0, 1.0) if baseline else (config.initial, config.increment, config.max_labelled)
         self.schedule = budget_schedule(len(self.data.train), *amounts)
         self.model = load_model(config.model, self.data.labels, seed=config.seed, options=config.model_options)
+        try_once(self.model, config.train_settings, config.view, len(self.data.train))
         self.members = [load_model(str(m), self.data.labels) for m in self.options["score"].get("members", [])]
         if self.sampler.strategy.score in PASS_SCORES and not self.members:
             dropout_layers(self.model)  # a network without dropout is refused now, not after the first training
         self.initial_state = {k: v.clone() for k, v in self.model.state_dict().items()}
         self.regions = self._make_regions()
         record = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
-        self.folder = RunFolder.open(run_path(config), record, free=FREE_SETTINGS, defaults=Config().to_dict())
+        path = run_path(config)
+        stopped = (path / _STOPPED).is_file()
+        free = (*FREE_SETTINGS, *_JUDGE_SETTINGS) if stopped else FREE_SETTINGS
+        self.folder = RunFolder.open(path, record, free=free, defaults=Config().to_dict())
+        if stopped:  # the judge may be asked in another way from now on: preflight.json tells which and when
+            now = {name: record[name] for name in _JUDGE_SETTINGS}
+            write_json(self.folder.path / "config.json", {**self.folder.config, **now})
+        self._is_examined = False
+        self._rates: tuple[float, float] | None = None  # found by the examination
         self.ledger = Ledger(mask_seconds=config.mask_seconds)
         self.oracle = Oracle(self.data, self.ledger)
         self.pool = Pool(self.oracle.ids)
@@ -149,8 +187,9 @@ class Experiment:
         try:
             self._write_data_card()
             self._resume()
+            self._check_certifiable()
         except BaseException:
-            self.folder.close()  # a notebook keeps what failed alive, and others would be kept out
+            self.folder.give_up()  # a notebook keeps what failed alive, and others would be kept out
             raise
 
     def _seal(self) -> None:
@@ -160,6 +199,15 @@ class Experiment:
         self._test = self.data.test
         closed = {"train": seal(self.data.train, ["mask"], pool), "test": seal(self._test, ["image", "mask"], test)}
         self.data = replace(self.data, **closed)
+
+    def _check_meaning(self) -> None:
+        "`MeaningError` where the first masks that were paid for show that 255 is a class; a warning where it may be."
+        if self.data.watch is None:
+            return
+        self.data.watch.check()
+        if missing := self.data.watch.missing():
+            warnings.warn(missing, stacklevel=2)
+        self.data.watch.settled = True  # what was trained on once is not called into question later
 
     def _check_validation(self) -> None:
         "`LeakError` unless the validation images were paid for, all of them, and taught the model nothing."
@@ -172,10 +220,105 @@ class Experiment:
         check_apart(used, [*self.pool.human, *self.pool.pseudo, *self.oracle.parts])
 
     def _make_handler(self) -> VLMHandler | None:
-        "The judge of mode vlm."
-        if self.config.mode != "vlm":
+        "The judge of mode vlm; a run that is done needs none to be looked at."
+        config = self.config
+        if config.mode != "vlm":
             return None
-        return make_handler(self.config.judge, seed=self.config.seed, tau=self.config.tau, **self.config.judge_options)
+        try:
+            return make_handler(config.judge, seed=config.seed, tau=config.tau, **config.judge_options)
+        except JudgeError:
+            if (run_path(config) / "summary.json").is_file():
+                return None
+            raise
+
+    def _check_certifiable(self) -> None:
+        "`ConfigError` where a new run can never certify anything; a line where later rounds cannot."
+        if self.handler is None or self.config.acceptance != "certified" or self.rounds:
+            return
+        shares = [self._share_left(taken=count - self.schedule[0]) for count in self.schedule]
+        if said := check_certifiable(self.config, len(self.data.val), [share for share in shares if share > 0]):
+            print(said)
+
+    def _share_left(self, taken: int) -> float:
+        "Of the images that a strategy could take: those drawn by chance before round 0 leave the pool like validation."
+        chosen = taken + (self.schedule[0] if self.config.cold_start != "random" else 0)
+        by_chance = 0 if self.config.cold_start != "random" else self.schedule[0]
+        whole = self.regions is None
+        return 1 - chosen / max(1, len(self.pool.ids) - by_chance) if whole else 1.0
+
+    def _examine(self) -> None:
+        "Ask the judge a few questions whose answers are known: before any training, once for each of its settings."
+        if self._is_examined or self.handler is None or not self.config.preflight:
+            return
+        path, kept = self.folder.path / "preflight.json", self.folder.path / ".preflight.jsonl"
+        told: dict[str, Any] = read_json(path, dict) if path.is_file() else {"examinations": []}
+        asked_as = {name: plain(getattr(self.config, name)) for name in _JUDGE_SETTINGS}
+        last = told["examinations"][-1] if told["examinations"] else {}
+        if not (last.get("passed") and all(last.get(name) == value for name, value in asked_as.items())):
+            last = {"round": len(self.rounds), **asked_as, **self._ask_known(Journal(kept))}
+            told["examinations"].append(plain(last))
+            write_json(path, told)
+            kept.unlink(missing_ok=True)
+        self._pay_preflight(told["examinations"])
+        if not last["passed"]:
+            raise JudgeError(f"{last['problem']} What was asked is kept in {self.folder.path} and charged.")
+        self._rates, self._is_examined = accepted_rates(last), True
+
+    def _ask_known(self, journal: Journal) -> dict[str, Any]:
+        "An examination, shown as a table: passed, problem, what was found."
+        assert self.handler is not None
+        config, handler = self.config, self.handler
+        if handler.needs_segmenter:
+            handler.bind_segmenter(self.model, config.view)
+        queries = self._known_queries()
+        keep = None if handler.needs_truth else journal
+        try:
+            found = preflight(handler, queries, lambda asked: ask_once(handler, asked, keep), self._would_accept)
+        except JudgeStopped as stop:
+            paid = [*journal.known.values(), *journal.spent]
+            return {"passed": False, "problem": str(stop), **self._paid(paid)}
+        if not len(self.data.val):  # nobody knows which masks are right
+            found["right"] = found["opposite"] = [0, 0]
+        spent = self._paid(journal.spent)
+        found["calls"] += spent["calls"]
+        known = None not in (found["paid_usd"], spent["paid_usd"])
+        found["paid_usd"] = found["paid_usd"] + spent["paid_usd"] if known else None
+        problem = preflight_problem(found)
+        limit = config.judge_limit or len(self.pool.ids)
+        later = [min(limit, len(self.pool.ids) - count) for count in self.schedule[len(self.rounds) :]]
+        held_out = len(self.data.val) * len(later) if config.acceptance == "certified" else 0
+        print(preflight_table(found, sum(later) + held_out))
+        return {"passed": problem is None, "problem": problem, **found}
+
+    def _known_queries(self) -> list[JudgeQuery]:
+        "About validation images; without any, about pictures of the pool and a mask made up: a box in the middle."
+        rows, labels = self.data.val, self.data.labels
+        if len(rows) or self.handler is None or self.handler.needs_truth:
+            return preflight_queries(rows, labels, self.config.preflight, self.config.question, self.config.seed)
+        made_up = []
+        for row in self.oracle.images.select(range(min(len(self.oracle.images), self.config.preflight // 2))):
+            box = np.zeros(row["image"].size[::-1], np.uint8)
+            box[len(box) // 4 : -(len(box) // 4) or None, box.shape[1] // 4 : -(box.shape[1] // 4) or None] = 1
+            made_up.append({"id": row["id"], "image": row["image"], "mask": box})
+        return preflight_queries(made_up, labels, self.config.preflight, self.config.question, self.config.seed)
+
+    def _would_accept(self, judgement: Judgement) -> bool:
+        "Does the run take it; a judge that lacks what `acceptance` needs is refused."
+        return accepts(judgement, self.config) or (self.config.acceptance == "certified" and judgement.verdict == "yes")
+
+    @staticmethod
+    def _paid(judgements: Sequence[Judgement]) -> dict[str, Any]:
+        "Calls and money of answers that were not taken from a cache."
+        fresh = [j for j in judgements if not j.cached]
+        unknown = any(j.usd is None for j in fresh)
+        usd = None if unknown else float(sum(j.usd or 0.0 for j in fresh))
+        return {"calls": sum(j.attempts for j in fresh), "paid_usd": usd}
+
+    def _pay_preflight(self, examinations: Sequence[dict[str, Any]]) -> None:
+        "Charge all examinations so far: the sum is set, not added to, so that none is charged twice."
+        prices = [one["paid_usd"] for one in examinations]
+        self.ledger.preflight_calls = sum(one["calls"] for one in examinations)
+        self.ledger.preflight_usd = None if None in prices else float(sum(prices))
 
     def _make_regions(self) -> Regions | None:
         "What is asked for where the unit is a region."
@@ -193,13 +336,26 @@ class Experiment:
         sizes = {split: len(getattr(self.data, split)) for split in ("train", "val", "test")}
         palette = np.asarray(self.data.labels.palette)[: len(self.data.labels)]
         card = {"name": self.data.name, "sizes": sizes, "labels": self.data.labels.names, "palette": palette}
+        card["masks"] = self.data.meaning
         path, paid = self.folder.path / "data.json", stable_hash(*sorted(row_ids(self.data.val))).hex()[:16]
         if path.is_file() and read_json(path, dict).get("validation", paid) != paid:
             raise LeakError(
                 f"{self.folder.path} has paid for other validation images than the data now has: the data set has "
                 "changed since. Bring it back, or choose another output_dir."
             )
+        self._check_same_meaning(read_json(path, dict) if path.is_file() else {})
         write_json(path, {**card, "validation": paid})
+
+    def _check_same_meaning(self, card: dict[str, Any]) -> None:
+        "`RunError` if a run that goes on reads its masks in another way than before: its rounds would not compare."
+        old, now = card.get("masks") or {}, plain(self.data.meaning)
+        names = card.get("labels", self.data.labels.names)
+        changed = [key for key in ("values", "ignore", "read_by") if key in old and old[key] != now.get(key)]
+        if changed or list(names) != list(self.data.labels.names):
+            raise RunError(
+                f"{self.folder.path} read its masks as {old.get('line', names)!r}, and now it would be "
+                f"{now.get('line')!r}: bring back the classes of before, or choose another output_dir."
+            )
 
     def _resume(self) -> None:
         "Rebuild pool and ledger from the rounds on disk; `RunError` if they do not belong to this pool or version."
@@ -208,7 +364,7 @@ class Experiment:
                 self._replay()
                 self.folder.write_index()  # a process that died right after its last round had no time to
             except (ConfigError, DataError) as error:
-                if isinstance(error.__context__, OSError):  # the data cannot be read now
+                if isinstance(error.__context__, OSError) or not self.folder.rounds():  # it is the data that is wrong
                     raise
                 raise RunError(
                     f"the rounds in {self.folder.path} do not fit its data ({error}): put back a good copy of their "
@@ -231,6 +387,8 @@ class Experiment:
                     f"{self.folder.path} has rounds with {newer[0]!r}, which this version "
                     f"({importlib.metadata.version('vlm_itl')}) does not know; it began with version {told}: update."
                 )
+        if self.data.watch is not None:
+            self.data.watch.settled = True
         earlier = [Round(**r) for r in records]
         chosen = [i for r in earlier[:-1] for i in r.selection["ids"]]
         whole = earlier[0].start_ids if self.regions else [*earlier[0].start_ids, *chosen]
@@ -333,13 +491,27 @@ class Experiment:
     def run_round(self) -> Round:  # the record, safely on disk
         "Do the next round and write it."
         index = len(self.rounds)
-        with protected(self.folder.path, f"round {index}"):
+        with protected(self.folder.path, f"round {index}"), self._judge_may_stop(index):
+            self._examine()
             with self.folder.write_round(index) as here:
                 record = self._work(index, here)
                 write_json(here / "record.json", asdict(record))
             self._apply(record)
             self._drop_masks()
+            (self.folder.path / _STOPPED).unlink(missing_ok=True)
         return record
+
+    @contextmanager
+    def _judge_may_stop(self, index: int) -> Iterator[None]:
+        "A judge that stops leaves a note, with which the run can go on under other settings of the judge."
+        try:
+            yield
+        except JudgeError as error:
+            write_json(self.folder.path / _STOPPED, {"round": index, "why": str(error)})
+            names = " and ".join(_JUDGE_SETTINGS)
+            raise type(error)(
+                f"{error} Run again with output_dir={self.folder.path} to go on from here; {names} may differ."
+            ) from error
 
     def _drop_masks(self) -> None:
         "Predicted masks are needed for one round only."
@@ -354,6 +526,7 @@ class Experiment:
             start_ids = self._start_ids()
             self.oracle.label(start_ids)
             self.pool.add_human(start_ids)
+            self._check_meaning()
         self._check_validation()
         trained, history = self._train(index)
         if self.handler is not None and self.handler.needs_segmenter:
@@ -375,12 +548,13 @@ class Experiment:
         measures, ious = None, None
         if self.handler is not None and masks is not None and rest:
             shown = self.oracle.images.select(self.oracle.rows(self._to_judge(index)))
-            judgements = judge_masks(self.handler, shown, masks, config.question, self._journal(index, "pool"))
-            certified = self._certify(here) if config.acceptance == "certified" else None
+            journal = self._journal(index, "pool")
+            judgements = judge_masks(self.handler, shown, masks, config.question, journal)
+            certified = self._certify(here, judgements) if config.acceptance == "certified" else None
             threshold = None if certified is None else certified["threshold"]
             said_yes = [j.id for j in judgements if accepts(j, config, threshold)]
             accepted = said_yes if config.policy != "observe" else []
-            self._pay_judge(judgements)
+            self._pay_judge([*judgements, *journal.spent])
             if scores is not None:
                 images = [split_region(i)[0] for i in scores.ids] if self.regions else scores.ids
                 scores.scores["judge"] = doubts(judgements, images)
@@ -390,19 +564,20 @@ class Experiment:
                 checked, refused = self._audit(index, accepted, ious)
                 accepted = [i for i in accepted if i not in refused]
                 measures["certified"] = {**certified, "audit": {"checked": checked, "bad": refused}}
+            measures["foreseen"] = self._foresee(here)
         elif self.handler is not None:
             measures = {**verdict_metrics([], [], config.tau), "accepted": 0, "accepted_label_miou": None}
         clock.lap("judge")
         ids: list[str] = []
         reasons: list[str] = []
         if rest and not last:
-            verdicts = {j.id: j.verdict for j in judgements}
-            ids, reasons = self._choose(index, scores, verdicts, accepted)
+            ids, reasons = self._choose(index, scores, judgements, accepted)
         clock.lap("select")
         if self.regions is not None and config.gallery:
             write_asked(here / "asked", ids, self.oracle.images, self.regions)
         write_gallery(here / "gallery", self.model, self.data, config, self.oracle, masks, judgements, ious)
-        save_model(self.model, here / "model")
+        shown = [row["image"] for row in self.data.val.select(range(min(4, len(self.data.val))))] if last else []
+        save_model(self.model, here / "model", config.image_size, config.resize, shown)
         write_text(here / "training.jsonl", "".join(to_json(h) + "\n" for h in history))
         chosen = set(ids)
         return Round(
@@ -430,16 +605,17 @@ class Experiment:
         return self.ledger.pixels - self.val_pixels if self.regions is not None else 0
 
     def _choose(
-        self, index: int, scores: PoolScores | None, verdicts: dict[str, str], accepted: Sequence[str]
+        self, index: int, scores: PoolScores | None, judgements: Sequence[Judgement], accepted: Sequence[str]
     ) -> tuple[list[str], list[str]]:
         "What the human labels next: images, or regions of as many pixels."
         config, rng = self.config, make_rng(self.config.seed, "select", index)
+        verdicts, p_yes = {j.id: j.verdict for j in judgements}, {j.id: j.p_yes for j in judgements}
         if self.regions is None:
             k = self.schedule[index + 1] - len(self.pool.human)
-            return choose(self.sampler, scores, self.pool, k, verdicts, accepted, config.policy, rng)
+            return choose(self.sampler, scores, self.pool, k, verdicts, accepted, config.policy, rng, p_yes)
         assert scores is not None
         aim = self.schedule[index + 1] / len(self.pool.ids) * self.pool_pixels
-        groups = policy_groups(self.pool.unlabelled, verdicts, accepted, config.policy)
+        groups = policy_groups(self.pool.unlabelled, verdicts, accepted, config.policy, p_yes, rng)
         free = set(self.pool.unlabelled)
         asked = [name for name in self.oracle.asked_regions() if split_region(name)[0] in free]
         pixels = max(1, round(aim - self._paid_pixels()))
@@ -449,7 +625,18 @@ class Experiment:
         "For a simulated judge: the truth of validation images is paid for, that of the pool is peeked at."
         return self._val_truth(image_id) if image_id in self._val_ids else self.oracle.peek_for_simulation(image_id)
 
-    def _certify(self, here: Path) -> dict[str, Any]:
+    def _foresee(self, here: Path) -> dict[str, Any] | None:
+        "The precision to be expected of what is accepted without a promise; None: not known, or of no consequence."
+        if self._rates is None or self.config.acceptance == "certified" or self.config.policy == "observe":
+            return None
+        masks = MaskStore(here / "held_out", self.data.labels)
+        score_pool(self.model, self.data.val, self.config.view, masks=masks, desc="predicting held-out masks")
+        ids = row_ids(self.data.val)
+        ious = [image_iou(masks[i], self._val_truth(i), len(masks.labels)) for i in ids]
+        shutil.rmtree(masks.folder, ignore_errors=True)
+        return foresee(ious, self._rates, self.config.tau)
+
+    def _certify(self, here: Path, pool: Sequence[Judgement] = ()) -> dict[str, Any]:
         "Judge the validation images with this round's model, pay for it, and certify a threshold."
         assert self.handler is not None
         self._check_validation()
@@ -459,10 +646,12 @@ class Experiment:
         answers = judge_masks(self.handler, self.data.val.remove_columns("mask"), masks, self.config.question, journal)
         ious = [image_iou(masks[j.id], self._val_truth(j.id), len(masks.labels)) for j in answers]
         shutil.rmtree(masks.folder, ignore_errors=True)
-        self._pay_judge(answers)
+        self._pay_judge([*answers, *journal.spent])
         lines = [to_json({**asdict(j), "iou": iou}) + "\n" for j, iou in zip(answers, ious, strict=True)]
         write_text(here / "calibration.jsonl", "".join(lines))
-        return certify_answers(answers, ious, self.config, len(self.schedule))
+        taken = len(self.pool.ids) - len(self.pool.unlabelled) - (self.schedule[0] if self.regions is None else 0)
+        left = self._share_left(taken)
+        return certify_answers(answers, ious, self.config, len(self.schedule), left, pool)
 
     def _audit(self, index: int, accepted: Sequence[str], ious: dict[str, float]) -> tuple[list[str], list[str]]:
         "A human looks at some accepted masks: those checked, and those of them that are bad."
@@ -605,6 +794,9 @@ def run_experiment(
         experiment = Experiment(config)
     try:
         yield from _run(experiment)
+    except MeaningError:
+        experiment.folder.give_up()
+        raise
     finally:
         experiment.folder.close()
 

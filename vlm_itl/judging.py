@@ -94,7 +94,7 @@ class JudgeConfig:
     tau: float = 0.7  # a mask is good if its mean IoU reaches this
     alpha: float = 0.1  # largest share of bad masks among the accepted
     delta: float = 0.1  # chance that this promise fails
-    min_share: float = 0.25  # a threshold is looked for from where this share of the masks is accepted
+    min_share: float = 0.15  # a threshold is looked for from where this share of the masks is accepted
     mask_seconds: float = FULL_MASK_SECONDS  # human seconds for one mask
     resamples: int = 1000  # bootstrap samples
     seed: int = 0  # of everything random

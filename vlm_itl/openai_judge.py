@@ -210,6 +210,14 @@ class _Settings(PictureJudge):
             raise JudgeError(f"judge 'openai' needs a key in the environment variable {self.api_key_env}.")
         return key
 
+    def check_ready(self) -> None:
+        "`JudgeError` if there is no key, or no openai package."
+        self._key()
+        try:
+            import openai  # noqa: F401
+        except ImportError as error:
+            raise JudgeError("judge 'openai' needs the openai package: pip install 'vlm_itl[openai]'.") from error
+
     def _hide(self, text: str) -> str:
         "A text without the key, should a server repeat it, and without others that the environment holds."
         key = os.environ.get(self.api_key_env or "", "").strip()
@@ -537,11 +545,8 @@ class OpenAIHandler(_Trouble):
         return self._judge_batch([query])[0]
 
     def _judge_batch(self, queries: list[JudgeQuery]) -> list[Judgement]:
+        self.check_ready()
         key = self._key()
-        try:
-            import openai  # noqa: F401
-        except ImportError as error:
-            raise JudgeError("judge 'openai' needs the openai package: pip install 'vlm_itl[openai]'.") from error
         batch = _Batch(queries, waiting=list(range(len(queries)))[::-1])
         self._failed_in_a_row = 0
         run_to_end(self._work(batch, key))

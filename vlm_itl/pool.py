@@ -21,7 +21,7 @@ from PIL import Image
 
 from .core import ConfigError, DataError, check_number
 from .data import SegData
-from .labels import VOID, DecodeRows, open_image, raw_rows, read_indices, row_ids
+from .labels import VOID, DecodeRows, open_image, own_mark, raw_rows, read_indices, row_ids
 from .regions import Regions, count_clicks, region_id, region_label, split_region
 
 # %% ../nbs/07b_pool.ipynb #pool-ledger
@@ -125,7 +125,7 @@ def _pixels(cell: dict[str, Any]) -> int:
 def _to_png(mask: np.ndarray) -> bytes:
     "A mask in memory, small."
     buffer = BytesIO()
-    Image.fromarray(mask).save(buffer, "PNG", compress_level=1)
+    Image.fromarray(mask).save(buffer, "PNG", compress_level=1, pnginfo=own_mark())
     return buffer.getvalue()
 
 

@@ -364,6 +364,16 @@ class RunFolder:
             self._lock.release()
         self._lock = None
 
+    def give_up(self) -> None:
+        "Close the folder of a start that failed; where nothing has been done in it yet, leave nothing that blocks."
+        path, last = self.path, self._lock is not None and self._lock.lock is not None
+        if last and not self.rounds() and not any(self.work_path(0).glob("**/*")):
+            for part in (self.work_path(0), path / "config.json", path / "data.json"):
+                remove(part)
+            if self.figures.is_dir() and not any(self.figures.iterdir()):
+                self.figures.rmdir()
+        self.close()
+
     def check_held(self) -> None:
         "`RunError` if somebody else has the folder by now."
         if self._lock is None or self._lock.lock is None and _HELD.get(str(self.path.resolve())) is not self._lock:

@@ -108,7 +108,10 @@ ACCEPTANCES = ("verdict", "threshold", "certified")
 KEEP_MODELS = ("last", "all", "none")
 COLD_STARTS = ("random", "typiclust", "probcover", "coreset")
 # settings that cannot change a number of the run
-FREE_SETTINGS = ("log_with", "project", "output_dir", "num_workers", "save_every", "keep_models", "version", "leaks")
+FREE_SETTINGS = (
+    *("log_with", "project", "output_dir", "num_workers", "save_every", "keep_models", "version", "leaks"),
+    "preflight",
+)
 
 
 @dataclass(frozen=True)
@@ -134,12 +137,13 @@ class Config:
     judge_options: dict[str, Any] = field(default_factory=dict)  # e.g. {"accuracy": 0.9}
     judge_limit: int = 0  # images judged in a round; 0: all unlabelled ones
     question: str = "quality"  # what the judge is asked
+    preflight: int = 6  # questions that examine the judge before any training; 0: none
     policy: str = "pseudo"  # observe, pseudo, triage
     acceptance: str = "verdict"  # accept on verdict "yes", on p_yes reaching judge_threshold (threshold), or certified
     judge_threshold: float = 0.5  # for acceptance threshold
     alpha: float = 0.1  # for acceptance certified: largest share of bad masks among the accepted
     delta: float = 0.1  # for acceptance certified: chance that the promise fails, over all rounds together
-    min_share: float = 0.25  # for acceptance certified: look for a threshold from where this share is accepted
+    min_share: float = 0.15  # for acceptance certified: look for a threshold from where this share is accepted
     tau: float = 0.7  # a mask is good if its mean IoU reaches this
     seed: int = 0  # of everything random
     initial: float | int = 0.1  # labelled before round 0: share (float up to 1.0) or count
@@ -204,9 +208,8 @@ class Config:
             check_number(name, getattr(self, name), low=0, high=1)
         for name in ("alpha", "delta"):
             check_number(name, getattr(self, name), low=1e-9, high=1 - 1e-9)
-        check_number("image_size", self.image_size, low=16, integer=True)
-        check_number("eval_batch_size", self.eval_batch_size, low=1, integer=True)
-        for name in ("judge_limit", "gallery"):
+        self.view.check()
+        for name in ("judge_limit", "preflight", "gallery"):
             check_number(name, getattr(self, name), low=0, integer=True)
         check_number("seed", self.seed, low=0, integer=True)
         check_number("mask_seconds", self.mask_seconds, low=0)
@@ -216,7 +219,7 @@ class Config:
                 raise ConfigError(f"{name} must be a dictionary, e.g. {{'name': value}}, not {show(value)}.")
         sort_options(self.strategy, self.strategy_options)
         check_question(self.question)
-        self.train_settings.check()
+        self.train_settings.check(self.image_size)
 
     @property
     def train_settings(self) -> TrainSettings:
