@@ -250,7 +250,10 @@ def test_learning_curve_marks_pseudo_labels_and_recipes(tmp_path):
     other = write_run(tmp_path / "longer", mode="vlm", steps=20)
     (axes,) = plot_learning_curve([vlm, other]).axes
     names = [name for name in axes.get_legend_handles_labels()[1] if "learnt" not in name]
-    assert names == ["random, simulated mock judge (pseudo); steps=10", "random, simulated mock judge (pseudo); steps=20"]
+    assert names == [
+        "random, simulated mock judge (pseudo); steps=10",
+        "random, simulated mock judge (pseudo); steps=20",
+    ]
 
 
 def test_learning_curve_of_runs_of_unequal_length(tmp_path):

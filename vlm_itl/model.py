@@ -10,13 +10,16 @@ __all__ = ['MODELS', 'SEGMENTER_DEFAULTS', 'OWN_CODE', 'BATCHNORM_MODES', 'Segme
 # %% ../nbs/03_model.ipynb #model-imports
 import math
 import os
-import torch
-import torch.nn.functional as F
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from safetensors.torch import load_model as load_safetensors, save_model as save_safetensors
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_model as load_safetensors
+from safetensors.torch import save_model as save_safetensors
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,7 +30,7 @@ from transformers import (
     SegformerForSemanticSegmentation,
 )
 from transformers.utils import logging as hf_logging
-from typing import Any
+
 from vlm_itl.core import (
     ConfigError,
     Registry,

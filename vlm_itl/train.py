@@ -9,23 +9,25 @@ __all__ = ['PRECISIONS', 'BYTES_A_PIXEL', 'SCHEDULERS', 'AUGMENT', 'PixelScorer'
            'masked_mean', 'MaskStore', 'PoolScores', 'Probe', 'write_masks', 'score_pool']
 
 # %% ../nbs/04_train.ipynb #train-imports
-import datasets
 import math
-import numpy as np
 import os
 import tempfile
 import time
-import torch
-import torch.nn.functional as F
 import warnings
-from PIL import Image
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_model as load_safetensors
 from torch.utils.data import DataLoader
-from typing import Any, Protocol
+
 from .checkpoints import Checkpoints, RunningLoss
 from vlm_itl.core import (
     ConfigError,
@@ -57,8 +59,8 @@ from vlm_itl.model import (
 from .runfolder import on_signals, worker_errors
 from vlm_itl.transforms import (
     EvalTransform,
-    TrainTransform,
     TrainingSet,
+    TrainTransform,
     collate,
     predicted_classes,
 )
