@@ -494,7 +494,7 @@ class VLMHandler(ABC):
             reason = next(str(a.error) for a in reversed(fresh) if failure_kind(a) is not None)
             who = f"judge {self.name or type(self).__name__!r}"
             who += f" ({self.model})" if self.model and self.model != self.name else ""
-            told = f"{who} failed {count} times in a row, always alike: {reason}. To do: {remedy(reason)}."
+            told = f"{who} failed {count} times in a row, always alike: {reason.rstrip('.')}. To do: {remedy(reason)}."
             raise JudgeStopped(told, answers)
 
     def _unfit(self, query: JudgeQuery) -> str | None:
