@@ -222,23 +222,25 @@ class Experiment:
         "`ConfigError` where a new run can never certify anything; a line where later rounds cannot."
         if self.handler is None or self.config.acceptance != "certified" or self.rounds:
             return
-        shares = [self._share_left(taken=count - self.schedule[0]) for count in self.schedule]
-        if said := check_certifiable(self.config, len(self.data.val), [share for share in shares if share > 0]):
+        taken = [0 if self.regions else count - self.schedule[0] for count in self.schedule]
+        if said := check_certifiable(self.config, len(self.data.val), [self._share_left(one) for one in taken]):
             print(said)
 
     def _share_left(self, taken: int) -> float:
         "Of the images that a strategy could take: those drawn by chance before round 0 leave the pool like validation."
-        chosen = taken + (self.schedule[0] if self.config.cold_start != "random" else 0)
-        by_chance = 0 if self.config.cold_start != "random" else self.schedule[0]
-        whole = self.regions is None
-        return 1 - chosen / max(1, len(self.pool.ids) - by_chance) if whole else 1.0
+        by_chance = self.schedule[0] if self.config.cold_start == "random" else 0
+        chosen = taken + self.schedule[0] - by_chance
+        return 1 - chosen / max(1, len(self.pool.ids) - by_chance)
 
     def _examine(self) -> None:
         "Ask the judge a few questions whose answers are known: before any training, once for each of its settings."
-        if self._is_examined or self.handler is None or not self.config.preflight:
+        if self._is_examined or self.handler is None:
             return
         path, kept = self.folder.path / "preflight.json", self.folder.path / ".preflight.jsonl"
         told: dict[str, Any] = read_json(path, dict) if path.is_file() else {"examinations": []}
+        self._pay_preflight(told["examinations"])
+        if not self.config.preflight:
+            return
         asked_as = {name: plain(getattr(self.config, name)) for name in _JUDGE_SETTINGS}
         last = told["examinations"][-1] if told["examinations"] else {}
         if not (last.get("passed") and all(last.get(name) == value for name, value in asked_as.items())):
@@ -258,6 +260,8 @@ class Experiment:
         if handler.needs_segmenter:
             handler.bind_segmenter(self.model, config.view)
         queries = self._known_queries()
+        if not queries:
+            return {"passed": True, "problem": None, "right": [0, 0], "opposite": [0, 0], **self._paid([])}
         keep = None if handler.needs_truth else journal
         try:
             found = preflight(handler, queries, lambda asked: ask_once(handler, asked, keep), self._would_accept)
@@ -619,8 +623,7 @@ class Experiment:
         self._pay_judge([*answers, *journal.spent])
         lines = [to_json({**asdict(j), "iou": iou}) + "\n" for j, iou in zip(answers, ious, strict=True)]
         write_text(here / "calibration.jsonl", "".join(lines))
-        taken = len(self.pool.ids) - len(self.pool.unlabelled) - (self.schedule[0] if self.regions is None else 0)
-        left = self._share_left(taken)
+        left = self._share_left(len(self.pool.ids) - len(self.pool.unlabelled) - self.schedule[0])
         return certify_answers(answers, ious, self.config, len(self.schedule), left, pool)
 
     def _audit(self, index: int, accepted: Sequence[str], ious: dict[str, float]) -> tuple[list[str], list[str]]:

@@ -216,11 +216,11 @@ def certify_answers(
 def check_certifiable(
     config: Config,  # alpha, delta
     count: int,  # validation masks
-    shares: Sequence[float],  # share of the pool that the strategy has left in it, for each round
+    shares: Sequence[float],  # share of the pool that the strategy has left in it, for each round; 0: nothing
 ) -> str | None:  # one line about rounds in which nothing can pass; None: all can
     "`ConfigError` where no round can certify anything, with the number of masks that it takes."
     delta = config.delta / len(shares)
-    needed = [least_sample(config.alpha, delta, left) for left in shares]
+    needed = [least_sample(config.alpha, delta, left) for left in shares if left > 0]
     rounds = f"over {len(shares)} rounds" if len(shares) > 1 else "in one round"
     if count < min(needed):
         raise ConfigError(
