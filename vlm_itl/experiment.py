@@ -52,11 +52,11 @@ from vlm_itl.regions import (
     split_region,
 )
 from .report import aubc, save_figures
-from .runfolder import RunFolder, protected, readable
+from .runfolder import FREE_SETTINGS, RunFolder, protected, readable
 from .sampler import Sampler
 from .scores import PASS_SCORES, dropout_layers, scoring_options
 from .selects import parse_strategy, sort_options
-from .settings import FREE_SETTINGS, Config, make_config, run_path
+from .settings import Config, make_config, run_path
 from .tracking import Tracker, make_tracker
 from .train import MaskStore, PoolScores, evaluate, fit, score_pool
 from vlm_itl.turns import (
@@ -191,6 +191,7 @@ class Experiment:
         sizes = {split: len(getattr(self.data, split)) for split in ("train", "val", "test")}
         palette = np.asarray(self.data.labels.palette)[: len(self.data.labels)]
         card = {"name": self.data.name, "sizes": sizes, "labels": self.data.labels.names, "palette": palette}
+        card["simulated"] = self.simulated
         path, paid = self.folder.path / "data.json", stable_hash(*sorted(row_ids(self.data.val))).hex()[:16]
         if path.is_file() and read_json(path, dict).get("validation", paid) != paid:
             raise LeakError(
@@ -239,7 +240,6 @@ class Experiment:
             self.oracle.label_regions(chosen, self.regions, self.config.region_labels)
             self.pool.set_complete(self.oracle.complete)
         self.ledger = self.oracle.ledger = Ledger.from_record(earlier[-1].budget)
-        self.oracle.simulated = self.ledger.peeks > 0
         self.rounds = earlier[:-1]
         self._apply(earlier[-1])
         self._drop_masks()
@@ -256,6 +256,11 @@ class Experiment:
             self.oracle.label(ids)
             self.pool.add_human(ids)
         self.rounds.append(record)
+
+    @property
+    def simulated(self) -> bool:
+        "Does the judge read the truth it is asked about?"
+        return self.handler is not None and self.handler.needs_truth
 
     @property
     def finished(self) -> bool:
@@ -332,6 +337,7 @@ class Experiment:
         "Do the next round and write it."
         index = len(self.rounds)
         with protected(self.folder.path, f"round {index}"):
+            self.oracle.begin_round()
             with self.folder.write_round(index) as here:
                 record = self._work(index, here)
                 write_json(here / "record.json", asdict(record))
@@ -510,7 +516,7 @@ class Experiment:
             tested = range(last + 1) if self.config.test_every_round else [last]
             tests = {index: self.test_round(index) for index in tested} if len(self.data.test) else {}
             summary = summarise(self.config, self.folder.path.name, self.rounds, tests, self.data.labels.names)
-            summary["simulated"] = self.oracle.simulated
+            summary["simulated"] = self.simulated
             summary["sizes"] = read_json(self.folder.path / "data.json", dict)["sizes"]
             summary["notes"] = self.model.notes
             total = sum(r.seconds["total"] for r in self.rounds)

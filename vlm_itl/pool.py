@@ -43,7 +43,8 @@ class Ledger:
     checks: int = 0  # masks that a human looked at and said yes or no, at `CHECK_SECONDS` each
     judge_calls: int = 0  # questions put to the judge
     judge_usd: float | None = 0.0  # money for them; None as soon as one price is unknown
-    peeks: int = 0  # truths read without paying, for simulation and measurement only
+    peeks: int = 0  # truths that a simulated judge read without paying, an image once a round
+    measured: int = 0  # truths read to measure a judge or to draw its mistakes: nothing in the run depends on them
 
     @property
     def images(self) -> int:
@@ -151,7 +152,12 @@ class Oracle:
         self.parts: dict[str, bytes] = {}  # partly paid image -> PNG of what is known of its mask, void elsewhere
         self._asked: dict[str, set[int]] = {}  # partly paid image -> its paid regions
         self.complete: set[str] = set()  # images whose regions, taken together, are the whole image
-        self.simulated = False
+        self._peeked: set[str] = set()  # in this round
+
+    @property
+    def simulated(self) -> bool:
+        "Has a simulated judge read a truth here?"
+        return self.ledger.peeks > 0
 
     @property
     def ids(self) -> list[str]:
@@ -247,10 +253,24 @@ class Oracle:
         self,
         image_id: str,  # any image of the pool
     ) -> np.ndarray:  # (H, W) uint8, its true mask
-        "Read a truth without paying. Only simulated judges and measurements may; it marks the run as simulated."
-        self.simulated = True
-        self.ledger.peeks += 1
-        return self._truths[self.rows([image_id])[0]]["mask"]
+        "Read a truth without paying. Only a simulated judge (`needs_truth`) may; an image counts once a round."
+        row = self.rows([image_id])[0]
+        self.ledger.peeks += image_id not in self._peeked
+        self._peeked.add(image_id)
+        return self._truths[row]["mask"]
+
+    def begin_round(self) -> None:
+        "From now on, a look at a truth counts again."
+        self._peeked.clear()
+
+    def truth_for_measuring(
+        self,
+        image_id: str,  # any image of the pool
+    ) -> np.ndarray:  # (H, W) uint8, its true mask
+        "Read a truth without paying, to say how good a judge was: counted apart, and no decision may depend on it."
+        row = self.rows([image_id])[0]
+        self.ledger.measured += 1
+        return self._truths[row]["mask"]
 
 # %% ../nbs/07b_pool.ipynb #pool-pool
 @dataclass

@@ -139,7 +139,7 @@ def accepts(
 def measure_judge(
     judgements: Sequence[Judgement],  # answers about predicted masks
     accepted: Sequence[str],  # images whose mask was accepted
-    oracle: Oracle,  # peeked at, for measurement only
+    oracle: Oracle,  # its truths are read for measurement only
     masks: MaskStore,  # predicted masks
     tau: float,  # a good mask reaches this mean IoU
 ) -> tuple[dict[str, Any], dict[str, float]]:  # measures, IoU of each judged image
@@ -147,7 +147,7 @@ def measure_judge(
     classes = len(masks.labels)
     ious = {}
     for judgement in progress(judgements, "measuring the judge", unit="mask"):
-        truth = oracle.peek_for_simulation(judgement.id)
+        truth = oracle.truth_for_measuring(judgement.id)
         ious[judgement.id] = image_iou(masks[judgement.id], truth, classes)
     measures = verdict_metrics(judgements, [ious[j.id] for j in judgements], tau)
     kept = [ious[i] for i in accepted if not math.isnan(ious[i])]
@@ -256,7 +256,7 @@ def write_gallery(
     model: Segmenter,  # for validation images
     data: SegData,  # validation images and their truth (paid)
     config: Config,  # how many, how shown
-    oracle: Oracle | None = None,  # with a judge: its images, and truths peeked at for the picture
+    oracle: Oracle | None = None,  # with a judge: its images, and truths for the picture
     masks: MaskStore | None = None,  # with a judge: what it saw
     judgements: Sequence[Judgement] = (),  # with a judge: what it said
     ious: dict[str, float] | None = None,  # with a judge: how right the masks were
@@ -278,7 +278,7 @@ def write_gallery(
     for judgement in _instructive(judgements, ious or {}, config.tau, config.gallery):
         assert oracle is not None and masks is not None and ious is not None
         image = oracle.images[oracle.rows([judgement.id])[0]]["image"]
-        truth = oracle.peek_for_simulation(judgement.id)
+        truth = oracle.truth_for_measuring(judgement.id)
         files = _save_example(folder, len(index), image, truth, masks[judgement.id], data.labels)
         answer = {"verdict": judgement.verdict, "p_yes": judgement.p_yes, "iou": ious[judgement.id], "split": "pool"}
         index.append({"id": judgement.id, **files, **answer})
