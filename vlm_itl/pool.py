@@ -10,7 +10,7 @@ __all__ = ['FULL_MASK_SECONDS', 'CHECK_SECONDS', 'Ledger', 'mask_pixels', 'Oracl
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Ledger:
     train_images: int = 0  # human masks in the pool
     val_images: int = 0  # human masks held out for validation
     regions: int = 0  # parts of images that were asked for alone
+    shares: float = 0.0  # whole masks that these regions make, by their pixels
     pixels: int = 0  # pixels inside those masks and regions
     clicks: int | None = 0  # by the rule of `count_clicks`; None as soon as some were not counted
     human_seconds: float = 0.0  # at `mask_seconds` an image; a region takes its share; and for the checks
@@ -64,7 +65,7 @@ class Ledger:
             self.train_images += len(pixels)
         self.pixels += int(sum(pixels))
         self.clicks = None if clicks is None or self.clicks is None else self.clicks + clicks
-        self.human_seconds = round(self.human_seconds + self.mask_seconds * len(pixels), 3)
+        self._count_seconds()
 
     def pay_region(
         self,
@@ -74,9 +75,10 @@ class Ledger:
     ) -> None:
         "Charge one region. A simplification: its share of the pixels is its share of the seconds."
         self.regions += 1
+        self.shares += pixels / of
         self.pixels += pixels
         self.clicks = None if self.clicks is None else self.clicks + clicks
-        self.human_seconds = round(self.human_seconds + self.mask_seconds * pixels / of, 3)
+        self._count_seconds()
 
     def pay_checks(
         self,
@@ -84,16 +86,30 @@ class Ledger:
     ) -> None:
         "Charge a human's yes or no to some masks."
         self.checks += count
-        self.human_seconds = round(self.human_seconds + CHECK_SECONDS * count, 3)
+        self._count_seconds()
 
     def pay_judge(
         self,
         calls: int,  # questions
         usd: float | None,  # their price; None: unknown
     ) -> None:
-        "Charge some questions."
+        "Charge some questions. A price that is none (negative, nan) is unknown."
+        usd = usd if usd is not None and math.isfinite(usd) and usd >= 0 else None
         self.judge_calls += calls
         self.judge_usd = None if usd is None or self.judge_usd is None else self.judge_usd + usd
+
+    def priced_at(
+        self,
+        mask_seconds: float,  # human seconds for one full mask
+    ) -> "Ledger":
+        "The same masks, regions and checks at another price: only the human seconds differ."
+        found = replace(self, mask_seconds=mask_seconds)
+        found._count_seconds()
+        return found
+
+    def _count_seconds(self) -> None:
+        "Human seconds follow from what was paid: whole masks, shares of masks, checks."
+        self.human_seconds = round(self.mask_seconds * (self.images + self.shares) + CHECK_SECONDS * self.checks, 3)
 
     def record(self) -> dict[str, Any]:
         "The state as plain numbers, images first."
@@ -104,8 +120,11 @@ class Ledger:
         cls,
         record: dict[str, Any],  # from `record`
     ) -> "Ledger":
-        "The ledger as it stood; one from before clicks were counted does not know them."
-        return cls(**{"clicks": None, **{k: v for k, v in record.items() if k != "images"}})
+        "The ledger as it stood; one from before clicks were counted does not know them, nor the shares of regions."
+        found = cls(**{"clicks": None, **{k: v for k, v in record.items() if k != "images"}})
+        if "shares" not in record and found.regions and found.mask_seconds:
+            found.shares = (found.human_seconds - CHECK_SECONDS * found.checks) / found.mask_seconds - found.images
+        return found
 
 # %% ../nbs/07b_pool.ipynb #pool-oracle
 def mask_pixels(
