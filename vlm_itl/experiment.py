@@ -10,6 +10,7 @@ import copy
 import importlib.metadata
 import json
 import math
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from .cache import price_paid
 from vlm_itl.core import (
     ConfigError,
     DataError,
@@ -469,12 +471,14 @@ class Experiment:
         measures, ious = None, None
         if self.handler is not None and masks is not None and rest:
             shown = self.oracle.images.select(self.oracle.rows(self._to_judge(index)))
-            judgements = judge_masks(self.handler, shown, masks, config.question, self._journal(index, "pool"))
+            self._bind_payer(index)
+            journal = self._journal(index, "pool")
+            judgements = judge_masks(self.handler, shown, masks, config.question, journal)
             certified = self._certify(here) if config.acceptance == "certified" else None
             threshold = None if certified is None else certified["threshold"]
             said_yes = [j.id for j in judgements if accepts(j, config, threshold)]
             accepted = said_yes if config.policy != "observe" else []
-            self._pay_judge(judgements)
+            self._pay_judge(judgements, journal)
             if scores is not None:
                 images = [split_region(i)[0] for i in scores.ids] if self.regions else scores.ids
                 scores.scores["judge"] = doubts(judgements, images)
@@ -553,7 +557,7 @@ class Experiment:
         answers = judge_masks(self.handler, self.data.val.remove_columns("mask"), masks, self.config.question, journal)
         ious = [image_iou(masks[j.id], self._val_truth(j.id), len(masks.labels)) for j in answers]
         shutil.rmtree(masks.folder, ignore_errors=True)
-        self._pay_judge(answers)
+        self._pay_judge(answers, journal)
         lines = [to_json({**asdict(j), "iou": iou}) + "\n" for j, iou in zip(answers, ious, strict=True)]
         write_text(here / "calibration.jsonl", "".join(lines))
         return certify_answers(answers, ious, self.config, len(self.schedule))
@@ -570,12 +574,20 @@ class Experiment:
         "Where the answers about some masks are kept until the round is whole."
         return Journal(self.folder.work_path(index) / f"{name}.jsonl")
 
-    def _pay_judge(self, judgements: Sequence[Judgement]) -> None:
-        "Charge the answers that were not taken from a cache."
-        fresh = [j for j in judgements if not j.cached]
-        prices = [j.usd for j in fresh]
+    def _bind_payer(self, index: int) -> None:
+        "Tell a cache who asks: this round of this run, whichever process does it, and nobody else."
+        assert self.handler is not None
+        path = self.folder.work_path(index) / "payer"
+        if not path.is_file():
+            write_text(path, secrets.token_hex(8))
+        self.handler.bind_payer(path.read_text())
+
+    def _pay_judge(self, judgements: Sequence[Judgement], journal: Journal) -> None:
+        "Charge what this round was told afresh, answers that a killed process got and nobody asked for again included."
+        asked = {id(j): j for j in (*journal.known.values(), *judgements) if not j.cached}
+        prices = [price_paid(j) for j in asked.values()]
         unknown = any(p is None for p in prices)
-        calls = sum(j.attempts for j in fresh)
+        calls = sum(j.attempts for j in asked.values())
         self.ledger.pay_judge(calls, None if unknown else float(sum(p or 0.0 for p in prices)))
 
     def _write_judgements(self, here: Path, judgements: Sequence[Judgement], ious: dict[str, float]) -> None:

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'JudgeConfig', 'make_judge_config', 'judge_run_path', 'judged_rows', 'trial_queries', 'trial_judges',
-           'Trial', 'try_judge']
+           'Account', 'Trial', 'try_judge']
 
 # %% ../nbs/08a_judging.ipynb #judging-imports
 import importlib.metadata
-import time
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from datasets import Dataset, concatenate_datasets
 from matplotlib.figure import Figure
 
 from .baselines import CONFIDENCE_KINDS
-from .cache import CachedHandler
+from .cache import CachedHandler, JudgementCache
 from .certify import certify
 from vlm_itl.core import (
     ConfigError,
@@ -29,6 +29,7 @@ from vlm_itl.core import (
     make_rng,
     plain,
     project_root,
+    read_json,
     resolve_path,
     to_json,
     write_json,
@@ -235,12 +236,65 @@ def _cached(name: str, handler: VLMHandler, config: JudgeConfig, cache: Path) ->
     return CachedHandler(judge=handler, path=cache, max_calls=calls, max_usd=usd)
 
 
-def _cost(handler: VLMHandler, said: Sequence[Judgement], seconds: float) -> dict[str, Any]:
-    "What a judge's answers took; calls are those of this run."
-    calls, hits = (getattr(handler, name, 0) for name in ("calls", "hits"))
-    usd = sum(j.usd for j in said if j.usd is not None) if all(j.usd is not None for j in said) else None
-    found = {"model": said[0].model if said else "", "calls": calls, "from_cache": hits, "usd": usd}
-    return {**found, "seconds_per_call": seconds / calls if calls else None}
+_NOTHING = {"calls": 0, "usd": 0.0, "seconds": 0.0}
+
+
+def _sum_spent(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    "Calls, money (None: a price is unknown) and seconds together."
+    unknown = any(part["usd"] is None for part in parts)
+    found = {name: sum((part[name] or zero for part in parts), zero) for name, zero in _NOTHING.items()}
+    return {**found, "usd": None if unknown else found["usd"]}
+
+
+class Account:
+    "What a trial has paid for each judge over all its starts; in its folder, and to the last answer in the cache."
+
+    def __init__(
+        self,
+        folder: Path,  # of the trial
+        cache: Path,  # SQLite file of answers; another one may be chosen at every start
+        judges: Sequence[str],  # names
+    ):
+        self.path, self.cache = folder / "paid.json", JudgementCache(cache)
+        known = read_json(self.path, dict) if self.path.is_file() else {}
+        self.payer = known.get("payer") or secrets.token_hex(8)
+        noted, earlier = known.get("judges") or {}, known.get("earlier") or {}
+        if any(self._spent(name)["calls"] < part["calls"] for name, part in noted.items()):  # another file of answers
+            earlier = {n: _sum_spent([earlier.get(n, _NOTHING), part]) for n, part in noted.items()}
+            self.payer, noted = secrets.token_hex(8), {}
+        self.earlier, self.judges = earlier, list(dict.fromkeys([*noted, *judges]))
+        self.note()
+
+    def _spent(self, judge: str) -> dict[str, Any]:
+        "Paid for one judge, as the cache has it."
+        return self.cache.spent(self.payer_of(judge))
+
+    def payer_of(
+        self,
+        judge: str,  # name
+    ) -> str:  # for `VLMHandler.bind_payer`
+        "Under which name a judge's answers are paid."
+        return f"{self.payer} {judge}"
+
+    def total(
+        self,
+        judge: str,  # name
+    ) -> dict[str, Any]:  # calls, usd, seconds
+        "All that was ever paid for a judge."
+        return _sum_spent([self.earlier.get(judge, _NOTHING), self._spent(judge)])
+
+    def note(self) -> None:
+        "Write it down."
+        now = {name: self._spent(name) for name in self.judges}
+        write_json(self.path, {"payer": self.payer, "judges": now, "earlier": self.earlier})
+
+
+def _cost(said: Sequence[Judgement], paid: Mapping[str, Any]) -> dict[str, Any]:
+    "What a judge's answers took: what this trial has paid over all its starts, and what others had paid before."
+    calls, others = paid["calls"], [j.usd for j in said if j.cached]
+    worth = None if any(usd is None for usd in others) else sum(usd or 0.0 for usd in others)
+    found = {"model": said[0].model if said else "", "calls": calls, "from_cache": len(others), "usd": paid["usd"]}
+    return {**found, "usd_of_cached": worth, "seconds_per_call": paid["seconds"] / calls if calls else None}
 
 
 def _certified(said: Sequence[Judgement], ious: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
@@ -297,13 +351,18 @@ def _try(
     cache = Path(config.cache).expanduser() if config.cache else run.path / "judgements.sqlite"
     said: dict[str, list[Judgement]] = {}
     cost: dict[str, Any] = {}
+    account = Account(run.path, cache, list(handlers))
     for name, handler in handlers.items():
         asking = _cached(name, handler, config, cache)
+        asking.bind_payer(account.payer_of(name))
         _bind(asking, rows, model, config.view)
-        began = time.perf_counter()
-        said[name] = asking.judge(queries)
-        cost[name] = _cost(asking, said[name], time.perf_counter() - began)
-        asking.close()
+        try:
+            said[name] = asking.judge(queries)
+        finally:
+            account.note()
+            asking.close()
+        cost[name] = _cost(said[name], account.total(name))
+    account.cache.close()
     _write_answers(run.path, said, table)
     return _report(config, run, queries, table, said, cost, rows, handlers[config.handler].needs_truth)
 

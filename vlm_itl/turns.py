@@ -20,6 +20,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
+from .cache import JudgeStopped
 from .certify import certify
 from .core import ConfigError, progress, stable_hash, to_json, write_json
 from .data import SegData
@@ -48,7 +49,8 @@ class Journal:
     ):
         self.path = Path(path)
         self.known: dict[str, Judgement] = {}
-        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        for line in text.split("\n"):
             try:
                 entry = json.loads(line)
                 key = entry.pop("key")
@@ -61,6 +63,8 @@ class Journal:
         answers: Mapping[str, Judgement],  # key -> fresh answer
     ) -> None:
         "Write some answers down."
+        if not answers:
+            return
         self.known.update(answers)
         lines = "".join(to_json({"key": key, **judgement.to_dict()}) + "\n" for key, judgement in answers.items())
         with open(self.path, "a", encoding="utf-8") as file:
@@ -77,8 +81,6 @@ def judge_masks(
     journal: Journal | None = None,  # where answers are kept until the round is whole
 ) -> list[Judgement]:  # in the order of `images`
     "Ask the judge about predicted masks, a chunk at a time. `DataError` if an image cannot be read any more."
-    if handler.needs_truth:
-        journal = None  # what such a judge peeks at is counted, so it is asked again
     ids = row_ids(images)
     judgements: list[Judgement] = []
     with progress(desc=f"judging ({handler.name})", total=len(ids), unit="mask") as bar:
@@ -99,14 +101,31 @@ def _ask_once(handler: VLMHandler, queries: Sequence[JudgeQuery], journal: Journ
     "Answers from the journal, and from the judge."
     known = {} if journal is None else journal.known
     keys = [stable_hash(q.id, q.question, np.asarray(q.mask)).hex() for q in queries]
-    fresh = {key: query for key, query in zip(keys, queries, strict=True) if key not in known}
-    answers = dict(zip(fresh, handler.judge(fresh.values()), strict=True))
-    for key, judgement in answers.items():
-        if judgement.error is not None:
-            fresh[key].picture()  # that a file is gone must not pass for a doubt
-    if journal is not None and answers:
-        journal.add(answers)
+    fresh = [(key, query) for key, query in zip(keys, queries, strict=True) if key not in known]
+    if handler.needs_truth:
+        for query in (q for key, q in zip(keys, queries, strict=True) if key in known):
+            handler.truth(query.id)  # counted as when it was asked
+    answers: dict[str, Judgement] = {}
+    for start in range(0, len(fresh), handler.batch_size):
+        answers |= _ask_batch(handler, dict(fresh[start : start + handler.batch_size]), journal)
     return [(answers.get(key) or known[key]) for key in keys]
+
+
+def _ask_batch(handler: VLMHandler, asked: Mapping[str, JudgeQuery], journal: Journal | None) -> dict[str, Judgement]:
+    "Ask, and write down at once what has been paid for, also where the judge stops midway."
+    keep = journal.add if journal is not None else dict
+    try:
+        answers = dict(zip(asked, handler.judge(asked.values()), strict=True))
+    except JudgeStopped as stop:
+        came = {judgement.id: judgement for judgement in stop.judgements.values()}
+        keep({key: came[query.id] for key, query in asked.items() if query.id in came})
+        raise
+    failed = {key: judgement for key, judgement in answers.items() if judgement.error is not None}
+    keep({key: judgement for key, judgement in answers.items() if key not in failed})
+    for key in failed:
+        asked[key].picture()  # that a file is gone must not pass for a doubt
+    keep(failed)
+    return answers
 
 
 def doubts(
