@@ -309,14 +309,23 @@ def test_one_question_in_a_batch_is_one_payment(tmp_path: Path) -> None:
     assert [j.cached for j in judge.judge([query(1), query(2), query(1, "twin")])] == [False, False, True]
     assert [j.cached for j in judge.judge([query(1), query(2)])] == [True, True]
     assert judge.cache.spent("run")["calls"] == 2
-    for payer, cached in (("run", [False, True]), ("other", [True, True]), ("", [True, True])):
+    for payer, cached in (("run", [True, False]), ("other", [True, True]), ("", [True, True])):
         later = CachedHandler(**options)  # after a kill, whose journal had not come so far
         later.bind_payer(payer)
-        assert [j.cached for j in later.judge([query(1), query(1, "twin")])] == cached
+        assert [j.cached for j in later.judge([query(1, "twin"), query(1)])] == cached
     assert (tmp_path / "log").read_text().split() == ["q1", "q2"]
 
 
-def test_two_caches_in_one_file_are_two_purses(tmp_path: Path) -> None:
+def test_every_failure_is_a_payment_of_its_own(tmp_path: Path) -> None:
+    """A failure is not stored, so it is asked again, also by the same process."""
+    judge = CachedHandler(judge=Asked(log=str(tmp_path / "log"), how="fails"), path=tmp_path / "c.sqlite")
+    judge.bind_payer("run")
+    for _ in range(2):
+        assert [j.cached for j in judge.judge([query(1), query(1, "twin")])] == [False, True]
+    assert judge.cache.spent("run") | {"seconds": 0} == {"calls": 2, "usd": 0.002, "seconds": 0} and judge.calls == 2
+
+
+def test_a_cache_behind_a_cache_pays_once(tmp_path: Path) -> None:
     """A cache behind a cache: the answer is paid for once."""
     inner = CachedHandler(judge=Asked(log=str(tmp_path / "log")), path=tmp_path / "c.sqlite")
     outer = CachedHandler(judge=inner, path=tmp_path / "d.sqlite")
@@ -351,6 +360,16 @@ def test_what_came_before_a_stop_is_charged(scenes: Path, tmp_path: Path) -> Non
         except JudgeStopped:
             pass
     assert last.budget["judge_calls"] == len(questions(tmp_path / "run")) == 13
+
+
+def test_what_nobody_asks_for_again_is_charged_all_the_same(scenes: Path, tmp_path: Path) -> None:
+    """Answers about masks that the resumed round does not predict again, as on another device, are paid for."""
+    experiment = Experiment(settings(scenes, tmp_path / "run"))
+    work = tmp_path / "run/.round_000.work"
+    work.mkdir()
+    vlm_itl.turns.Journal(work / "pool.jsonl").add({"another mask": Judgement("no", usd=0.25, attempts=3)})
+    budget = experiment.run_round().budget
+    assert budget["judge_calls"] == 8 + 3 and budget["judge_usd"] == pytest.approx(0.258)
 
 
 def test_a_judge_that_stops_midway_is_asked_for_the_rest_only(
