@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 
-from .cache import price_paid
 from vlm_itl.core import (
     ConfigError,
     DataError,
@@ -478,7 +477,7 @@ class Experiment:
             threshold = None if certified is None else certified["threshold"]
             said_yes = [j.id for j in judgements if accepts(j, config, threshold)]
             accepted = said_yes if config.policy != "observe" else []
-            self._pay_judge(judgements, journal)
+            self._pay_judge(self._all_told(judgements, journal))
             if scores is not None:
                 images = [split_region(i)[0] for i in scores.ids] if self.regions else scores.ids
                 scores.scores["judge"] = doubts(judgements, images)
@@ -557,7 +556,7 @@ class Experiment:
         answers = judge_masks(self.handler, self.data.val.remove_columns("mask"), masks, self.config.question, journal)
         ious = [image_iou(masks[j.id], self._val_truth(j.id), len(masks.labels)) for j in answers]
         shutil.rmtree(masks.folder, ignore_errors=True)
-        self._pay_judge(answers, journal)
+        self._pay_judge(self._all_told(answers, journal))
         lines = [to_json({**asdict(j), "iou": iou}) + "\n" for j, iou in zip(answers, ious, strict=True)]
         write_text(here / "calibration.jsonl", "".join(lines))
         return certify_answers(answers, ious, self.config, len(self.schedule))
@@ -582,12 +581,16 @@ class Experiment:
             write_text(path, secrets.token_hex(8))
         self.handler.bind_payer(path.read_text())
 
-    def _pay_judge(self, judgements: Sequence[Judgement], journal: Journal) -> None:
-        "Charge what this round was told afresh, answers that a killed process got and nobody asked for again included."
-        asked = {id(j): j for j in (*journal.known.values(), *judgements) if not j.cached}
-        prices = [price_paid(j) for j in asked.values()]
+    def _all_told(self, judgements: Sequence[Judgement], journal: Journal) -> list[Judgement]:
+        "Some answers, and those in the journal that a killed process got and nobody has asked for again."
+        return list({id(j): j for j in (*journal.known.values(), *judgements)}.values())
+
+    def _pay_judge(self, judgements: Sequence[Judgement]) -> None:
+        "Charge the answers that were not taken from a cache."
+        fresh = [j for j in judgements if not j.cached]
+        prices = [j.usd for j in fresh]
         unknown = any(p is None for p in prices)
-        calls = sum(j.attempts for j in asked.values())
+        calls = sum(j.attempts for j in fresh)
         self.ledger.pay_judge(calls, None if unknown else float(sum(p or 0.0 for p in prices)))
 
     def _write_judgements(self, here: Path, judgements: Sequence[Judgement], ious: dict[str, float]) -> None:

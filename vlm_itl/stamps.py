@@ -83,8 +83,9 @@ def take_stamps(
     for split, rows in splits.items():
         found[split] = {"ids": row_ids(rows)}
         for column in COLUMNS:
-            size, written, changed = map(list, zip(*map(stamp, file_cells(rows, column)), strict=True))
-            found[split][column] = {"size": size, "written": written, "changed": changed, "hash": [""] * len(size)}
+            stamps = [stamp(cell) for cell in file_cells(rows, column)]
+            columns = {name: [one[place] for one in stamps] for place, name in enumerate(_TABLE[:3])}
+            found[split][column] = {**columns, "hash": [""] * len(stamps)}
     return found
 
 

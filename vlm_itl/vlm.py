@@ -17,6 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -209,7 +210,7 @@ class Judgement:
                 check_number(name, value, 0, 1 + 1e-6)
         for name in ("tokens", "usd", "latency_s"):  # what a server says of them may be nonsense: then they are unknown
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, (int, float)) and 0 <= value < math.inf):
+            if value is not None and not (isinstance(value, Real) and 0 <= float(value) < math.inf):
                 object.__setattr__(self, name, None)
 
     def to_dict(self) -> dict[str, Any]:
@@ -412,7 +413,7 @@ class VLMHandler(ABC):
             if problem is None:
                 usable.append(index)
             else:
-                answers[index] = self._complete(abstain(problem, attempts=0), query, 0.0)
+                answers[index] = self._complete(abstain(problem, attempts=0, tokens=0, usd=0.0), query, 0.0)
         starts = range(0, len(usable), self.batch_size)
         for start in progress(starts, desc=f"judge {self.name}", unit="batch"):
             batch = usable[start : start + self.batch_size]
