@@ -375,7 +375,10 @@ def test_what_nobody_asks_for_again_is_charged_all_the_same(scenes: Path, tmp_pa
 def test_a_judge_that_stops_midway_is_asked_for_the_rest_only(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a cache: the answers of the broken batch and of those before it are in the journal."""
+    """Without a cache: the answers of the broken batch and of those before it are in the journal.
+
+    The same object tries again, as a cell does that is run twice: what it had charged before is not charged again.
+    """
     whole = Asked._judge_batch
 
     def stops(self: Asked, queries: list[JudgeQuery]) -> list[Judgement]:
@@ -387,11 +390,12 @@ def test_a_judge_that_stops_midway_is_asked_for_the_rest_only(
     config = settings(scenes, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(Asked, "_judge_batch", stops)
+        experiment = Experiment(config)
         with pytest.raises(JudgeStopped, match="no money"):
-            list(run_al(config))
+            experiment.run_round()
     assert len(questions(tmp_path / "run")) == 6
-    last = list(run_al(config))[-1]
-    assert last.budget["judge_calls"] == len(questions(tmp_path / "run")) == 13
+    budget = experiment.run_round().budget
+    assert budget["judge_calls"] == len(questions(tmp_path / "run")) == 8 and budget["images"] == 3 + 3
 
 
 def test_a_paid_judge_beside_a_simulated_one_is_asked_once(scenes: Path, tmp_path: Path) -> None:

@@ -418,12 +418,24 @@ class Experiment:
             self.oracle.begin_round()
             if add_hashes(self._stamps, self._files):
                 self._write_stamps()
-            with self.folder.write_round(index) as here:
+            with self.folder.write_round(index) as here, self._all_or_nothing():
                 record = self._work(index, here)
                 write_json(here / "record.json", asdict(record))
             self._apply(record)
             self._drop_masks()
         return record
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        "A round that fails leaves no charge in memory either, so that the same object may try it again."
+        ledger, paid = replace(self.ledger), set(self.oracle.paid)
+        human, pseudo = list(self.pool.human), dict(self.pool.pseudo)
+        try:
+            yield
+        except BaseException:
+            self.ledger = self.oracle.ledger = ledger
+            self.oracle.paid, self.pool.human, self.pool.pseudo = paid, human, pseudo
+            raise
 
     @contextmanager
     def _noting_broken_data(self) -> Iterator[None]:
