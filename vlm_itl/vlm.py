@@ -10,12 +10,14 @@ __all__ = ['QUESTIONS', 'VERDICTS', 'SCORE_KINDS', 'LONGEST_ANSWER', 'REMEDIES',
 
 # %% ../nbs/06_vlm.ipynb #vlm-imports
 import inspect
+import math
 import re
 import string
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -206,6 +208,10 @@ class Judgement:
         for name, value in (("p_yes", self.p_yes), ("p_mass", self.p_mass)):
             if value is not None:
                 check_number(name, value, 0, 1 + 1e-6)
+        for name in ("tokens", "usd", "latency_s"):  # what a server says of them may be nonsense: then they are unknown
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Real) and 0 <= float(value) < math.inf):
+                object.__setattr__(self, name, None)
 
     def to_dict(self) -> dict[str, Any]:
         "Plain types, for a line of `judgements.jsonl`."
@@ -386,6 +392,7 @@ class VLMHandler(ABC):
     _answered_well: int = 0  # so far
     _truth: Callable[[str], np.ndarray] | None = None
     _segmenter: tuple[Any, Any] | None = None
+    _payer: str = ""
 
     def inner(self) -> Sequence["VLMHandler"]:
         "The judges that this one asks in turn; what is bound to it is bound to them."
@@ -409,6 +416,15 @@ class VLMHandler(ABC):
         self._segmenter = (model, view)
         for judge in self.inner():
             judge.bind_segmenter(model, view)
+
+    def bind_payer(
+        self,
+        payer: str,  # a name that no other run has; empty: nobody in particular
+    ) -> None:
+        "Say who pays from now on, so that a cache can tell what this run has paid for from what others have."
+        self._payer = payer
+        for number, judge in enumerate(self.inner()):
+            judge.bind_payer(payer and f"{payer}.{number}")
 
     def segmenter(self) -> tuple[Any, Any]:  # a `Segmenter` and an `Inference`
         "The segmenter whose masks are judged; `JudgeError` if it was not bound."
@@ -465,7 +481,7 @@ class VLMHandler(ABC):
             if problem is None:
                 usable.append(index)
             else:
-                answers[index] = self._complete(abstain(problem, attempts=0), query, 0.0)
+                answers[index] = self._complete(abstain(problem, attempts=0, tokens=0, usd=0.0), query, 0.0)
         with progress(desc=f"judge {self.name}", total=len(usable), unit="mask") as bar:
             while usable:
                 doubtful = not self._answered_well or self._alike[1]
