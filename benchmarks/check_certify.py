@@ -23,7 +23,7 @@ import numpy as np
 from mapie.risk_control import BinaryClassificationController
 from scipy import stats
 
-from vlm_itl.certify import CERTIFY_GRID, certify
+from vlm_itl.certify import CERTIFY_GRID, certify, least_sample
 from vlm_itl.core import make_rng, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,8 +67,8 @@ def ours(p_yes: np.ndarray, good: np.ndarray) -> float | None:
 
 def sequence(p_yes: np.ndarray) -> np.ndarray:
     """The thresholds that `certify` visits, strict to lenient."""
-    accepted = (p_yes[None] >= CERTIFY_GRID[:, None]).mean(axis=1)
-    return CERTIFY_GRID[accepted >= 0.25]
+    accepted = (p_yes[None] >= CERTIFY_GRID[:, None]).sum(axis=1)
+    return CERTIFY_GRID[accepted >= max(0.15 * len(p_yes), least_sample(ALPHA, DELTA))]
 
 
 def mapie(method: str, same: bool = False) -> Callable[[np.ndarray, np.ndarray], float | None]:

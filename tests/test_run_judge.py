@@ -50,7 +50,7 @@ def test_spoilt_masks_reported_and_remembered(tmp_path: Path):
     assert {"judge", "row", "id", "kind", "iou", "verdict", "p_yes"} <= set(lines[0])
     assert report["certified"] is None  # many masks an image
     again = try_judge(config)
-    assert again.report["cost"]["mock"]["calls"] == 0 and again.cards == trial.cards
+    assert again.report["cost"] == trial.report["cost"] and again.cards == trial.cards
     with pytest.raises(RunError, match="another configuration"):
         try_judge(make_judge_config(TINY, output_dir=str(tmp_path / "run"), seed=1))
 
@@ -65,12 +65,12 @@ def test_one_changed_pixel_is_one_question(masks: Path, tmp_path: Path):
     first = try_judge(config)
     assert first.report["queries"] == first.report["cost"]["mock"]["calls"] == 8
     assert set(first.report["certified"]) == set(first.cards)
-    assert try_judge(config).report["cost"]["mock"]["calls"] == 0
+    assert try_judge(config).report["cost"]["mock"]["calls"] == 8
     changed = sorted(mine.glob("*.png"))[3]
     pixels = np.array(Image.open(changed))
     pixels[0, 0] = 1 - min(1, pixels[0, 0])
     Image.fromarray(pixels).save(changed)
-    assert try_judge(config).report["cost"]["mock"]["calls"] == 1
+    assert try_judge(config).report["cost"]["mock"]["calls"] == 8 + 1
 
 
 def test_masks_of_a_segmenter(tmp_path: Path):
@@ -91,7 +91,7 @@ def test_a_stopped_trial_goes_on(tmp_path: Path):
     assert not (tmp_path / "report.json").exists()
     trial = try_judge(make_judge_config(TINY, output_dir=str(tmp_path)))  # a limit changes no number
     cost = trial.report["cost"]["mock"]
-    assert cost["from_cache"] >= 30 and cost["calls"] + cost["from_cache"] <= trial.report["queries"]
+    assert cost["calls"] > 30 and cost["calls"] + cost["from_cache"] == trial.report["queries"]
 
 
 def test_certificate_on_the_other_half(masks: Path, tmp_path: Path):

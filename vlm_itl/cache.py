@@ -81,6 +81,7 @@ _TYPES = {
 }
 _COLUMNS = {"key": "TEXT PRIMARY KEY", **{name: _TYPES.get(name, "TEXT") for name in _KEPT}}
 _COLUMNS |= {"question": "TEXT", "settings": "TEXT", "answered": "TEXT"}
+_PAYMENTS = "payer TEXT, key TEXT, asker TEXT, calls INTEGER, usd REAL, seconds REAL, paid TEXT"
 _AT_ONCE = 500  # keys in one SELECT; SQLite takes 999
 
 
@@ -135,6 +136,8 @@ class JudgementCache:
                 connection.execute("PRAGMA synchronous=NORMAL")
                 connection.execute("PRAGMA trusted_schema=OFF")  # the file may be from somebody else
                 connection.execute(f"CREATE TABLE IF NOT EXISTS judgements ({columns})")
+                connection.execute(f"CREATE TABLE IF NOT EXISTS payments ({_PAYMENTS})")
+                connection.execute("CREATE INDEX IF NOT EXISTS payers ON payments (payer, key)")
                 break
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > give_up:
@@ -170,8 +173,10 @@ class JudgementCache:
         answers: Mapping[str, Judgement],  # key -> fresh judgement; failures are left out
         questions: Mapping[str, str] | None = None,  # key -> what was asked, for the reader of the file
         settings: str = "",  # who was asked and how, for the reader of the file
+        payer: str = "",  # who has paid for those that are not from a cache; empty: not noted
+        seconds: float = 0.0,  # that all of them took together
     ) -> int:  # how many were stored
-        "Store answers, all in one transaction. What is there already stays."
+        "Store answers and what was paid for them, failures too, all in one transaction. What is there already stays."
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
         rows: list[list[Any]] = []
         for key, judgement in answers.items():
@@ -179,7 +184,10 @@ class JudgementCache:
                 values = [plain(getattr(judgement, name)) for name in _KEPT]
                 row = [key, *values, (questions or {}).get(key, ""), settings, now]
                 rows.append([_whole_letters(value) for value in row])
-        if not rows:
+        fresh = {key: judgement for key, judgement in answers.items() if payer and not judgement.cached}
+        each = seconds / max(1, len(fresh))
+        paid = [(payer, key, j.id, j.attempts, j.usd, each, now) for key, j in fresh.items()]
+        if not rows and not paid:
             return 0
         marks = ",".join("?" * len(_COLUMNS))
         with self._errors():
@@ -187,11 +195,37 @@ class JudgementCache:
             connection.execute("BEGIN IMMEDIATE")
             try:
                 connection.executemany(f"INSERT OR IGNORE INTO judgements VALUES ({marks})", rows)
+                connection.executemany("INSERT INTO payments VALUES (?,?,?,?,?,?,?)", paid)
                 connection.execute("COMMIT")
             except BaseException:
                 connection.execute("ROLLBACK")
                 raise
         return len(rows)
+
+    def paid(
+        self,
+        payer: str,  # as in `put`
+        keys: Sequence[str],  # of `query_key`
+    ) -> set[tuple[str, str]]:  # (key, id of the image that was asked about)
+        "For which of some answers a payer has paid."
+        found: set[tuple[str, str]] = set()
+        with self._errors():
+            for start in range(0, len(keys) if payer else 0, _AT_ONCE):
+                part = list(keys[start : start + _AT_ONCE])
+                marks = ",".join("?" * len(part))
+                wanted = f"SELECT key, asker FROM payments WHERE payer = ? AND key IN ({marks})"
+                found.update(self._open().execute(wanted, [payer, *part]))
+        return found
+
+    def spent(
+        self,
+        payer: str,  # as in `put`
+    ) -> dict[str, Any]:  # calls, usd (None: a price is unknown), seconds
+        "All that a payer has paid, over all its processes."
+        wanted = "SELECT SUM(calls), SUM(usd), SUM(seconds), COUNT(*) - COUNT(usd) FROM payments WHERE payer = ?"
+        with self._errors():
+            calls, usd, seconds, unknown = self._open().execute(wanted, [payer]).fetchone()
+        return {"calls": calls or 0, "usd": None if unknown else usd or 0.0, "seconds": seconds or 0.0}
 
     def close(self) -> None:
         "Let go of the file; it is opened again when asked."
@@ -233,6 +267,12 @@ class CachedHandler(VLMHandler):
         self.cache = JudgementCache(path)
         self.calls, self.usd, self.hits = 0, 0.0, 0  # so far
         self._dearest: float | None = None
+        self._told: set[str] = set()  # keys whose payment was handed out
+
+    def bind_payer(self, payer: str) -> None:
+        "Say who pays. What this payer has paid for and was never told, because it was killed, is told as fresh."
+        super().bind_payer(payer)
+        self._told.clear()
 
     def inner(self) -> tuple[VLMHandler, ...]:
         "The judge behind the cache."
@@ -272,35 +312,49 @@ class CachedHandler(VLMHandler):
         while waiting:
             allowed = self._allowed()
             if allowed < 1:
-                pairs = zip(keys, queries, strict=True)
-                answered = {i: replace(known[k], id=q.id) for i, (k, q) in enumerate(pairs) if k in known}
-                raise JudgeStopped(self._why(), answered)
+                places = [place for place, key in enumerate(keys) if key in known]
+                answered = self._hand_out([keys[i] for i in places], [queries[i] for i in places], known)
+                raise JudgeStopped(self._why(), dict(zip(places, answered, strict=True)))
             now = list(waiting)[:allowed]
             known.update(self._ask_judge({key: waiting.pop(key) for key in now}))
-        return [replace(known[key], id=query.id) for key, query in zip(keys, queries, strict=True)]
+        return self._hand_out(keys, queries, known)
+
+    def _hand_out(
+        self, keys: Sequence[str], queries: Sequence[JudgeQuery], known: Mapping[str, Judgement]
+    ) -> list[Judgement]:
+        "Answers for these queries; one payment is told once, and everything else is marked `cached`."
+        paid, answers = self.cache.paid(self._payer, keys), []
+        for key, query in zip(keys, queries, strict=True):
+            mine = (not known[key].cached or (key, query.id) in paid) and key not in self._told
+            answers.append(replace(known[key], id=query.id, cached=not mine))
+            self._told |= {key} if mine else set()
+        return answers
 
     def _ask_judge(self, asked: dict[str, JudgeQuery]) -> dict[str, Judgement]:
         "Ask, count, store. What came before a judge stopped is stored as well."
-        keys = list(asked)
+        keys, began = list(asked), time.perf_counter()
+        self._told.difference_update(keys)  # after a failure, the next try is a payment of its own
         try:
             answers = dict(zip(keys, self.judge_handler.judge(asked.values()), strict=True))
         except JudgeStopped as stop:
-            self._store({keys[i]: judgement for i, judgement in stop.judgements.items()}, asked)
+            answers = {keys[i]: judgement for i, judgement in stop.judgements.items()}
+            self._store(answers, asked, time.perf_counter() - began)
             raise
-        self._store(answers, asked)
+        self._store(answers, asked, time.perf_counter() - began)
         return answers
 
-    def _store(self, answers: dict[str, Judgement], asked: dict[str, JudgeQuery]) -> None:
+    def _store(self, answers: dict[str, Judgement], asked: dict[str, JudgeQuery], seconds: float) -> None:
         "Count what was spent, then write."
-        self.calls += sum(judgement.attempts for judgement in answers.values())
-        prices = [judgement.usd for judgement in answers.values() if judgement.usd is not None]
+        fresh = [judgement for judgement in answers.values() if not judgement.cached]
+        self.calls += sum(judgement.attempts for judgement in fresh)
+        prices = [judgement.usd for judgement in fresh if judgement.usd is not None]
         self.usd += sum(prices)
         if prices:
             self._dearest = max([self._dearest or 0.0, *prices])
         final = {key: answer for key, answer in answers.items() if not key.startswith("unusable")}
         settings = json.dumps(handler_identity(self.judge_handler), sort_keys=True)
-        self.cache.put(final, {key: asked[key].text() for key in final}, settings)
-        if self.max_usd is not None and any(j.usd is None and is_final(j) for j in answers.values()):
+        self.cache.put(final, {key: asked[key].text() for key in final}, settings, self._payer, seconds)
+        if self.max_usd is not None and any(j.usd is None and is_final(j) for j in fresh):
             raise JudgeStopped(f"judge {self.model!r} has no known price, so max_usd cannot be kept: give its price.")
 
     def _allowed(self) -> int:

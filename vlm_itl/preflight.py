@@ -124,6 +124,16 @@ def _order_gap(handler: VLMHandler, queries: Sequence[JudgeQuery], said: Sequenc
     return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=None)
 
 
+def _lost(handler: VLMHandler) -> dict[str, str]:
+    "What servers made a handler give up, its own and that of the judges behind it."
+    own = getattr(handler, "lost", None) or {}
+    pairs = own.items() if isinstance(own, Mapping) else ((name, "left out") for name in own)
+    found = {str(name): str(how) for name, how in pairs}
+    for judge in handler.inner():
+        found = {**_lost(judge), **found}
+    return found
+
+
 def preflight(
     handler: VLMHandler,  # who will be asked; bound to what it needs
     queries: Sequence[JudgeQuery],  # of `preflight_queries`
@@ -134,9 +144,7 @@ def preflight(
     said = (ask or handler.judge)(queries)
     found = examined(said, accepts)
     found["order_gap"] = _order_gap(handler, queries, said)
-    lost = getattr(_behind_caches(handler), "lost", None) or {}
-    pairs = lost.items() if isinstance(lost, Mapping) else ((name, "left out") for name in lost)
-    found["lost"] = {str(name): str(how) for name, how in pairs}
+    found["lost"] = _lost(handler)
     return found
 
 
@@ -148,8 +156,8 @@ def preflight_problem(
         return None
     reason = max(found["failures"], key=lambda text: found["failures"][text])
     return (
-        f"the judge {found['model']!r} answered none of {found['asked']} questions before any training: {reason}. "
-        f"To do: {remedy(reason)}. (preflight=0 leaves the examination out.)"
+        f"the judge {found['model']!r} answered none of {found['asked']} questions before any training: "
+        f"{reason.rstrip('.')}. To do: {remedy(reason)}. (preflight=0 leaves the examination out.)"
     )
 
 # %% ../nbs/06h_preflight.ipynb #preflight-foresee
