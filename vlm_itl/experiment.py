@@ -224,8 +224,8 @@ class Experiment:
             with readable(self.folder.path):
                 old = read_json(path, dict)
                 found = find_changes(old, now, self._files)
+                found += [Change("class", "list")] if old["classes"] != now["classes"] else []
                 changes = [change for change in found if not self._may_mend(change)]
-                changes += [Change("class", "list")] if old["classes"] != now["classes"] else []
             if changes:
                 raise RunError(
                     f"{tell_changes(changes)} from when the run in {self.folder.path} started: put back what was "
@@ -248,13 +248,13 @@ class Experiment:
 
     def _may_mend(self, change: Change) -> bool:
         "After a stop over broken data: is the file one that no whole round has read? Then it may have been mended."
-        if change.column == "list" or not (self.folder.path / _BROKEN).is_file():
+        rounds = self.folder.rounds()
+        if not (self.folder.path / _BROKEN).is_file() or (change.column == "list" and change.split != "class"):
             return False
         if change.split == "test":
             return not list(self.folder.path.glob("test_*.json"))
-        rounds = self.folder.rounds()
-        if not rounds:
-            return True
+        if not rounds or change.split == "class":
+            return not rounds
         chosen = [name for record in rounds[:-1] for name in record["selection"]["ids"]]  # the last ones: not yet used
         used = {*rounds[0]["start_ids"], *(split_region(name)[0] if self.regions else name for name in chosen)}
         all_seen = bool(self.handler or self.sampler.needs or self.regions) or self.config.cold_start != "random"
