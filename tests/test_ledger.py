@@ -217,10 +217,15 @@ def shorten_test(data: Path) -> None:
     (data / "ImageSets/Segmentation/val.txt").write_text("\n".join(names(data, "val")[:-1]))
 
 
+def rename_class(data: Path) -> None:
+    (data / "classes.txt").write_text("\n".join(LabelSpace.voc().names).replace("cat", "moggy") + "\n")
+
+
 CHANGES = {
     spoil_photographs: r"^16 photographs \(\w+, \w+, \.\.\.\) differ from when the run",
     spoil_mask: r"^1 mask \(\w+\) differs from when the run",
     shorten_test: r"^the test list differs from when the run",
+    rename_class: r"^the class list differs from when the run",
 }
 
 
