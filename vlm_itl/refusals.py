@@ -10,6 +10,7 @@ __all__ = ['PROVIDERS', 'CAUSES', 'Provider', 'Cause', 'Refusal', 'read_refusal'
 import ast
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -94,7 +95,9 @@ def _opened(text: str) -> Any:
     inside = text[begin : max(text.rfind("}"), text.rfind("]")) + 1]
     for read in (json.loads, ast.literal_eval):
         try:
-            found = read(inside)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of Python's parser, about what is no Python
+                found = read(inside)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
         first = found[0] if isinstance(found, list) and found else found
@@ -305,7 +308,7 @@ def read_refusal(
 ) -> Refusal:
     "Understand what a server said instead of an answer. Never raises."
     if isinstance(body, str) and "<" in body[:200]:  # a page of a proxy
-        body = " ".join(re.sub(r"<(?:style|script)\b.*?</|<[^>]*>", " ", body[:20_000]).split())
+        body = " ".join(re.sub(r"<[^<>]*>", " ", body[:4000]).split())
     leaves = list(_walk(body)) if not isinstance(body, str) or _opened(body) is not None else [("message", body)]
     texts = [str(value) for key, value in leaves if key in _names("words") and isinstance(value, str)]
     words = " | ".join(dict.fromkeys(" ".join(text.split()) for text in texts if text.strip()))[:2000]
