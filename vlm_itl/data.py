@@ -35,7 +35,7 @@ from vlm_itl.core import (
 from .labels import DecodeRows, LabelSpace, check_headers, make_rows, raw_rows, row_ids, short_error
 from .labels import read_image as read_image  # given on: later chapters take everything from here
 from .labels import read_mask as read_mask
-from .leaks import check_leaks
+from .leaks import LEAKS, LOOK, check_leaks, look_at, name_groups, together
 from .scenes import VOC_CLASSES, VOID, make_scenes
 from .scenes import voc_palette as voc_palette
 
@@ -50,6 +50,7 @@ class SegData:
     labels: LabelSpace  # what the masks mean
     name: str  # of the source, its folder, or its Hub id
     binary: bool = False  # all foreground classes merged
+    groups: Mapping[str, str] = field(default_factory=dict)  # image -> its group, where several belong together
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -90,13 +91,47 @@ def toy_images(
     return SegData(rows.select(range(4)), rows.select([4]), rows.select([5]), labels, "toy")
 
 # %% ../nbs/01_data.ipynb #data-carve
+def _drawn(rows: Dataset, seed: int, purpose: str) -> list[int]:
+    "The places of all rows, in the order in which they are drawn: by seed and ids, whatever the order of the rows."
+    ids = row_ids(rows)
+    by_id = sorted(range(len(ids)), key=ids.__getitem__)
+    return [by_id[place] for place in make_rng(seed, purpose).permutation(len(ids)).tolist()]
+
+
+def _deal(
+    rows: Dataset,  # to be divided
+    order: Sequence[int],  # places as they are drawn
+    count: int,  # to be taken, at most
+    groups: Mapping[str, str],  # image -> group; who is not in it stands alone
+    option: str,  # that asked for so many, for the message
+) -> tuple[Dataset, Dataset]:  # what is left, what was taken
+    "Take whole groups as they are drawn, as long as they fit."
+    members: dict[Any, list[int]] = {}
+    ids = row_ids(rows)
+    for place in order:
+        members.setdefault(groups.get(ids[place], place), []).append(place)
+    taken: set[int] = set()
+    for places in members.values():
+        if len(taken) + len(places) <= count:
+            taken.update(places)
+    if not taken:
+        least = min(members.values(), key=len)
+        raise ConfigError(
+            f"{option} asks for {count} of {len(order)} images, and the smallest group that stays together "
+            f"({ids[least[0]]!r} and {len(least) - 1} more) has {len(least)}: ask for more, or set the option groups"
+        )
+    keep = sorted(set(order) - taken)
+    return rows.select(keep), rows.select(sorted(taken))
+
+
 def carve(
     rows: Dataset,  # what to take from
     share: float | int,  # fraction in (0, 1), or a count
     seed: int = 0,  # which ones
     purpose: str = "validation",  # different purposes choose independently
+    groups: Mapping[str, str] | None = None,  # image -> group that stays together; who is not in it stands alone
 ) -> tuple[Dataset, Dataset]:  # what is left, what was taken; both in the order of the rows
-    "Split rows in two by seed, whatever their order."
+    "Split rows in two by seed, whatever their order. Groups are never cut, so a little less may be taken than asked."
     total = len(rows)
     if isinstance(share, (int, np.integer)) and not isinstance(share, bool):
         count = int(check_number("val_share", share, low=1, integer=True))
@@ -105,11 +140,8 @@ def carve(
         count = max(1, round(share * total))
     if count >= total:
         raise ConfigError(f"val_share={share!r} would take {count} of {total} images and leave none to learn from")
-    ids = row_ids(rows)
-    by_id = sorted(range(total), key=ids.__getitem__)
-    chosen = {by_id[place] for place in make_rng(seed, purpose).permutation(total)[:count]}
-    keep = [index for index in range(total) if index not in chosen]
-    return rows.select(keep), rows.select(sorted(chosen))
+    option = f"val_share={share!r}" if purpose == "validation" else f"a {purpose} split of {share}"
+    return _deal(rows, _drawn(rows, seed, purpose), count, groups or {}, option)
 
 # %% ../nbs/01_data.ipynb #data-splits
 @dataclass
@@ -118,7 +150,7 @@ class Splits:
 
     labels: LabelSpace
     train: Dataset
-    test: Dataset
+    test: Dataset | None = None  # None: carved from train, 20 %
     val: Dataset | None = None  # None: carved from train
     clips: Mapping[str, str] = field(
         default_factory=dict
@@ -147,13 +179,11 @@ def _arrange(
     named: Mapping[str, Any],  # split name -> Dataset
     labels: LabelSpace,
     source: str,  # for messages
-    seed: int,  # splits what comes as one
 ) -> Splits:
-    "train + val: val is the test, as in VOC. train + val + test: as named. One split: 80 % train, 20 % test, by seed."
+    "train + val: val is the test, as in VOC. train + val + test: as named. One split: left whole, to be carved."
     known = {_ALIASES.get(name, name): rows for name, rows in named.items()}
     if len(named) == 1:
-        train, test = carve(next(iter(named.values())), 0.2, seed, "test")
-        return Splits(labels, train, test)
+        return Splits(labels, next(iter(named.values())))
     if "train" not in known or not {"val", "test"} & set(known):
         raise DataError(f"{source}: found the splits {sorted(named)}, needed train and val or test")
     if "test" in known:
@@ -337,7 +367,7 @@ def folder_source(
     if not images:
         raise DataError(f"{root / 'images'}: no image files ({', '.join(_SUFFIXES)})")
     named = {split: _pair(names, images, masks, str(root)) for split, names in _split_names(root, list(images)).items()}
-    return _arrange(named, _labels(options or {}, root), str(root), seed)
+    return _arrange(named, _labels(options or {}, root), str(root))
 
 # %% ../nbs/01_data.ipynb #data-hub-fetch
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
@@ -428,7 +458,7 @@ def hub_source(
         for split, rows in named.items():
             numbers = [f"{split}-{index:05d}" for index in range(len(rows))]
             named[split] = rows.remove_columns("id").add_column("id", numbers).select_columns(["id", "image", "mask"])
-    return _arrange(named, _labels(options), source, seed)
+    return _arrange(named, _labels(options), source)
 
 # %% ../nbs/01_data.ipynb #data-kind
 def _kind(source: str) -> str:
@@ -456,6 +486,47 @@ def _limited(rows: Dataset, count: int | None, seed: int, purpose: str) -> Datas
     check_number(purpose, count, low=2 if purpose == "max_train" else 1, integer=True)
     return rows if count >= len(rows) else carve(rows, count, seed, purpose)[1]
 
+# %% ../nbs/01_data.ipynb #data-divide
+def _whole_groups(
+    parts: dict[str, Dataset],  # train, test, and val where the source has one
+    looks: Mapping[str, np.ndarray],  # split -> (N,) of LOOK; empty where nobody looked
+    free: Sequence[str],  # the splits that are still to be carved, or were
+    named: Mapping[str, str],  # image -> group, as it was said
+    clips: Mapping[str, str],  # image -> clip, as the source knows
+) -> dict[str, str]:  # image -> group, of the free splits
+    "What must stay together, because it was said, or because it looks the same."
+    ids = [name for split in free for name in row_ids(parts[split])]
+    return together(ids, np.concatenate([looks[split] for split in free]) if looks and free else None, named, clips)
+
+
+def _divide(
+    splits: Splits,  # as the source gives them
+    named: Mapping[str, str],  # image -> group, as it was said
+    limits: Mapping[str, int | None],  # max_train, max_test
+    val_share: float | int,  # of train
+    seed: int,  # what is drawn
+    looking: Callable[[Mapping[str, Dataset]], dict[str, np.ndarray]],  # looks at splits
+) -> tuple[dict[str, Dataset], dict[str, np.ndarray], dict[str, str]]:  # splits, their looks, groups
+    "Carve what the source has not split. What belongs together stays in one split."
+    whole, once = raw_rows(splits.train), splits.test is None
+    train, test = carve(whole, 0.2, seed, "test", named) if once else (whole, raw_rows(splits.test))
+    train, test = (_limited(r, limits[n], seed, n) for r, n in ((train, "max_train"), (test, "max_test")))
+    parts = {"train": train, "test": test} | ({} if splits.val is None else {"val": raw_rows(splits.val)})
+    looks = looking(parts)
+    free = ["train", "test"] if once else ["train"] if splits.val is None else []
+    groups = _whole_groups(parts, looks, free, named, splits.clips)
+    rows_of = {s: dict(zip(row_ids(rows), looks[s], strict=True)) for s, rows in parts.items() if s in looks}
+    seen = {name: look for known in rows_of.values() for name, look in known.items()}
+    if once:
+        names, kept = row_ids(whole), {*row_ids(train), *row_ids(test)}
+        order = [place for place in _drawn(whole, seed, "test") if names[place] in kept]
+        parts["train"], parts["test"] = _deal(whole, order, len(test), groups, "a test split of 0.2")
+    if splits.val is None:
+        parts["train"], parts["val"] = carve(parts["train"], val_share, seed, groups=groups)
+    parts = {split: parts[split] for split in ("train", "val", "test")}
+    looks = {s: np.array([seen[n] for n in row_ids(rows)], LOOK) for s, rows in parts.items() if seen}
+    return parts, looks, {**named, **groups}
+
 # %% ../nbs/01_data.ipynb #data-load
 def load_data(
     source: str = "scenes",  # a name in `SOURCES`, a folder, or a Hub id
@@ -464,19 +535,18 @@ def load_data(
     val_share: float | int = 0.1,  # of train: a fraction, or a count if int; unused where the source has its own
     binary: bool = False,  # merge all classes but the background
     cache_dir: str | Path | None = None,  # for what is generated or downloaded; None = the usual place
-    options: Mapping[str, Any] | None = None,  # of the source, and max_train, max_test
+    options: Mapping[str, Any] | None = None,  # of the source, and max_train, max_test, groups (see `name_groups`)
     leaks: str = "refuse",  # a picture in two splits: refuse, warn, off
 ) -> SegData:  # decoded when a row is asked for
     "Load a data set: reads headers, looks once at every image, at no mask. `DataError` says what is wrong and where."
     source, options = str(source), dict(options or {})
     limits = {name: options.pop(name, None) for name in ("max_train", "max_test")}
+    grouping = options.pop("groups", None)
     splits = SOURCES[_kind(source)](source, seed=seed, cache_dir=cache_dir, options=options)
-    train = _limited(raw_rows(splits.train), limits["max_train"], seed, "max_train")
-    test = _limited(raw_rows(splits.test), limits["max_test"], seed, "max_test")
-    val = splits.val
-    if val is None:
-        train, val = carve(train, val_share, seed)
-    parts = {"train": train, "val": raw_rows(val), "test": test}
+    named = name_groups(grouping, [rows for rows in (splits.train, splits.val, splits.test) if rows], splits.clips)
+    off = check_choice("leaks", leaks, LEAKS) == "off"
+    looking = (lambda parts: {}) if off else (lambda parts: look_at(parts, cache_dir))
+    parts, looks, groups = _divide(splits, named, limits, val_share, seed, looking)
     seen: dict[str, str] = {}
     for split, rows in parts.items():
         if not len(rows):
@@ -486,11 +556,11 @@ def load_data(
                 raise DataError(f"{source}: {row_id!r} is in {seen[row_id]} and in {split}; an image has one split")
             seen[row_id] = split
         check_headers(rows, split)
-    check_leaks(parts, source, splits.clips, cache_dir, leaks)
+    check_leaks(parts, source, splits.clips, cache_dir, leaks, looks, named)
     labels = splits.labels.binary() if binary else splits.labels
     decoded = {split: rows.with_transform(DecodeRows(labels)) for split, rows in parts.items()}
     name = resolve_path(source).name if resolve_path(source).is_dir() and source not in SOURCES else source
-    return SegData(**decoded, labels=labels, name=name, binary=binary)
+    return SegData(**decoded, labels=labels, name=name, binary=binary, groups=groups)
 
 # %% ../nbs/01_data.ipynb #data-check
 def check_data(
