@@ -37,7 +37,6 @@ from vlm_itl.leaks import (
     look_over,
     looks_file,
     name_groups,
-    pictures_apart,
     seal,
     take_look,
     together,
@@ -239,24 +238,23 @@ def test_f06_exact_copies_of_what_cannot_be_recognised() -> None:
     assert not is_twin(missing, missing) and len(set(together(["a", "b"], np.array([missing] * 2)).values())) == 2
 
 
-def test_f37_each_of_the_eight_turns(scene_files: list[bytes]) -> None:
+@pytest.mark.parametrize("place", range(8))
+def test_f37_each_of_the_eight_turns(place: int, scene_looks: np.ndarray, scene_files: list[bytes]) -> None:
     """FAULTS 37: every turn is found and named; `turn` does to arrays what Pillow does to pictures."""
     picture = read_image({"bytes": scene_files[2], "path": None})
-    ways = [None, 0, 1, 3, 5, 4, 2, 6]  # Pillow's transpositions in the order of TURNS
-    grid = np.arange(6).reshape(1, 2, 3)
-    for place, (name, way) in enumerate(zip(TURNS, ways, strict=True)):
-        turned_picture = picture if way is None else picture.transpose(Image.Transpose(way))
-        copy = take_look(encoded(turned_picture, "PNG"))
-        found = find_twins((["a"], copy[None]), (["b"], looked(scene_files)[2:3]))
-        assert [twin.how for twin in found] == [name], place
-        small = Image.fromarray(grid[0].astype(np.uint8))
-        if way is not None:
-            back = leaks_module._BACK[place]
-            assert np.array_equal(turn(turn(grid, place), back), grid)
-            assert np.array_equal(np.asarray(small.transpose(Image.Transpose(way))), turn(grid, place)[0]) or place in (
-                5,
-                6,
-            )
+    way = [None, 0, 1, 3, 5, 4, 2, 6][place]  # Pillow's transpositions in the order of TURNS
+    turned_picture = picture if way is None else picture.transpose(Image.Transpose(way))
+    copy = take_look(encoded(turned_picture, quality=95))
+    found = find_twins((["a"], copy[None]), (["b"], scene_looks[2:3]))
+    assert [twin.how for twin in found] == [TURNS[place]]
+    grid, back = np.arange(6).reshape(1, 2, 3), leaks_module._BACK[place]
+    assert np.array_equal(turn(turn(grid, place), back), grid)
+    if way is not None:
+        pillow = np.asarray(Image.fromarray(grid[0].astype(np.uint8)).transpose(Image.Transpose(way)))
+        assert np.array_equal(pillow, turn(grid, place)[0])
+    waves = leaks_module.waves(np.arange(24 * 24).reshape(1, 24, 24) % 37)
+    again = leaks_module.waves(turn(np.arange(24 * 24).reshape(1, 24, 24) % 37, place))
+    assert np.allclose(leaks_module.turn_waves(waves, place), again, atol=0.1)
 
 
 CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
@@ -294,29 +292,32 @@ def watermarked(picture: Image.Image) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def scene_files() -> list[bytes]:
-    """Eight scenes as files."""
-    options = SceneOptions(n_train=1, n_test=8)
-    return [encoded(draw_scene(options, "test", index)[0], quality=90) for index in range(8)]
+    """Six scenes as files."""
+    options = SceneOptions(n_train=1, n_test=6)
+    return [encoded(draw_scene(options, "test", index)[0], quality=90) for index in range(6)]
+
+
+@pytest.fixture(scope="module")
+def scene_looks(scene_files: list[bytes]) -> np.ndarray:
+    """Their looks."""
+    return looked(scene_files)
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_f37_changed_copies_are_found(change: str, scene_files: list[bytes]) -> None:
-    """FAULTS 37: of eight scenes every changed copy finds its own original, and nothing else."""
+def test_f37_changed_copies_are_found(change: str, scene_files: list[bytes], scene_looks: np.ndarray) -> None:
+    """FAULTS 37: of six scenes every changed copy finds its own original, and nothing else."""
     pictures = [read_image({"bytes": data, "path": None}) for data in scene_files]
-    copies = looked([CHANGES[change](picture) for picture in pictures])
-    names = [str(index) for index in range(8)]
-    found = find_twins((names, copies), (names, looked(scene_files)))
-    assert all(twin.first == twin.second for twin in found)
-    assert len(found) == 8
+    names = [str(index) for index in range(6)]
+    found = find_twins((names, looked([CHANGES[change](picture) for picture in pictures])), (names, scene_looks))
+    assert all(twin.first == twin.second for twin in found) and len(found) == 6
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_f37_changed_photographs_are_found(change: str, photographs: list[Path]) -> None:
-    """The same for eight photographs of VOC."""
-    pictures = [read_image(str(path)) for path in photographs[::3]]
-    names = [path.stem for path in photographs[::3]]
-    originals = looked([path.read_bytes() for path in photographs[::3]])
-    found = find_twins((names, looked([CHANGES[change](picture) for picture in pictures])), (names, originals))
+    """The same for four photographs of VOC."""
+    some = photographs[::5]
+    copies, names = looked([CHANGES[change](read_image(str(path))) for path in some]), [path.stem for path in some]
+    found = find_twins((names, copies), (names, looked([path.read_bytes() for path in some])))
     assert all(twin.first == twin.second for twin in found) and len(found) == len(names)
 
 
@@ -390,7 +391,7 @@ FRAMES = [f"clip{clip}_{frame:03d}" for clip in "abcdefghij" for frame in range(
 
 @pytest.mark.parametrize("groups", ["frames", r"^(clip.)_", "groups.csv", "groups.json", "a mapping"])
 def test_f31_groups_are_carved_together(groups: str, tmp_path: Path) -> None:
-    """FAULTS 31: frames of a clip are never in two of train, validation and test, for any seed; the seed decides which."""
+    """FAULTS 31: frames of a clip are never in two of train, validation and test, for any seed."""
     source, said = write_folder(tmp_path / "film", FRAMES), groups
     listed = {name: name[:5] for name in FRAMES}
     if groups.startswith("groups."):
@@ -399,7 +400,7 @@ def test_f31_groups_are_carved_together(groups: str, tmp_path: Path) -> None:
         Path(said).write_text(lines if groups.endswith("csv") else json.dumps(listed))
     option = {"groups": listed if groups == "a mapping" else said}
     seen = set()
-    for seed in range(4):
+    for seed in range(3):
         data = load_data(source, seed=seed, val_share=9, cache_dir=tmp_path / "cache", options=option)
         clips = {split: {name[:5] for name in row_ids(rows)} for split, rows in data.splits.items()}
         assert not clips["train"] & clips["val"] and not clips["test"] & (clips["train"] | clips["val"])
@@ -426,7 +427,7 @@ def test_f31_folders_and_clips(tmp_path: Path) -> None:
 
 
 def test_f31_look_alikes_stay_together_without_a_word(tmp_path: Path) -> None:
-    """A one-split folder with every picture twice: no seed is refused, no pair is torn; `max_train` changes nothing in that."""
+    """A one-split folder with every picture twice: no seed is refused, no pair is torn; `max_train` changes nothing."""
     source = write_folder(tmp_path / "twice", [f"a{index:02d}" for index in range(10)])
     for index in range(10):
         for part in ("images", "masks"):
@@ -434,7 +435,7 @@ def test_f31_look_alikes_stay_together_without_a_word(tmp_path: Path) -> None:
                 (ImageOps.flip(picture) if part == "images" else picture).save(
                     tmp_path / f"twice/{part}/b{index:02d}.png"
                 )
-    for seed in range(4):
+    for seed in range(2):
         for limit in ({}, {"max_train": 10, "max_test": 3}):
             data = load_data(source, seed=seed, val_share=4, cache_dir=tmp_path / "c", options=limit)
             where = {name: split for split, rows in data.splits.items() for name in row_ids(rows)}
@@ -452,16 +453,14 @@ def test_f31_look_alikes_stay_together_without_a_word(tmp_path: Path) -> None:
         ({"clipa_000": "a"}, r"'clipa_001' \(and 38 more\) has no group"),
         (
             "clip",
-            r"a test split of 0.2 asks for 8 of 40 images, and the smallest group .* has 40: ask for more, or set the option groups",
+            r"a test split of 0.2 asks for 8 of 40 images, and the smallest .* has 40: ask for more, or set the option groups",
         ),
     ],
 )
 def test_f31_what_groups_cannot_be(groups: Any, words: str, tmp_path: Path) -> None:
     """One line that names the option."""
     source = write_folder(tmp_path / "film", FRAMES)
-    if groups == "clip":
-        groups = "(clip)_?"
-        groups = "^(clip)"
+    groups = "^(clip)" if groups == "clip" else groups
     with pytest.raises((ConfigError, DataError), match=words) as caught:
         load_data(source, val_share=4, cache_dir=tmp_path / "c", options={"groups": groups})
     assert "\n" not in str(caught.value)
@@ -556,8 +555,7 @@ def test_a_copy_between_train_and_its_carved_validation(scenes: list[bytes], tmp
     sides = set()
     for seed in range(8):
         data = load_data(source, seed=seed, val_share=2, cache_dir=tmp_path / "cache")
-        again = load_data(source, seed=seed, val_share=2, cache_dir=tmp_path / "cache")
-        assert row_ids(data.val) == row_ids(again.val) and len(data.val) == 2
+        assert len(data.val) == 2
         sides.add(len({"t0", "t5"} & set(row_ids(data.val))))
     assert sides == {0, 2}  # never torn
 

@@ -144,9 +144,10 @@ def take_look(
         look[name] = view[name]
     left, top, right, bottom = box = inner_box(pixels)
     cut = (left / small.width, top / small.height, 1 - right / small.width, 1 - bottom / small.height)
-    look["framed"] = max(cut) > _THIN
-    if look["framed"]:
-        look["inside"] = take_view(small.crop(box))
+    if max(cut) > _THIN:
+        inside = take_view(small.crop(box))
+        if detail(inside["grey"][None])[0] >= DETAIL:  # a plain half is no frame of the other
+            look["framed"], look["inside"] = True, inside
     look["readable"] = True
     return look
 
@@ -338,7 +339,7 @@ def detail(
 # %% ../nbs/00d_leaks.ipynb #leaks-limits
 NEAR_BITS = 19  # hashes of one picture differ by no more
 STRONG = 0.55  # so much, or more, do their waves correlate
-ALIKE = 0.9  # where they correlate so much, the bits do not matter: those of a drawing are mostly noise
+ALIKE = 0.9  # from here on the bits do not matter: those of a drawing are mostly noise
 FITTED = 0.8  # so do thumbnails, aligned
 AGREE = 0.65  # and so much of the texture agrees, and so do the finest details correlate
 COLOUR = 12  # levels by which colours may differ
