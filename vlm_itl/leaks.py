@@ -6,7 +6,7 @@
 __all__ = ['SIDE', 'PATCHES', 'VIEW', 'LOOK', 'TURNS', 'NEAR_BITS', 'STRONG', 'ALIKE', 'FITTED', 'AGREE', 'COLOUR', 'SAME',
            'DETAIL', 'FLAT', 'LEAKS', 'GROUPS', 'waves', 'take_view', 'inner_box', 'take_look', 'turn', 'turn_waves',
            'bits_apart', 'contrast', 'difference', 'other_colours', 'warp', 'align', 'agreement', 'fine_correlation',
-           'detail', 'pictures_apart', 'Twin', 'find_twins', 'together', 'name_groups', 'looks_file', 'look_over',
+           'detail', 'pictures_apart', 'Twin', 'find_twins', 'looks_file', 'look_over', 'together', 'name_groups',
            'look_at', 'check_leaks', 'seal', 'check_apart']
 
 # %% ../nbs/00d_leaks.ipynb #leaks-imports
@@ -356,7 +356,7 @@ def _halved(grey: np.ndarray) -> np.ndarray:
 
 
 def _photographs_apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    "1 - the smaller of agreement and fine correlation of thumbnails (N, SIDE, SIDE), aligned coarsely, then finely; 1 where they do not correlate."
+    "1 - the smaller of agreement and fine correlation of aligned thumbnails; 1 where they do not correlate."
     apart = np.ones(len(one), np.float32)
     fit, found = align(_halved(one), _halved(other), np.zeros((len(one), 4), np.float32))
     near = np.flatnonzero(found >= FITTED - 0.1)
@@ -511,6 +511,101 @@ def find_twins(
             best[left] = Twin(ids[left], other_ids[right], TURNS[turned], round(apart, 4))
     return [best[place] for place in sorted(best)]
 
+# %% ../nbs/00d_leaks.ipynb #leaks-memory
+def looks_file(
+    cache_dir: str | Path | None = None,  # default: environment VLM_ITL_CACHE, or ~/.cache/vlm_itl
+) -> Path:
+    "Where looks are remembered. Another version of `take_look` needs another number."
+    root = Path(cache_dir or os.environ.get("VLM_ITL_CACHE") or Path.home() / ".cache" / "vlm_itl").expanduser()
+    return root / "looks-2.sqlite"
+
+
+def _recall(path: Path, first: Mapping[bytes, int], looks: np.ndarray) -> set[bytes]:
+    "Put the looks that are on disk into their rows; whose they were."
+    found: set[bytes] = set()
+    if not os.path.isfile(path):  # also where one may not look
+        return found
+    keys = list(first)
+    try:
+        with closing(sqlite3.connect(path, timeout=10)) as base:
+            for start in range(0, len(keys), 500):
+                some = keys[start : start + 500]
+                marks = ",".join("?" * len(some))
+                for key, blob in base.execute(f"select key, look from looks where key in ({marks})", some):
+                    if isinstance(blob, bytes) and len(blob) == LOOK.itemsize:
+                        looks[first[key]] = np.frombuffer(blob, LOOK)[0]
+                        found.add(key)
+    except sqlite3.Error as error:
+        warnings.warn(f"{path}: looks at pictures are not readable ({error}); delete the file.", stacklevel=2)
+    return found
+
+
+def _remember(path: Path, looks: Iterable[tuple[bytes, np.ndarray]]) -> None:
+    "Write looks; a failure costs the next run its time."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, timeout=10)) as base, base:
+            base.execute("create table if not exists looks (key blob primary key, look blob)")
+            base.executemany("insert or replace into looks values (?, ?)", ((k, v.tobytes()) for k, v in looks))
+    except (sqlite3.Error, OSError) as error:
+        warnings.warn(
+            f"{path}: looks at pictures cannot be remembered ({error}); the next run looks again.", stacklevel=2
+        )
+
+# %% ../nbs/00d_leaks.ipynb #leaks-look-over
+def _cells(rows: Dataset) -> Iterator[tuple[str | None, pa.Buffer | None]]:
+    "Path and bytes of every image, not copied."
+    for table in raw_rows(rows).select_columns(["image"]).with_format("arrow").iter(batch_size=64):
+        for cell in table["image"]:
+            data = cell["bytes"]
+            yield cell["path"].as_py(), data.as_buffer() if data.is_valid else None
+
+
+def _key(path: str | None, data: pa.Buffer | None) -> bytes:
+    "What a picture was, without reading its file."
+    if data is not None:
+        return hashlib.sha256(data).digest()
+    place = Path(path or "").absolute()
+    try:
+        now = place.stat()
+    except OSError:
+        return b""
+    seen = (
+        f"{place}|{now.st_ino}|{now.st_size}|{now.st_mtime_ns}|{now.st_ctime_ns}"  # dates can be copied, ctime cannot
+    )
+    return hashlib.sha256(seen.encode("utf-8", "surrogateescape")).digest()
+
+
+def look_over(
+    rows: Dataset,  # a column image: files, or bytes
+    cache_dir: str | Path | None = None,  # where looks are remembered
+    what: str = "rows",  # for the progress bar
+) -> tuple[np.ndarray, int]:  # (N,) of LOOK; how many pictures had to be decoded for it
+    "A look at every image of a split. Files that are missing or broken stay unread here."
+    path = looks_file(cache_dir)
+    keys = [_key(*cell) for cell in _cells(rows)]
+    first: dict[bytes, int] = {}  # where a picture stands for the first time
+    for row, key in enumerate(keys):
+        if key:
+            first.setdefault(key, row)
+    looks = np.zeros(len(keys), LOOK)  # the only place where looks are kept: there may be many
+    known, fresh = _recall(path, first, looks), []
+    missing = sum(key not in known for key in keys)
+    cells = _cells(rows) if missing else iter([(None, None)] * len(keys))
+    with progress(desc=f"looking for copies ({what})", total=missing, unit="image") as bar:
+        for row, (key, (place, data)) in enumerate(zip(keys, cells, strict=True)):
+            if key in known:
+                looks[row] = looks[first[key]]
+            elif key:
+                looks[row] = take_look(Path(place or "").read_bytes() if data is None else data.to_pybytes())
+                if looks[row]["readable"]:
+                    known.add(key)
+                    fresh.append(row)
+                bar.update()
+    if fresh:
+        _remember(path, ((keys[row], looks[row]) for row in fresh))
+    return looks, missing
+
 # %% ../nbs/00d_leaks.ipynb #leaks-join
 class _Joined:
     "Who belongs together (union-find)."
@@ -639,101 +734,6 @@ def name_groups(
         ways = f"{', '.join(GROUPS)}, a file of id,group, or a pattern like '(.+)_'"
         raise ConfigError(f"groups={said!r} is not known: {ways}")
     return _by_pattern(said, names)
-
-# %% ../nbs/00d_leaks.ipynb #leaks-memory
-def looks_file(
-    cache_dir: str | Path | None = None,  # default: environment VLM_ITL_CACHE, or ~/.cache/vlm_itl
-) -> Path:
-    "Where looks are remembered. Another version of `take_look` needs another number."
-    root = Path(cache_dir or os.environ.get("VLM_ITL_CACHE") or Path.home() / ".cache" / "vlm_itl").expanduser()
-    return root / "looks-2.sqlite"
-
-
-def _recall(path: Path, first: Mapping[bytes, int], looks: np.ndarray) -> set[bytes]:
-    "Put the looks that are on disk into their rows; whose they were."
-    found: set[bytes] = set()
-    if not os.path.isfile(path):  # also where one may not look
-        return found
-    keys = list(first)
-    try:
-        with closing(sqlite3.connect(path, timeout=10)) as base:
-            for start in range(0, len(keys), 500):
-                some = keys[start : start + 500]
-                marks = ",".join("?" * len(some))
-                for key, blob in base.execute(f"select key, look from looks where key in ({marks})", some):
-                    if isinstance(blob, bytes) and len(blob) == LOOK.itemsize:
-                        looks[first[key]] = np.frombuffer(blob, LOOK)[0]
-                        found.add(key)
-    except sqlite3.Error as error:
-        warnings.warn(f"{path}: looks at pictures are not readable ({error}); delete the file.", stacklevel=2)
-    return found
-
-
-def _remember(path: Path, looks: Iterable[tuple[bytes, np.ndarray]]) -> None:
-    "Write looks; a failure costs the next run its time."
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(path, timeout=10)) as base, base:
-            base.execute("create table if not exists looks (key blob primary key, look blob)")
-            base.executemany("insert or replace into looks values (?, ?)", ((k, v.tobytes()) for k, v in looks))
-    except (sqlite3.Error, OSError) as error:
-        warnings.warn(
-            f"{path}: looks at pictures cannot be remembered ({error}); the next run looks again.", stacklevel=2
-        )
-
-# %% ../nbs/00d_leaks.ipynb #leaks-look-over
-def _cells(rows: Dataset) -> Iterator[tuple[str | None, pa.Buffer | None]]:
-    "Path and bytes of every image, not copied."
-    for table in raw_rows(rows).select_columns(["image"]).with_format("arrow").iter(batch_size=64):
-        for cell in table["image"]:
-            data = cell["bytes"]
-            yield cell["path"].as_py(), data.as_buffer() if data.is_valid else None
-
-
-def _key(path: str | None, data: pa.Buffer | None) -> bytes:
-    "What a picture was, without reading its file."
-    if data is not None:
-        return hashlib.sha256(data).digest()
-    place = Path(path or "").absolute()
-    try:
-        now = place.stat()
-    except OSError:
-        return b""
-    seen = (
-        f"{place}|{now.st_ino}|{now.st_size}|{now.st_mtime_ns}|{now.st_ctime_ns}"  # dates can be copied, ctime cannot
-    )
-    return hashlib.sha256(seen.encode("utf-8", "surrogateescape")).digest()
-
-
-def look_over(
-    rows: Dataset,  # a column image: files, or bytes
-    cache_dir: str | Path | None = None,  # where looks are remembered
-    what: str = "rows",  # for the progress bar
-) -> tuple[np.ndarray, int]:  # (N,) of LOOK; how many pictures had to be decoded for it
-    "A look at every image of a split. Files that are missing or broken stay unread here."
-    path = looks_file(cache_dir)
-    keys = [_key(*cell) for cell in _cells(rows)]
-    first: dict[bytes, int] = {}  # where a picture stands for the first time
-    for row, key in enumerate(keys):
-        if key:
-            first.setdefault(key, row)
-    looks = np.zeros(len(keys), LOOK)  # the only place where looks are kept: there may be many
-    known, fresh = _recall(path, first, looks), []
-    missing = sum(key not in known for key in keys)
-    cells = _cells(rows) if missing else iter([(None, None)] * len(keys))
-    with progress(desc=f"looking for copies ({what})", total=missing, unit="image") as bar:
-        for row, (key, (place, data)) in enumerate(zip(keys, cells, strict=True)):
-            if key in known:
-                looks[row] = looks[first[key]]
-            elif key:
-                looks[row] = take_look(Path(place or "").read_bytes() if data is None else data.to_pybytes())
-                if looks[row]["readable"]:
-                    known.add(key)
-                    fresh.append(row)
-                bar.update()
-    if fresh:
-        _remember(path, ((keys[row], looks[row]) for row in fresh))
-    return looks, missing
 
 # %% ../nbs/00d_leaks.ipynb #leaks-check
 def look_at(
