@@ -154,17 +154,26 @@ def _home(
         name = str(getattr(inner, "__qualname__", None) or show(inner))
     else:
         module, name = _calling_module(), f"<text> {show(part)}"
-    cell = module == "__main__" and hasattr(builtins, "get_ipython")  # may be changed and run again
     if "<lambda>" in name and code is not None:  # all of them have one name
-        name += "" if cell else f" {hashlib.sha256(code.co_code).hexdigest()} {show(code.co_consts)} {code.co_names}"
-    elif "<text>" in name and cell:
-        name = "<text>"
+        name += f" {hashlib.sha256(code.co_code).hexdigest()} {show(code.co_consts)} {code.co_names}"
     file = getattr(code, "co_filename", None) or getattr(sys.modules.get(module), "__file__", None)
     if module == "__main__":
         return f"{module} {name}", "this notebook or script"
     if module.split(".")[0] == "vlm_itl" or not file:
         return f"{module} {name}", module
     return f"{module} {name}", f"{file}, line {code.co_firstlineno}" if code else str(file)
+
+
+def _same(
+    one: str,  # as `_home` says who a part is
+    other: str,  # likewise
+) -> bool:
+    "Whether a part is another one come again."
+    (module, name), (module_2, name_2) = one.split(" ", 1), other.split(" ", 1)
+    if module == module_2 == "__main__" and hasattr(builtins, "get_ipython"):  # a cell that was changed and run again
+        return re.sub("(<lambda>|<text>).*", r"\1", name) == re.sub("(<lambda>|<text>).*", r"\1", name_2)
+    chapter = "__main__" in (module, module_2) and "vlm_itl" in (module.split(".")[0], module_2.split(".")[0])
+    return name == name_2 and (module == module_2 or chapter)  # a chapter of the book defines what it exports
 
 
 def _calling_module() -> str:
@@ -264,7 +273,7 @@ class Registry(UserDict[str, Part]):
         home = _home(part if function is None else function)
         self.check_word(name)
         anew = bool(Registry.loading) and home[0].startswith(f"{Registry.loading} ")
-        if name in self.data and (anew or self._homes[name][0] != home[0]):
+        if name in self.data and (anew or not _same(self._homes[name][0], home[0])):
             raise ConfigError(
                 f"the {self.kind} {name!r} exists already ({self._homes[name][1]}) and is not replaced by that of "
                 f"{home[1]}: choose another name."
