@@ -226,6 +226,9 @@ def test_number_8_names_are_never_another_data_sets(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"classes\.txt.*'classes'"):
         load(root)
     assert load(root, classes=4).labels.names == ("class 0", "class 1", "class 2", "class 3")
+    names = {0: "a", 1: "b", 2: "c", 3: "d"}
+    assert load(root, classes=names).labels.names == ("a", "b", "c", "d")  # not the keys
+    assert load(root, classes={"sky": 2, "wall": 1, "sea": 3}).labels.file_values == (1, 2, 3)
     (root / "classes.txt").mkdir()
     with pytest.raises(DataError, match=r"classes\.txt: is a folder"):
         load(root)
@@ -257,6 +260,7 @@ def test_number_8_not_for_hub_sets_or_voc_layouts_either(tmp_path: Path) -> None
         ("labels.txt", "0 background\n1 crack\n2 pothole\n3 patch\n255 void\n"),
         ("labels.txt", "2: pothole\n0: background\n3: patch\n1: crack\n"),
         ("class_names.txt", "background\ncrack\npothole\npatch"),
+        ("labels.txt", "background 0\ncrack 1\npothole 2\npatch 3\n"),
         ("_classes.csv", "Pixel Value, Class\n0, background\n1, crack\n2, pothole\n3, patch\n"),
         ("labelmap.txt", "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncrack:250,50,83::\n"
                          "pothole:51,221,255::\npatch:255,204,51::\n"),
@@ -449,6 +453,14 @@ def test_number_32_two_masks_of_one_image_are_refused(tmp_path: Path) -> None:
     picture(0).save(root / "photos" / "p0.png")
     with pytest.raises(DataError, match="images and photos could all.*'images'"):
         load(root, mask_suffix="_seg")
+
+
+@pytest.mark.parametrize(
+    "options", [{"mask_suffix": 3}, {"images": ["a"]}, {"classes": {"a": "b"}}, {"read_by": "color"}]
+)
+def test_options_of_another_type_are_said(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        load(flat(tmp_path), **options)
 
 
 @pytest.mark.parametrize("kind", ["coco", "labelme", "yolo"])
