@@ -463,13 +463,17 @@ def test_options_of_another_type_are_said(options: dict[str, Any], tmp_path: Pat
         load(flat(tmp_path), **options)
 
 
-@pytest.mark.parametrize("kind", ["coco", "labelme", "yolo"])
+@pytest.mark.parametrize("kind", ["coco", "coco by split", "labelme", "yolo"])
 def test_number_32_polygons_get_a_hint(kind: str, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     picture(0).save(tmp_path / "images" / "p0.png")
     coco = {"images": [], "annotations": [{"segmentation": [[1, 2, 3, 4]], "bbox": []}], "categories": []}
-    if kind == "coco":
+    if kind == "coco by split":
+        (tmp_path / "labels").rmdir()
+        (tmp_path / "images").rename(tmp_path / "train")
+        (tmp_path / "train" / "_annotations.coco.json").write_text(json.dumps(coco))
+    elif kind == "coco":
         (tmp_path / "_annotations.coco.json").write_text(json.dumps(coco))
     elif kind == "labelme":
         (tmp_path / "images" / "p0.json").write_text(json.dumps({"shapes": [], "imagePath": "p0.png"}))

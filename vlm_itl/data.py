@@ -394,7 +394,8 @@ def hub_source(
     try:
         named = {split: _hub_rows(found[name], name, options) for split, name in wanted.items()}
     except DataError as error:
-        raise DataError(f"{source}: {error}") from None
+        more = f". {hint(resolve_path(source))}" if resolve_path(source).is_dir() else ""
+        raise DataError(f"{source}: {error}{more}") from None
     ids = [row_id for rows in named.values() for row_id in row_ids(rows)]
     if len(set(ids)) < len(ids):  # the same stem in two splits is not the same image
         for split, rows in named.items():
