@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.core import ConfigError, DataError
+from vlm_itl.core import ConfigError, DataError, RunError
 from vlm_itl.data import SegData, check_data, load_data, row_ids
 from vlm_itl.labels import LabelSpace, read_mask
 
@@ -372,6 +372,9 @@ def test_number_30_a_bad_mask_is_the_datas_own_error(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == []
     (root / "classes.txt").write_text("background\ncrack\npothole\npatch\n")
     assert run(root, tmp_path / "out")["finished"]
+    (root / "classes.txt").write_text("background\npatch\ncrack\npothole\n")  # beyond the list: it went on in silence
+    with pytest.raises(RunError, match="read its masks as .*crack, pothole, patch.* now it would be .*patch, crack"):
+        run(root, tmp_path / "out")
 
 
 # --- 32 and 36: layouts
