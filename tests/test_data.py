@@ -302,9 +302,7 @@ def test_datasets_folder(form: str, tmp_path: Path) -> None:
         index = int(row["id"].split("-")[1])
         assert row["image"].getpixel((0, 0)) == (index, 0, 0)
         assert (row["mask"][0] == index % 21).all() and row["mask"][1, 0] == VOID
-    assert all_ids(data) == all_ids(
-        load_data(str(folder), val_share=2, cache_dir=tmp_path / "cache", options=AS_VOC)
-    )
+    assert all_ids(data) == all_ids(load_data(str(folder), val_share=2, cache_dir=tmp_path / "cache", options=AS_VOC))
 
 
 def test_imagefolder_with_masks(tmp_path: Path) -> None:
