@@ -109,7 +109,7 @@ def test_number_2_black_and_white_masks_are_no_void(tmp_path: Path) -> None:
 
 
 def test_number_2_said_by_check_data_and_by_reading(tmp_path: Path) -> None:
-    root = flat(tmp_path / "data", black_and_white, 2, "background lesion")
+    root = write(tmp_path, "images/p{}.png", "masks/p{}.png", black_and_white, 2, count=14, names="background lesion")
     with pytest.warns(UserWarning, match=r"'values': \[0, 255\]"):
         check_data(load(root))
     with pytest.raises(DataError, match=r"'values': \[0, 255\]"):

@@ -126,6 +126,8 @@ class Experiment:
             options=config.data_options,
             leaks=config.leaks,
         )
+        if self.data.watch is not None:
+            self.data.watch.patient = True  # it is asked when the masks of the start are paid for
         baseline = config.mode == "baseline"
         amounts = (1.0, 1.0, 1.0) if baseline else (config.initial, config.increment, config.max_labelled)
         self.schedule = budget_schedule(len(self.data.train), *amounts)
