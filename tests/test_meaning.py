@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.core import ConfigError, DataError
+from vlm_itl.core import ConfigError, DataError, RunError
 from vlm_itl.data import SegData, check_data, load_data, row_ids
 from vlm_itl.labels import LabelSpace, read_mask
 
@@ -109,7 +109,7 @@ def test_number_2_black_and_white_masks_are_no_void(tmp_path: Path) -> None:
 
 
 def test_number_2_said_by_check_data_and_by_reading(tmp_path: Path) -> None:
-    root = flat(tmp_path / "data", black_and_white, 2, "background lesion")
+    root = write(tmp_path, "images/p{}.png", "masks/p{}.png", black_and_white, 2, count=14, names="background lesion")
     with pytest.warns(UserWarning, match=r"'values': \[0, 255\]"):
         check_data(load(root))
     with pytest.raises(DataError, match=r"'values': \[0, 255\]"):
@@ -226,6 +226,9 @@ def test_number_8_names_are_never_another_data_sets(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"classes\.txt.*'classes'"):
         load(root)
     assert load(root, classes=4).labels.names == ("class 0", "class 1", "class 2", "class 3")
+    names = {0: "a", 1: "b", 2: "c", 3: "d"}
+    assert load(root, classes=names).labels.names == ("a", "b", "c", "d")  # not the keys
+    assert load(root, classes={"sky": 2, "wall": 1, "sea": 3}).labels.file_values == (1, 2, 3)
     (root / "classes.txt").mkdir()
     with pytest.raises(DataError, match=r"classes\.txt: is a folder"):
         load(root)
@@ -257,6 +260,7 @@ def test_number_8_not_for_hub_sets_or_voc_layouts_either(tmp_path: Path) -> None
         ("labels.txt", "0 background\n1 crack\n2 pothole\n3 patch\n255 void\n"),
         ("labels.txt", "2: pothole\n0: background\n3: patch\n1: crack\n"),
         ("class_names.txt", "background\ncrack\npothole\npatch"),
+        ("labels.txt", "background 0\ncrack 1\npothole 2\npatch 3\n"),
         ("_classes.csv", "Pixel Value, Class\n0, background\n1, crack\n2, pothole\n3, patch\n"),
         ("labelmap.txt", "# label:color_rgb:parts:actions\nbackground:0,0,0::\ncrack:250,50,83::\n"
                          "pothole:51,221,255::\npatch:255,204,51::\n"),
@@ -368,6 +372,9 @@ def test_number_30_a_bad_mask_is_the_datas_own_error(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")] == []
     (root / "classes.txt").write_text("background\ncrack\npothole\npatch\n")
     assert run(root, tmp_path / "out")["finished"]
+    (root / "classes.txt").write_text("background\npatch\ncrack\npothole\n")  # beyond the list: it went on in silence
+    with pytest.raises(RunError, match="read its masks as .*crack, pothole, patch.* now it would be .*patch, crack"):
+        run(root, tmp_path / "out")
 
 
 # --- 32 and 36: layouts
@@ -451,13 +458,25 @@ def test_number_32_two_masks_of_one_image_are_refused(tmp_path: Path) -> None:
         load(root, mask_suffix="_seg")
 
 
-@pytest.mark.parametrize("kind", ["coco", "labelme", "yolo"])
+@pytest.mark.parametrize(
+    "options", [{"mask_suffix": 3}, {"images": ["a"]}, {"classes": {"a": "b"}}, {"read_by": "color"}]
+)
+def test_options_of_another_type_are_said(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        load(flat(tmp_path), **options)
+
+
+@pytest.mark.parametrize("kind", ["coco", "coco by split", "labelme", "yolo"])
 def test_number_32_polygons_get_a_hint(kind: str, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "labels").mkdir()
     picture(0).save(tmp_path / "images" / "p0.png")
     coco = {"images": [], "annotations": [{"segmentation": [[1, 2, 3, 4]], "bbox": []}], "categories": []}
-    if kind == "coco":
+    if kind == "coco by split":
+        (tmp_path / "labels").rmdir()
+        (tmp_path / "images").rename(tmp_path / "train")
+        (tmp_path / "train" / "_annotations.coco.json").write_text(json.dumps(coco))
+    elif kind == "coco":
         (tmp_path / "_annotations.coco.json").write_text(json.dumps(coco))
     elif kind == "labelme":
         (tmp_path / "images" / "p0.json").write_text(json.dumps({"shapes": [], "imagePath": "p0.png"}))

@@ -7,20 +7,24 @@ __all__ = ['SOURCES', 'SegData', 'toy_images', 'carve', 'Splits', 'register_sour
            'folder_source', 'hub_source', 'load_data', 'check_data']
 
 # %% ../nbs/01_data.ipynb #data-imports
+import numpy as np
+import pandas as pd
 import re
 import warnings
+from PIL import Image
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image as ImageColumn,
+    load_dataset,
+    load_from_disk,
+)
 from io import BytesIO
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import pandas as pd
-from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
-from datasets import Image as ImageColumn
-from PIL import Image
-
 from vlm_itl.core import (
     ConfigError,
     DataError,
@@ -42,11 +46,11 @@ from vlm_itl.labels import (
     check_headers,
     make_rows,
     raw_rows,
+    read_image as read_image,
+    read_mask as read_mask,
     row_ids,
     short_error,
 )
-from .labels import read_image as read_image  # given on: later chapters take everything from here
-from .labels import read_mask as read_mask
 from vlm_itl.layouts import (
     PAIR_OPTIONS,
     check_text,
@@ -60,10 +64,23 @@ from vlm_itl.layouts import (
     split_folders,
     split_names,
 )
-from .leaks import check_leaks
-from .meaning import LABEL_OPTIONS, Meaning, Said, decide, describe, read_said
-from .scenes import VOID, make_scenes
-from .scenes import voc_palette as voc_palette
+from vlm_itl.leaks import (
+    LEAKS,
+    LOOK,
+    check_leaks,
+    look_at,
+    name_groups,
+    together,
+)
+from vlm_itl.meaning import (
+    LABEL_OPTIONS,
+    Meaning,
+    Said,
+    decide,
+    describe,
+    read_said,
+)
+from .scenes import VOID, make_scenes, voc_palette as voc_palette
 
 # %% ../nbs/01_data.ipynb #data-seg-data
 @dataclass
@@ -78,6 +95,7 @@ class SegData:
     binary: bool = False  # all foreground classes merged
     meaning: dict[str, Any] = field(default_factory=dict)  # what was decided about the masks, for data.json
     watch: MaskWatch | None = None  # sees the masks that are read, and says when 255 must be a class
+    groups: Mapping[str, str] = field(default_factory=dict)  # image -> its group, where several belong together
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -118,13 +136,47 @@ def toy_images(
     return SegData(rows.select(range(4)), rows.select([4]), rows.select([5]), labels, "toy")
 
 # %% ../nbs/01_data.ipynb #data-carve
+def _drawn(rows: Dataset, seed: int, purpose: str) -> list[int]:
+    "The places of all rows, in the order in which they are drawn: by seed and ids, whatever the order of the rows."
+    ids = row_ids(rows)
+    by_id = sorted(range(len(ids)), key=ids.__getitem__)
+    return [by_id[place] for place in make_rng(seed, purpose).permutation(len(ids)).tolist()]
+
+
+def _deal(
+    rows: Dataset,  # to be divided
+    order: Sequence[int],  # places as they are drawn
+    count: int,  # to be taken, at most
+    groups: Mapping[str, str],  # image -> group; who is not in it stands alone
+    option: str,  # that asked for so many, for the message
+) -> tuple[Dataset, Dataset]:  # what is left, what was taken
+    "Take whole groups as they are drawn, as long as they fit."
+    members: dict[Any, list[int]] = {}
+    ids = row_ids(rows)
+    for place in order:
+        members.setdefault(groups.get(ids[place], place), []).append(place)
+    taken: set[int] = set()
+    for places in members.values():
+        if len(taken) + len(places) <= count:
+            taken.update(places)
+    if not taken:
+        least = min(members.values(), key=len)
+        raise ConfigError(
+            f"{option} asks for {count} of {len(order)} images, and the smallest group that stays together "
+            f"({ids[least[0]]!r} and {len(least) - 1} more) has {len(least)}: ask for more, or set the option groups"
+        )
+    keep = sorted(set(order) - taken)
+    return rows.select(keep), rows.select(sorted(taken))
+
+
 def carve(
     rows: Dataset,  # what to take from
     share: float | int,  # fraction in (0, 1), or a count
     seed: int = 0,  # which ones
     purpose: str = "validation",  # different purposes choose independently
+    groups: Mapping[str, str] | None = None,  # image -> group that stays together; who is not in it stands alone
 ) -> tuple[Dataset, Dataset]:  # what is left, what was taken; both in the order of the rows
-    "Split rows in two by seed, whatever their order."
+    "Split rows in two by seed, whatever their order. Groups are never cut, so a little less may be taken than asked."
     total = len(rows)
     if isinstance(share, (int, np.integer)) and not isinstance(share, bool):
         count = int(check_number("val_share", share, low=1, integer=True))
@@ -133,11 +185,8 @@ def carve(
         count = max(1, round(share * total))
     if count >= total:
         raise ConfigError(f"val_share={share!r} would take {count} of {total} images and leave none to learn from")
-    ids = row_ids(rows)
-    by_id = sorted(range(total), key=ids.__getitem__)
-    chosen = {by_id[place] for place in make_rng(seed, purpose).permutation(total)[:count]}
-    keep = [index for index in range(total) if index not in chosen]
-    return rows.select(keep), rows.select(sorted(chosen))
+    option = f"val_share={share!r}" if purpose == "validation" else f"a {purpose} split of {share}"
+    return _deal(rows, _drawn(rows, seed, purpose), count, groups or {}, option)
 
 # %% ../nbs/01_data.ipynb #data-splits
 @dataclass
@@ -146,7 +195,7 @@ class Splits:
 
     labels: LabelSpace | Said  # what masks mean; or what is said of them, to be decided by `load_data`
     train: Dataset
-    test: Dataset
+    test: Dataset | None = None  # None: carved from train, 20 %
     val: Dataset | None = None  # None: carved from train
     clips: Mapping[str, str] = field(
         default_factory=dict
@@ -179,13 +228,11 @@ def _arrange(
     named: Mapping[str, Any],  # split name -> Dataset
     labels: Said,
     source: str,  # for messages
-    seed: int,  # splits what comes as one
 ) -> Splits:
-    "train + val: val is the test, as in VOC. train + val + test: as named. One split: 80 % train, 20 % test, by seed."
+    "train + val: val is the test, as in VOC. train + val + test: as named. One split: left whole, to be carved."
     known = {_ALIASES.get(name.casefold(), name.casefold()): rows for name, rows in named.items()}
     if len(named) == 1:
-        train, test = carve(next(iter(named.values())), 0.2, seed, "test")
-        return Splits(labels, train, test)
+        return Splits(labels, next(iter(named.values())))
     if "train" not in known or not {"val", "test"} & set(known):
         raise DataError(f"{source}: found the splits {sorted(named)}, needed train and val or test")
     if "test" in known:
@@ -261,7 +308,7 @@ def voc_source(
     named = {}
     for split, path in _voc_lists(root / _VOC_PARTS[2], options).items():
         named[split] = _pair(read_list(path), images, masks, str(path))
-    splits = _arrange(_with_ids(named), _voc_said(root, options), str(root), seed)
+    splits = _arrange(_with_ids(named), _voc_said(root, options), str(root))
     splits.clips = _clips(root)
     return splits
 
@@ -309,7 +356,8 @@ def folder_source(
     said = read_said(options, [root, *split_folders(root)])
     if pairs.note:
         print(f"{root.name}: {pairs.note}")
-    return _arrange(_with_ids(named), said, str(root), seed)
+    return _arrange(_with_ids(named), said, str(root))
+
 
 # %% ../nbs/01_data.ipynb #data-hub-fetch
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
@@ -400,14 +448,15 @@ def hub_source(
     try:
         named = {split: _hub_rows(found[name], name, options) for split, name in wanted.items()}
     except DataError as error:
-        raise DataError(f"{source}: {error}") from None
+        more = f". {hint(resolve_path(source))}" if resolve_path(source).is_dir() else ""
+        raise DataError(f"{source}: {error}{more}") from None
     ids = [row_id for rows in named.values() for row_id in row_ids(rows)]
     if len(set(ids)) < len(ids):  # the same stem in two splits is not the same image
         for split, rows in named.items():
             numbers = [f"{split}-{index:05d}" for index in range(len(rows))]
             named[split] = rows.remove_columns("id").add_column("id", numbers).select_columns(["id", "image", "mask"])
     folder = resolve_path(source)
-    return _arrange(named, read_said(options, [folder] if folder.is_dir() else []), source, seed)
+    return _arrange(named, read_said(options, [folder] if folder.is_dir() else []), source)
 
 # %% ../nbs/01_data.ipynb #data-kind
 def _kind(source: str) -> str:
@@ -436,6 +485,47 @@ def _limited(rows: Dataset, count: int | None, seed: int, purpose: str) -> Datas
     check_number(purpose, count, low=2 if purpose == "max_train" else 1, integer=True)
     return rows if count >= len(rows) else carve(rows, count, seed, purpose)[1]
 
+# %% ../nbs/01_data.ipynb #data-divide
+def _whole_groups(
+    parts: dict[str, Dataset],  # train, test, and val where the source has one
+    looks: Mapping[str, np.ndarray],  # split -> (N,) of LOOK; empty where nobody looked
+    free: Sequence[str],  # the splits that are still to be carved, or were
+    named: Mapping[str, str],  # image -> group, as it was said
+    clips: Mapping[str, str],  # image -> clip, as the source knows
+) -> dict[str, str]:  # image -> group, of the free splits
+    "What must stay together, because it was said, or because it looks the same."
+    ids = [name for split in free for name in row_ids(parts[split])]
+    return together(ids, np.concatenate([looks[split] for split in free]) if looks and free else None, named, clips)
+
+
+def _divide(
+    splits: Splits,  # as the source gives them
+    named: Mapping[str, str],  # image -> group, as it was said
+    limits: Mapping[str, int | None],  # max_train, max_test
+    val_share: float | int,  # of train
+    seed: int,  # what is drawn
+    looking: Callable[[Mapping[str, Dataset]], dict[str, np.ndarray]],  # looks at splits
+) -> tuple[dict[str, Dataset], dict[str, np.ndarray], dict[str, str]]:  # splits, their looks, groups
+    "Carve what the source has not split. What belongs together stays in one split."
+    whole, once = raw_rows(splits.train), splits.test is None
+    train, test = carve(whole, 0.2, seed, "test", named) if once else (whole, raw_rows(splits.test))
+    train, test = (_limited(r, limits[n], seed, n) for r, n in ((train, "max_train"), (test, "max_test")))
+    parts = {"train": train, "test": test} | ({} if splits.val is None else {"val": raw_rows(splits.val)})
+    looks = looking(parts)
+    free = ["train", "test"] if once else ["train"] if splits.val is None else []
+    groups = _whole_groups(parts, looks, free, named, splits.clips)
+    rows_of = {s: dict(zip(row_ids(rows), looks[s], strict=True)) for s, rows in parts.items() if s in looks}
+    seen = {name: look for known in rows_of.values() for name, look in known.items()}
+    if once:
+        names, kept = row_ids(whole), {*row_ids(train), *row_ids(test)}
+        order = [place for place in _drawn(whole, seed, "test") if names[place] in kept]
+        parts["train"], parts["test"] = _deal(whole, order, len(test), groups, "a test split of 0.2")
+    if splits.val is None:
+        parts["train"], parts["val"] = carve(parts["train"], val_share, seed, groups=groups)
+    parts = {split: parts[split] for split in ("train", "val", "test")}
+    looks = {s: np.array([seen[n] for n in row_ids(rows)], LOOK) for s, rows in parts.items() if seen}
+    return parts, looks, {**named, **groups}
+
 # %% ../nbs/01_data.ipynb #data-load
 def load_data(
     source: str = "scenes",  # a name in `SOURCES`, a folder, or a Hub id
@@ -444,19 +534,18 @@ def load_data(
     val_share: float | int = 0.1,  # of train: a fraction, or a count if int; unused where the source has its own
     binary: bool = False,  # merge all classes but the background
     cache_dir: str | Path | None = None,  # for what is generated or downloaded; None = the usual place
-    options: Mapping[str, Any] | None = None,  # of the source, and max_train, max_test
+    options: Mapping[str, Any] | None = None,  # of the source, and max_train, max_test, groups (see `name_groups`)
     leaks: str = "refuse",  # a picture in two splits: refuse, warn, off
 ) -> SegData:  # decoded when a row is asked for
     "Load a data set: reads headers, looks once at every image, at no mask. `DataError` says what is wrong and where."
     source, options = str(source), dict(options or {})
     limits = {name: options.pop(name, None) for name in ("max_train", "max_test")}
+    grouping = options.pop("groups", None)
     splits = SOURCES[_kind(source)](source, seed=seed, cache_dir=cache_dir, options=options)
-    train = _limited(raw_rows(splits.train), limits["max_train"], seed, "max_train")
-    test = _limited(raw_rows(splits.test), limits["max_test"], seed, "max_test")
-    val = splits.val
-    if val is None:
-        train, val = carve(train, val_share, seed)
-    parts = {"train": train, "val": raw_rows(val), "test": test}
+    named = name_groups(grouping, [rows for rows in (splits.train, splits.val, splits.test) if rows], splits.clips)
+    off = check_choice("leaks", leaks, LEAKS) == "off"
+    looking = (lambda parts: {}) if off else (lambda parts: look_at(parts, cache_dir))
+    parts, looks, groups = _divide(splits, named, limits, val_share, seed, looking)
     seen: dict[str, str] = {}
     survey = Survey()
     for split, rows in parts.items():
@@ -468,14 +557,14 @@ def load_data(
             seen[row_id] = split
         check_headers(rows, split, survey)
     meaning = _meaning(splits.labels, survey, source)
-    check_leaks(parts, source, splits.clips, cache_dir, leaks)
+    check_leaks(parts, source, splits.clips, cache_dir, leaks, looks, named)
     labels = meaning.labels.binary() if binary else meaning.labels
     watch = MaskWatch(labels, meaning.settled)
     decoded = {split: rows.with_transform(DecodeRows(labels, watch)) for split, rows in parts.items()}
     name = resolve_path(source).name if resolve_path(source).is_dir() and source not in SOURCES else source
     if isinstance(splits.labels, Said) and source not in SOURCES:
         print(f"{name}: {meaning.line}")
-    return SegData(**decoded, labels=labels, name=name, binary=binary, meaning=meaning.record, watch=watch)
+    return SegData(**decoded, labels=labels, name=name, binary=binary, meaning=meaning.record, watch=watch, groups=groups)
 
 
 def _meaning(labels: LabelSpace | Said, survey: Survey, source: str) -> Meaning:
@@ -484,6 +573,7 @@ def _meaning(labels: LabelSpace | Said, survey: Survey, source: str) -> Meaning:
         return decide(labels, survey, source)
     line = describe(labels, survey)
     return Meaning(labels, line, True, {"line": line, "names from": "the source"})
+
 
 # %% ../nbs/01_data.ipynb #data-check
 def check_data(

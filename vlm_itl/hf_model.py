@@ -119,10 +119,11 @@ def _checkpoint(name: str, what: str, load: Callable[[], Any]) -> Any:
         return load()
     except (ConfigError, JudgeError):
         raise
-    except ImportError as error:
-        hint = " (pip install 'vlm_itl[vision]')" if "torchvision" in str(error).lower() else ""
-        raise JudgeError(f"judge 'hf': the {what} of {name!r} needs a package{hint}: {short_error(error)}") from error
     except Exception as error:  # a family's own code reads the files, and may fail in any way
+        if isinstance(error, ImportError) or "torchvision: " in str(error):
+            hint = " (pip install 'vlm_itl[vision]')" if "torchvision" in str(error).lower() else ""
+            needs = f"the {what} of {name!r} needs a package{hint}"
+            raise JudgeError(f"judge 'hf': {needs}: {short_error(error)}") from error
         if "trust_remote_code" in str(error):
             raise ConfigError(
                 f"judge 'hf': {name!r} brings Python code of its own, which is not run. Read it; if you trust it, "

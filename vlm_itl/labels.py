@@ -594,7 +594,7 @@ class MeaningError(DataError):
     "What the masks hold fits two readings, or contradicts the one that was decided."
 
 
-_ENOUGH = 3  # masks of nothing but one class and void
+_ENOUGH = 8  # masks of nothing but one class and void: of fewer, all may be pictures without an object
 
 
 class MaskWatch:
@@ -608,6 +608,7 @@ class MaskWatch:
         self.labels, self.settled = labels, settled
         self.seen: Counter[int] = Counter()  # class -> masks that hold it
         self.masks = 0
+        self.patient = False  # somebody will call `check` when all masks at hand are read
 
     def see(
         self,
@@ -617,7 +618,7 @@ class MaskWatch:
         if self.settled:
             return
         self.count(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)))
-        if self.seen[VOID] >= _ENOUGH:
+        if self.seen[VOID] >= _ENOUGH and not self.patient:
             self.check()
 
     def count(

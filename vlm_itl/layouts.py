@@ -17,7 +17,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from .core import DataError, show
+from .core import ConfigError, DataError, show
 from .meaning import read_lines, read_text
 
 # %% ../nbs/00bc_layouts.ipynb #layouts-ids
@@ -215,8 +215,8 @@ def _folders(root: Path) -> list[Path]:
 def _one_of(root: Path, usual: Sequence[str], given: Any, option: str) -> Path | None:
     "The folder of images, or of masks; `DataError` if there are several."
     if given is not None:
-        if not isinstance(given, (str, Path)) or not (root / given).is_dir():
-            raise DataError(f"{root / str(given)}: no such folder; the option {option} says so")
+        if not (root / given).is_dir():
+            raise DataError(f"{root / given}: no such folder; the option {option} says so")
         return root / given
     found = [path for path in _folders(root) if path.name.casefold() in usual]
     if len(found) > 1:
@@ -313,6 +313,9 @@ def find_pairs(
     options: Mapping[str, Any],  # images, masks: folders; mask_suffix: what the names of masks end with
 ) -> Pairs:
     "Images and masks of a folder in any layout; `DataError` with a hint for those that are not read."
+    for name in PAIR_OPTIONS:
+        if not isinstance(options.get(name, ""), str):
+            raise ConfigError(f"{name}: a text is needed, such as 'masks' or '_mask'; not {show(options[name], 60)}")
     listed = _listed_pairs(root)
     if listed is not None:
         return listed

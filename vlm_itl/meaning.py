@@ -68,6 +68,7 @@ _FORMS = {
     "name, colour": re.compile(rf"(?P<name>.*?[^\s,:;])\s*[:,;\s]\s*{_COLOR}\s*(?::.*)?"),
     "colour, name": re.compile(rf"{_COLOR}[\s,:;]+(?P<name>\S.*)"),
     "number, name": re.compile(r"(?P<number>\d{1,3})\s*[\s:,;=]\s*(?P<name>\D.*)"),
+    "name, number": re.compile(r"(?P<name>\D.*?)\s*[\s:,;=]\s*(?P<number>\d{1,3})"),
 }
 _VOID_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "border", "255"}
 
@@ -86,8 +87,10 @@ def class_file(
         if all(found):
             matches = [match for match in found if match]
             names = tuple(match["name"].strip().strip("\"'") for match in matches)
-            if form == "number, name":
-                return _numbered(path, names, [int(match["number"]) for match in matches])
+            if form == "name, number" and len(set(names)) < len(names):
+                continue  # names that end in a number: class 1, class 2
+            if "number" in form:
+                return _numbered(path, names, [int(match["number"]) for match in matches], path.name)
             colors = [
                 tuple(int(level) for level in re.findall(_COLOR, match[0])[-1 if form[0] == "n" else 0])
                 for match in matches
@@ -111,10 +114,10 @@ def _table_lines(path: Path) -> list[str]:
     return [",".join(row) for row in rows]
 
 
-def _numbered(path: Path, names: Sequence[str], numbers: Sequence[int]) -> Said:
+def _numbered(where: Any, names: Sequence[str], numbers: Sequence[int], origin: str) -> Said:
     "Names with the values that the masks hold."
     if len(set(numbers)) < len(numbers):
-        raise DataError(f"{path}: {next(n for n in numbers if list(numbers).count(n) > 1)} stands there twice")
+        raise DataError(f"{where}: {next(n for n in numbers if list(numbers).count(n) > 1)} stands there twice")
     pairs = sorted(zip(numbers, names, strict=True))
     void = [n for n, name in pairs if n == VOID and name.lower() in _VOID_NAMES]
     pairs = [pair for pair in pairs if pair[0] not in void]
@@ -122,7 +125,7 @@ def _numbered(path: Path, names: Sequence[str], numbers: Sequence[int]) -> Said:
     return Said(
         tuple(name for _, name in pairs),
         values=None if values == tuple(range(len(values))) else values,
-        origin=path.name,
+        origin=origin,
     )
 
 
@@ -155,12 +158,26 @@ def _named(given: Any) -> Said:
         if not 2 <= given <= 254:
             raise ConfigError(f"classes: 2 to 254 classes, not {show(given)}")
         return Said(tuple(f"class {index}" for index in range(given)))
+    if isinstance(given, Mapping):
+        return _numbered_names(given)
     if not isinstance(given, (str, Path)):
         return Said(given)
     path = resolve_path(given)
     if not path.is_file():
         raise DataError(f"{path}: no such file; it should hold one class name a line, class 0 first")
     return class_file(path)
+
+
+def _numbered_names(given: Mapping[Any, Any]) -> Said:
+    "Names by their file values, {0: 'background', 7: 'road'}, or the other way round."
+    numbers, names = list(given), list(given.values())
+    if all(isinstance(one, int) for one in names):
+        numbers, names = names, numbers
+    if not numbers or not all(isinstance(one, int) and not isinstance(one, bool) for one in numbers):
+        raise ConfigError(
+            f"classes: names with their values, such as {{0: 'background', 7: 'road'}}, not {show(given, 80)}"
+        )
+    return _numbered("classes", [str(name) for name in names], numbers, "data_options")
 
 
 def _beside(folders: Sequence[Path]) -> Said:

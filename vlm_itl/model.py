@@ -563,11 +563,8 @@ _EXACT = (
 
 def _alike(model: Segmenter, folder: Path, image_size: int, resize: str, pictures: Sequence[Any]) -> float:
     "The share of pixels on which our own masks and those through the saved processor agree."
-    processor, own, same = (
-        AutoImageProcessor.from_pretrained(folder, backend="pil"),
-        EvalTransform(image_size, resize),
-        [],
-    )
+    processor, own = AutoImageProcessor.from_pretrained(folder, backend="pil"), EvalTransform(image_size, resize)
+    same: list[float] = []
     device, was = model.mean.device, model.training
     model.eval()
     with torch.inference_mode():

@@ -10,7 +10,7 @@ __all__ = ['FULL_MASK_SECONDS', 'CHECK_SECONDS', 'Ledger', 'mask_pixels', 'Oracl
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class Ledger:
     train_images: int = 0  # human masks in the pool
     val_images: int = 0  # human masks held out for validation
     regions: int = 0  # parts of images that were asked for alone
+    shares: float = 0.0  # whole masks that these regions make, by their pixels
     pixels: int = 0  # pixels inside those masks and regions
     clicks: int | None = 0  # by the rule of `count_clicks`; None as soon as some were not counted
     human_seconds: float = 0.0  # at `mask_seconds` an image; a region takes its share; and for the checks
@@ -45,7 +46,8 @@ class Ledger:
     judge_usd: float | None = 0.0  # money for them; None as soon as one price is unknown
     preflight_calls: int = 0  # questions by which the judge was examined before any training
     preflight_usd: float | None = 0.0  # money for them
-    peeks: int = 0  # truths read without paying, for simulation and measurement only
+    peeks: int = 0  # truths that a simulated judge read without paying, an image once a round
+    measured: int = 0  # truths read to measure a judge or to draw its mistakes: nothing in the run depends on them
 
     @property
     def images(self) -> int:
@@ -65,7 +67,7 @@ class Ledger:
             self.train_images += len(pixels)
         self.pixels += int(sum(pixels))
         self.clicks = None if clicks is None or self.clicks is None else self.clicks + clicks
-        self.human_seconds = round(self.human_seconds + self.mask_seconds * len(pixels), 3)
+        self._count_seconds()
 
     def pay_region(
         self,
@@ -75,9 +77,10 @@ class Ledger:
     ) -> None:
         "Charge one region. A simplification: its share of the pixels is its share of the seconds."
         self.regions += 1
+        self.shares += pixels / of
         self.pixels += pixels
         self.clicks = None if self.clicks is None else self.clicks + clicks
-        self.human_seconds = round(self.human_seconds + self.mask_seconds * pixels / of, 3)
+        self._count_seconds()
 
     def pay_checks(
         self,
@@ -85,16 +88,30 @@ class Ledger:
     ) -> None:
         "Charge a human's yes or no to some masks."
         self.checks += count
-        self.human_seconds = round(self.human_seconds + CHECK_SECONDS * count, 3)
+        self._count_seconds()
 
     def pay_judge(
         self,
         calls: int,  # questions
         usd: float | None,  # their price; None: unknown
     ) -> None:
-        "Charge some questions."
+        "Charge some questions. A price that is none (negative, nan) is unknown."
+        usd = usd if usd is not None and math.isfinite(usd) and usd >= 0 else None
         self.judge_calls += calls
         self.judge_usd = None if usd is None or self.judge_usd is None else self.judge_usd + usd
+
+    def priced_at(
+        self,
+        mask_seconds: float,  # human seconds for one full mask
+    ) -> "Ledger":
+        "The same masks, regions and checks at another price: only the human seconds differ."
+        found = replace(self, mask_seconds=mask_seconds)
+        found._count_seconds()
+        return found
+
+    def _count_seconds(self) -> None:
+        "Human seconds follow from what was paid: whole masks, shares of masks, checks."
+        self.human_seconds = round(self.mask_seconds * (self.images + self.shares) + CHECK_SECONDS * self.checks, 3)
 
     def record(self) -> dict[str, Any]:
         "The state as plain numbers, images first."
@@ -105,8 +122,11 @@ class Ledger:
         cls,
         record: dict[str, Any],  # from `record`
     ) -> "Ledger":
-        "The ledger as it stood; one from before clicks were counted does not know them."
-        return cls(**{"clicks": None, **{k: v for k, v in record.items() if k != "images"}})
+        "The ledger as it stood; one from before clicks were counted does not know them, nor the shares of regions."
+        found = cls(**{"clicks": None, **{k: v for k, v in record.items() if k != "images"}})
+        if "shares" not in record and found.regions and found.mask_seconds:
+            found.shares = (found.human_seconds - CHECK_SECONDS * found.checks) / found.mask_seconds - found.images
+        return found
 
 # %% ../nbs/07b_pool.ipynb #pool-oracle
 def mask_pixels(
@@ -153,7 +173,12 @@ class Oracle:
         self.parts: dict[str, bytes] = {}  # partly paid image -> PNG of what is known of its mask, void elsewhere
         self._asked: dict[str, set[int]] = {}  # partly paid image -> its paid regions
         self.complete: set[str] = set()  # images whose regions, taken together, are the whole image
-        self.simulated = False
+        self._peeked: set[str] = set()  # in this round
+
+    @property
+    def simulated(self) -> bool:
+        "Has a simulated judge read a truth here?"
+        return self.ledger.peeks > 0
 
     @property
     def ids(self) -> list[str]:
@@ -249,10 +274,24 @@ class Oracle:
         self,
         image_id: str,  # any image of the pool
     ) -> np.ndarray:  # (H, W) uint8, its true mask
-        "Read a truth without paying. Only simulated judges and measurements may; it marks the run as simulated."
-        self.simulated = True
-        self.ledger.peeks += 1
-        return self._truths[self.rows([image_id])[0]]["mask"]
+        "Read a truth without paying. Only a simulated judge (`needs_truth`) may; an image counts once a round."
+        row = self.rows([image_id])[0]
+        self.ledger.peeks += image_id not in self._peeked
+        self._peeked.add(image_id)
+        return self._truths[row]["mask"]
+
+    def begin_round(self) -> None:
+        "From now on, a look at a truth counts again."
+        self._peeked.clear()
+
+    def truth_for_measuring(
+        self,
+        image_id: str,  # any image of the pool
+    ) -> np.ndarray:  # (H, W) uint8, its true mask
+        "Read a truth without paying, to say how good a judge was: counted apart, and no decision may depend on it."
+        row = self.rows([image_id])[0]
+        self.ledger.measured += 1
+        return self._truths[row]["mask"]
 
 # %% ../nbs/07b_pool.ipynb #pool-pool
 @dataclass

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Reader', 'JUDGE_RATES', 'SHORT_COLUMNS', 'COLORS', 'MARKERS', 'VERDICT_COLORS', 'ABSENT', 'VOID_COLOR',
-           'FREE_SETTINGS', 'ARM_SETTINGS', 'AGAINST', 'SPLIT_STYLE', 'STROKES', 'RATE_TEXT', 'Run', 'read_run',
-           'list_runs', 'guarded', 'as_runs', 'round_table', 'aubc', 'metric_column', 'summary_table', 'PlainFigure',
-           'make_figure', 'tidy_axes', 'need_rounds', 'recipe', 'group_runs', 'find_references', 'plot_learning_curve',
+           'ARM_SETTINGS', 'AGAINST', 'SPLIT_STYLE', 'STROKES', 'RATE_TEXT', 'Run', 'read_run', 'list_runs', 'guarded',
+           'as_runs', 'round_table', 'aubc', 'metric_column', 'summary_table', 'PlainFigure', 'make_figure',
+           'tidy_axes', 'need_rounds', 'recipe', 'group_runs', 'find_references', 'plot_learning_curve',
            'plot_class_iou', 'gallery_items', 'score_name', 'plot_gallery', 'asked_items', 'plot_asked', 'plot_judge',
            'save_png', 'save_figures']
 
@@ -37,7 +37,7 @@ from PIL import Image
 from .core import DataError, RunError, check_choice, from_json, read_json, resolve_path, write_bytes
 from .guards import inside, refuse_links
 from .labels import read_image, read_indices
-from .runfolder import RunFolder, checked_record, file_errors, readable
+from .runfolder import FREE_SETTINGS, RunFolder, checked_record, file_errors, readable
 
 # %% ../nbs/07c_report.ipynb #report-run
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Run:
     @property
     def simulated(self) -> bool:
         "Whether its judge reads the truth, so that its numbers are those of a simulation."
-        return bool((self.summary or {}).get("simulated", False))
+        return bool((self.summary or self.data).get("simulated", False))
 
     @property
     def labels(self) -> list[str]:
@@ -383,11 +383,6 @@ def need_rounds(run: Run) -> None:
         raise RunError(f"{run.path} has no finished round yet: nothing to draw.")
 
 # %% ../nbs/07c_report.ipynb #report-series
-# settings that make no difference to what a run measures
-FREE_SETTINGS = (
-    "seed", "output_dir", "log_with", "project", "num_workers", "keep_models", "version", "gallery", "device",
-    "test_every_round", "leaks",
-)  # fmt: skip
 # settings by which runs are compared; beside them all that start with "judge", "strategy" or "region"
 ARM_SETTINGS = (
     "mode",
@@ -417,7 +412,7 @@ def _arm(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     "What must be the same where runs are compared."
-    skipped = (*FREE_SETTINGS, *ARM_SETTINGS)
+    skipped = ("seed", *FREE_SETTINGS, *ARM_SETTINGS)
     return {key: value for key, value in config.items() if key not in skipped and not key.startswith(_ARM_STARTS)}
 
 

@@ -50,7 +50,8 @@ class Journal:
         self.path = Path(path)
         self.known: dict[str, Judgement] = {}
         self.spent: list[Judgement] = []  # paid, but asked again
-        for line in self.path.read_text().splitlines() if self.path.is_file() else []:
+        text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
+        for line in text.split("\n"):
             try:
                 entry = json.loads(line)
                 if "again" in entry:
@@ -70,6 +71,8 @@ class Journal:
         answers: Mapping[str, Judgement],  # key -> fresh answer
     ) -> None:
         "Write some answers down."
+        if not answers:
+            return
         self.known.update(answers)
         self._write("".join(to_json({"key": key, **judgement.to_dict()}) + "\n" for key, judgement in answers.items()))
 
@@ -101,8 +104,6 @@ def judge_masks(
     journal: Journal | None = None,  # where answers are kept until the round is whole
 ) -> list[Judgement]:  # in the order of `images`
     "Ask the judge about predicted masks, a chunk at a time. `DataError` if an image cannot be read any more."
-    if handler.needs_truth:
-        journal = None  # what such a judge peeks at is counted, so it is asked again
     ids = row_ids(images)
     judgements: list[Judgement] = []
     with progress(desc=f"judging ({handler.name})", total=len(ids), unit="mask") as bar:
@@ -127,20 +128,32 @@ def ask_once(
     "Answers from the journal, and from the judge; what was answered before it stopped is kept as well."
     known = {} if journal is None else journal.known
     keys = [stable_hash(q.id, q.question, np.asarray(q.mask)).hex() for q in queries]
-    fresh = {key: query for key, query in zip(keys, queries, strict=True) if key not in known}
-    try:
-        answers = dict(zip(fresh, handler.judge(fresh.values()), strict=True))
-    except JudgeStopped as stop:
-        if journal is not None and stop.judgements:
-            places = list(fresh)
-            journal.stopped({places[i]: judgement for i, judgement in stop.judgements.items()})
-        raise
-    for key, judgement in answers.items():
-        if judgement.error is not None:
-            fresh[key].picture()  # that a file is gone must not pass for a doubt
-    if journal is not None and answers:
-        journal.add(answers)
+    fresh = [(key, query) for key, query in zip(keys, queries, strict=True) if key not in known]
+    if handler.needs_truth:
+        for query in (q for key, q in zip(keys, queries, strict=True) if key in known):
+            handler.truth(query.id)  # counted as when it was asked
+    answers: dict[str, Judgement] = {}
+    for start in range(0, len(fresh), handler.batch_size):
+        answers |= _ask_batch(handler, dict(fresh[start : start + handler.batch_size]), journal)
     return [(answers.get(key) or known[key]) for key in keys]
+
+
+def _ask_batch(handler: VLMHandler, asked: Mapping[str, JudgeQuery], journal: Journal | None) -> dict[str, Judgement]:
+    "Ask, and write down at once what has been paid for, also where the judge stops midway."
+    keep = journal.add if journal is not None else dict
+    try:
+        answers = dict(zip(asked, handler.judge(asked.values()), strict=True))
+    except JudgeStopped as stop:
+        places = list(asked)
+        if journal is not None:
+            journal.stopped({places[i]: j for i, j in stop.judgements.items() if i < len(places)})
+        raise
+    failed = {key: judgement for key, judgement in answers.items() if judgement.error is not None}
+    keep({key: judgement for key, judgement in answers.items() if key not in failed})
+    for key in failed:
+        asked[key].picture()  # that a file is gone must not pass for a doubt
+    keep(failed)
+    return answers
 
 
 def doubts(
@@ -173,7 +186,7 @@ def accepts(
 def measure_judge(
     judgements: Sequence[Judgement],  # answers about predicted masks
     accepted: Sequence[str],  # images whose mask was accepted
-    oracle: Oracle,  # peeked at, for measurement only
+    oracle: Oracle,  # its truths are read for measurement only
     masks: MaskStore,  # predicted masks
     tau: float,  # a good mask reaches this mean IoU
 ) -> tuple[dict[str, Any], dict[str, float]]:  # measures, IoU of each judged image
@@ -181,7 +194,7 @@ def measure_judge(
     classes = len(masks.labels)
     ious = {}
     for judgement in progress(judgements, "measuring the judge", unit="mask"):
-        truth = oracle.peek_for_simulation(judgement.id)
+        truth = oracle.truth_for_measuring(judgement.id)
         ious[judgement.id] = image_iou(masks[judgement.id], truth, classes)
     measures = verdict_metrics(judgements, [ious[j.id] for j in judgements], tau)
     kept = [ious[i] for i in accepted if not math.isnan(ious[i])]
@@ -216,11 +229,11 @@ def certify_answers(
 def check_certifiable(
     config: Config,  # alpha, delta
     count: int,  # validation masks
-    shares: Sequence[float],  # share of the pool that the strategy has left in it, for each round
+    shares: Sequence[float],  # share of the pool that the strategy has left in it, for each round; 0: nothing
 ) -> str | None:  # one line about rounds in which nothing can pass; None: all can
     "`ConfigError` where no round can certify anything, with the number of masks that it takes."
     delta = config.delta / len(shares)
-    needed = [least_sample(config.alpha, delta, left) for left in shares]
+    needed = [least_sample(config.alpha, delta, left) for left in shares if left > 0]
     rounds = f"over {len(shares)} rounds" if len(shares) > 1 else "in one round"
     if count < min(needed):
         raise ConfigError(
@@ -344,7 +357,7 @@ def write_gallery(
     model: Segmenter,  # for validation images
     data: SegData,  # validation images and their truth (paid)
     config: Config,  # how many, how shown
-    oracle: Oracle | None = None,  # with a judge: its images, and truths peeked at for the picture
+    oracle: Oracle | None = None,  # with a judge: its images, and truths for the picture
     masks: MaskStore | None = None,  # with a judge: what it saw
     judgements: Sequence[Judgement] = (),  # with a judge: what it said
     ious: dict[str, float] | None = None,  # with a judge: how right the masks were
@@ -366,7 +379,7 @@ def write_gallery(
     for judgement in _instructive(judgements, ious or {}, config.tau, config.gallery):
         assert oracle is not None and masks is not None and ious is not None
         image = oracle.images[oracle.rows([judgement.id])[0]]["image"]
-        truth = oracle.peek_for_simulation(judgement.id)
+        truth = oracle.truth_for_measuring(judgement.id)
         files = _save_example(folder, len(index), image, truth, masks[judgement.id], data.labels)
         answer = {
             "verdict": judgement.verdict,

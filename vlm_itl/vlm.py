@@ -10,12 +10,14 @@ __all__ = ['QUESTIONS', 'VERDICTS', 'SCORE_KINDS', 'REMEDIES', 'HANDLERS', 'chec
 
 # %% ../nbs/06_vlm.ipynb #vlm-imports
 import inspect
+import math
 import re
 import string
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -209,6 +211,10 @@ class Judgement:
         for name, value in (("p_yes", self.p_yes), ("p_mass", self.p_mass)):
             if value is not None:
                 check_number(name, value, 0, 1 + 1e-6)
+        for name in ("tokens", "usd", "latency_s"):  # what a server says of them may be nonsense: then they are unknown
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Real) and 0 <= float(value) < math.inf):
+                object.__setattr__(self, name, None)
 
     def to_dict(self) -> dict[str, Any]:
         "Plain types, for a line of `judgements.jsonl`."
@@ -348,6 +354,7 @@ class VLMHandler(ABC):
     _answered_well: int = 0  # so far
     _truth: Callable[[str], np.ndarray] | None = None
     _segmenter: tuple[Any, Any] | None = None
+    _payer: str = ""
 
     def inner(self) -> Sequence["VLMHandler"]:
         "The judges that this one asks in turn; what is bound to it is bound to them."
@@ -375,6 +382,15 @@ class VLMHandler(ABC):
         self._segmenter = (model, view)
         for judge in self.inner():
             judge.bind_segmenter(model, view)
+
+    def bind_payer(
+        self,
+        payer: str,  # a name that no other run has; empty: nobody in particular
+    ) -> None:
+        "Say who pays from now on, so that a cache can tell what this run has paid for from what others have."
+        self._payer = payer
+        for number, judge in enumerate(self.inner()):
+            judge.bind_payer(payer and f"{payer}.{number}")
 
     def segmenter(self) -> tuple[Any, Any]:  # a `Segmenter` and an `Inference`
         "The segmenter whose masks are judged; `JudgeError` if it was not bound."
@@ -431,7 +447,7 @@ class VLMHandler(ABC):
             if problem is None:
                 usable.append(index)
             else:
-                answers[index] = self._complete(abstain(problem, attempts=0), query, 0.0)
+                answers[index] = self._complete(abstain(problem, attempts=0, tokens=0, usd=0.0), query, 0.0)
         with progress(desc=f"judge {self.name}", total=len(usable), unit="mask") as bar:
             while usable:
                 doubtful = not self._answered_well or self._alike[1]
@@ -460,7 +476,7 @@ class VLMHandler(ABC):
             reason = next(str(a.error) for a in reversed(fresh) if failure_kind(a) is not None)
             who = f"judge {self.name or type(self).__name__!r}"
             who += f" ({self.model})" if self.model and self.model != self.name else ""
-            told = f"{who} failed {count} times in a row, always alike: {reason}. To do: {remedy(reason)}."
+            told = f"{who} failed {count} times in a row, always alike: {reason.rstrip('.')}. To do: {remedy(reason)}."
             raise JudgeStopped(told, answers)
 
     def _unfit(self, query: JudgeQuery) -> str | None:
