@@ -819,7 +819,7 @@ def test_test_split_opens_at_the_end(folder: Path, tmp_path: Path) -> None:
 
 def test_calibration_images_that_were_trained_on(folder: Path, tmp_path: Path) -> None:
     """An image of the pool among the validation images is refused, before it trains and before it certifies."""
-    settings = {**TINY, "mode": "vlm", "judge": "mock", "acceptance": "certified", "dataset": str(folder)}
+    settings = {**TINY, "mode": "vlm", "judge": "mock", "acceptance": "certified", "alpha": 0.6, "dataset": str(folder)}
     experiment = Experiment(make_config(settings, output_dir=str(tmp_path / "run")))
     experiment.run_round()
     taught = experiment.oracle.labelled(experiment.pool.human[:1])

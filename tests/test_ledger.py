@@ -465,8 +465,9 @@ def test_fault_14_a_trials_cost_survives(tmp_path: Path) -> None:
     assert cost(c)["usd_of_cached"] >= first["usd"]
 
 
-def test_failures_are_paid_each_time(tmp_path: Path) -> None:
+def test_failures_are_paid_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A judge that fails is asked again, and what it took adds up."""
+    monkeypatch.setattr(Asked, "patience", 1000)
     config = trial(tmp_path / "a", options={"log": f"{tmp_path / 'a'}.txt", "how": "fails"})
     for _ in range(2):
         try_judge(config)
@@ -491,6 +492,7 @@ def test_mutant_the_start_follows_the_seed(scenes: Path, tmp_path: Path) -> None
 def test_mutant_an_audits_bad_mask_is_dropped(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a human saw to be bad is not trained on; the look is charged."""
     monkeypatch.setattr(vlm_itl.experiment, "certify_answers", lambda *_: {"threshold": 0.5})
+    monkeypatch.setattr(vlm_itl.experiment, "check_certifiable", lambda *_: None)  # three masks are too few
     config = settings(scenes, tmp_path / "run", acceptance="certified", tau=1.0)
     record = Experiment(config).run_round()
     audit = record.judge["certified"]["audit"]
