@@ -7,24 +7,28 @@ __all__ = ['SOURCES', 'SegData', 'toy_images', 'carve', 'Splits', 'register_sour
            'folder_source', 'hub_source', 'load_data', 'check_data']
 
 # %% ../nbs/01_data.ipynb #data-imports
-import numpy as np
-import pandas as pd
 import re
 import warnings
-from PIL import Image
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
 from datasets import (
     Dataset,
     DatasetDict,
     Features,
-    Image as ImageColumn,
     load_dataset,
     load_from_disk,
 )
-from io import BytesIO
-from pathlib import Path
-from typing import Any
+from datasets import (
+    Image as ImageColumn,
+)
+from PIL import Image
+
 from vlm_itl.core import (
     ConfigError,
     DataError,
@@ -46,10 +50,14 @@ from vlm_itl.labels import (
     check_headers,
     make_rows,
     raw_rows,
-    read_image as read_image,
-    read_mask as read_mask,
     row_ids,
     short_error,
+)
+from vlm_itl.labels import (
+    read_image as read_image,
+)
+from vlm_itl.labels import (
+    read_mask as read_mask,
 )
 from vlm_itl.layouts import (
     PAIR_OPTIONS,
@@ -80,7 +88,8 @@ from vlm_itl.meaning import (
     describe,
     read_said,
 )
-from .scenes import VOID, make_scenes, voc_palette as voc_palette
+from .scenes import VOID, make_scenes
+from .scenes import voc_palette as voc_palette
 
 # %% ../nbs/01_data.ipynb #data-seg-data
 @dataclass
@@ -358,7 +367,6 @@ def folder_source(
         print(f"{root.name}: {pairs.note}")
     return _arrange(_with_ids(named), said, str(root))
 
-
 # %% ../nbs/01_data.ipynb #data-hub-fetch
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
 _MASK_COLUMNS = ("mask", "label", "annotation", "segmentation_mask", "labels", "seg_map")
@@ -564,7 +572,9 @@ def load_data(
     name = resolve_path(source).name if resolve_path(source).is_dir() and source not in SOURCES else source
     if isinstance(splits.labels, Said) and source not in SOURCES:
         print(f"{name}: {meaning.line}")
-    return SegData(**decoded, labels=labels, name=name, binary=binary, meaning=meaning.record, watch=watch, groups=groups)
+    return SegData(
+        **decoded, labels=labels, name=name, binary=binary, meaning=meaning.record, watch=watch, groups=groups
+    )
 
 
 def _meaning(labels: LabelSpace | Said, survey: Survey, source: str) -> Meaning:
@@ -573,7 +583,6 @@ def _meaning(labels: LabelSpace | Said, survey: Survey, source: str) -> Meaning:
         return decide(labels, survey, source)
     line = describe(labels, survey)
     return Meaning(labels, line, True, {"line": line, "names from": "the source"})
-
 
 # %% ../nbs/01_data.ipynb #data-check
 def check_data(

@@ -8,16 +8,18 @@ __all__ = ['GROUPS', 'JudgeConfig', 'make_judge_config', 'judge_run_path', 'judg
 
 # %% ../nbs/08a_judging.ipynb #judging-imports
 import importlib.metadata
-import numpy as np
-import pandas as pd
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
-from datasets import Dataset, concatenate_datasets
-from matplotlib.figure import Figure
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pandas as pd
+from datasets import Dataset, concatenate_datasets
+from matplotlib.figure import Figure
+
 from .baselines import CONFIDENCE_KINDS
 from .cache import CachedHandler, JudgementCache
 from .certify import certify
@@ -64,8 +66,8 @@ from .runfolder import FREE_SETTINGS, RunFolder, protected
 from .settings import named_run, read_settings
 from .train import Inference, MaskStore, score_pool
 from vlm_itl.vlm import (
-    JudgeQuery,
     Judgement,
+    JudgeQuery,
     VLMHandler,
     check_question,
     handler_options,
