@@ -378,7 +378,7 @@ def _chat(vlm: LoadedVLM, template: str, content: Any) -> str:
     "One question as a chat template writes it; thinking is switched off where the template has a switch."
     quick = {name: False for name in ("enable_thinking", "thinking") if name in template}
     talk = [{"role": "user", "content": content}]  # written by the parent: SmolVLM's own method wants to know of films
-    options = {"tokenize": False, "add_generation_prompt": True, **quick}
+    options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **quick}
     return ProcessorMixin.apply_chat_template(vlm.processor, talk, template, **options)
 
 
