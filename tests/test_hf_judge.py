@@ -250,13 +250,14 @@ def test_22_all_families_of_the_shared_builder(
     if not script.is_file():
         pytest.skip("faults/tiny_families.py is not in the shared folder")
     monkeypatch.setenv("VLM_ITL_CLONE", str(root))
+    hub = sys.modules["transformers"]  # what the builder will import
     films = {"Qwen2VL": "Qwen2VL", "Qwen2_5_VL": "Qwen2VL", "Qwen3VL": "Qwen3VL", "InternVL": "InternVL"}
     films |= {name: name for name in ("SmolVLM", "LlavaOnevision", "Glm4v")}
     for family, film in {**films, "Pixtral": ""}.items():
-        kind = still_pictures(without_torchvision(getattr(transformers, f"{family}Processor")))
-        monkeypatch.setattr(transformers, f"{family}Processor", kind, raising=False)
+        kind = still_pictures(without_torchvision(getattr(hub, f"{family}Processor")))
+        monkeypatch.setattr(hub, f"{family}Processor", kind, raising=False)
         if film:
-            monkeypatch.setattr(transformers, f"{film}VideoProcessor", lambda: None, raising=False)
+            monkeypatch.setattr(hub, f"{film}VideoProcessor", lambda: None, raising=False)
     spec = importlib.util.spec_from_file_location("tiny_families", script)
     assert spec is not None and spec.loader is not None
     families = importlib.util.module_from_spec(spec)
