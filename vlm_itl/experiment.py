@@ -10,7 +10,6 @@ import copy
 import importlib.metadata
 import json
 import math
-import numpy as np
 import secrets
 import shutil
 import time
@@ -26,6 +25,9 @@ from dataclasses import (
 )
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+
 from vlm_itl.core import (
     ConfigError,
     DataError,
@@ -120,9 +122,9 @@ from vlm_itl.turns import (
     write_gallery,
 )
 from vlm_itl.vlm import (
+    Judgement,
     JudgeQuery,
     JudgeStopped,
-    Judgement,
     VLMHandler,
     make_handler,
 )

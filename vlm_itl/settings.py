@@ -172,6 +172,7 @@ class Config:
     num_workers: int = 0  # loader processes
     save_every: int = 0  # steps between checkpoints that a killed training goes on from; 0: about every two minutes
     device: str = "auto"  # auto, cpu, cuda, ...
+    deterministic: bool = True  # on a GPU: one seed, one result, up to a fifth slower; a CPU always is
     log_with: str = "none"  # none, wandb, tensorboard
     project: str = "vlm_itl"  # wandb project
     keep_models: str = "last"  # which rounds' weights stay on disk: last, all, none

@@ -273,6 +273,7 @@ class TrainSettings:
     num_workers: int = 0  # loader processes
     save_every: int = 0  # steps between checkpoints that a killed training goes on from; 0: about every two minutes
     device: str = "auto"  # auto, cpu, cuda, ...
+    deterministic: bool = True  # on a GPU: one seed, one result, up to a fifth slower; a CPU always is
 
     def check(
         self,
@@ -356,7 +357,10 @@ def pixel_loss(
     truth = truth.long()
     if logits.shape[-2:] != truth.shape[-2:]:
         logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
-    total = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="sum")
+    if logits.is_cuda:  # the sum inside cross_entropy has no fixed order there
+        total = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none").sum()
+    else:
+        total = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="sum")
     return total / (truth != ignore_index).sum().clamp(min=1)
 
 # %% ../nbs/04_train.ipynb #train-tried
@@ -542,6 +546,31 @@ def _arguments(
 
 
 @contextmanager
+def _in_fixed_order(on: bool, device: torch.device) -> Iterator[None]:
+    """On a GPU, sums in a fixed order (torch's deterministic algorithms), as they were set before afterwards.
+
+    A network with an operation that has no such form is refused in one line.
+    """
+    if not on or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product is computed
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+        raise ConfigError(
+            f"this network cannot be trained to the same result twice on a GPU ({one_line(str(error), 120)}): set "
+            "deterministic=False."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warned)
+
+
+@contextmanager
 def _denormals_flushed() -> Iterator[None]:
     "AdamW's tiny second moments are denormal numbers, which cost a CPU a tenth of a step; others may need theirs."
     torch.set_flush_denormal(True)
@@ -616,7 +645,8 @@ def _fit(
     examples = TrainingSet(labelled, transform, length=steps * settings.batch_size, seed=seed)
     model.to(pick_device(settings.device))
     seed_everything(seed, "train")
-    with warnings.catch_warnings(), _denormals_flushed(), worker_errors():
+    fixed = _in_fixed_order(settings.deterministic, pick_device(settings.device))
+    with warnings.catch_warnings(), _denormals_flushed(), fixed, worker_errors():
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         stop = EarlyStoppingCallback(settings.early_stopping, settings.early_stopping_threshold)
         trainer = _SegTrainer(
