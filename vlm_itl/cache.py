@@ -261,6 +261,7 @@ class CachedHandler(VLMHandler):
         size = min(64, self.judge_handler.batch_size) if batch_size is None else batch_size
         check_number("batch_size", size, 1, integer=True)
         self.batch_size = min(size, self.judge_handler.batch_size)  # one batch here is one batch there
+        self.patience = self.judge_handler.patience
         self.needs_truth = self.judge_handler.needs_truth
         self.needs_segmenter = self.judge_handler.needs_segmenter
         self.model = self.judge_handler.model or self.judge_handler.name
