@@ -19,7 +19,7 @@ from PIL import Image
 import vlm_itl.experiment
 import vlm_itl.turns
 from vlm_itl.cache import CachedHandler, JudgeStopped
-from vlm_itl.core import DataError, RunError, make_rng
+from vlm_itl.core import DataError, LeakError, RunError, make_rng
 from vlm_itl.experiment import Experiment, run_al
 from vlm_itl.judging import make_judge_config, try_judge
 from vlm_itl.labels import LabelSpace
@@ -506,3 +506,19 @@ def test_mutant_no_image_is_both_asked_and_guessed(scenes: Path, tmp_path: Path)
     record = Experiment(settings(scenes, tmp_path / "run")).run_round()
     chosen = set(record.selection["ids"])
     assert len(chosen) == 3 and len(record.pseudo_ids) == 5 and not chosen & set(record.pseudo_ids)
+
+
+@pytest.mark.parametrize("how", ["human", "pseudo", "part"])
+def test_validation_teaches_nothing(how: str, scenes: Path, tmp_path: Path) -> None:
+    """A round refuses to start where a validation image was trained on, in whatever way."""
+    experiment = Experiment(settings(scenes, tmp_path / "run", mode="al", judge="mock", judge_options={}))
+    name = sorted(experiment._val_ids)[0]
+    experiment._check_validation()
+    if how == "human":
+        experiment.pool.human.append(name)
+    elif how == "pseudo":
+        experiment.pool.pseudo[name] = Path("mask.png")
+    else:
+        experiment.oracle.parts[name] = b""
+    with pytest.raises(LeakError, match=f"{name}.* was trained on"):
+        experiment._check_validation()
