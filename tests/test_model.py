@@ -597,6 +597,15 @@ def test_fault_12_every_family_is_saved_with_its_own_view(name, tmp_path):
     assert ("squares only" in text) == (name == "beit") and "On 1 validation" in text
 
 
+def test_fault_12_a_picture_that_is_too_thin_elsewhere_stops_no_run(tmp_path):
+    model = load_model("segformer-nano", SEVEN)
+    model.net.register_forward_pre_hook(
+        lambda _, a, given: 1 / 0 if given["pixel_values"].shape[2] < 30 else None, with_kwargs=True
+    )
+    text = (save_model(model, tmp_path, 64, "keep", [NOISE.resize((90, 9))]) / "README.md").read_text()
+    assert "0.0% of the pixels" in text
+
+
 def test_fault_12_on_photographs(voc, weights, tmp_path):
     model = load_model(str(weights / "deeplabv3-mobilenetv2-voc"), VOC)
     folder = save_model(model, tmp_path, 128, "stretch")
