@@ -159,7 +159,7 @@ def test_photographs_inside_a_data_set_are_not_copied(tmp_path: Path) -> None:
     rows = make_rows([f"{n:02d}" for n in range(61)], images, [cell(square) for _ in range(61)])
     split = {"train": rows.select(range(60)), "test": rows.select([60])}
     DatasetDict(split).save_to_disk(str(tmp_path / "data"))
-    data = load_data(str(tmp_path / "data"), val_share=4)
+    data = load_data(str(tmp_path / "data"), val_share=4, options={"classes": 2})
     oracle, masks = Oracle(data, Ledger()), MaskStore(tmp_path / "masks", data.labels)
     pool = Pool(oracle.ids)
     oracle.label(oracle.ids[:6])
