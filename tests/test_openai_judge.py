@@ -748,10 +748,19 @@ def test_24_azure(serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch)
 
 
 def test_24_the_full_path_of_the_endpoint_is_understood(serve: Callable[..., Server]) -> None:
+    paths: list[str] = []
+
+    class Spy(Handler):
+        def do_POST(self) -> None:
+            paths.append(self.path)
+            super().do_POST()
+
     server = serve(lambda number, attempt, wish: (OK, reply(wish=wish)))
+    server.RequestHandlerClass = Spy
     for path in ("/chat/completions", "/chat/completions/", "/"):
         (answer,) = judge_at(server, base_url=server.url + path).judge([ask(1)])
         assert answer.verdict == "yes"
+    assert set(paths) == {"/v1/chat/completions"}
 
 
 def test_24_https_to_http_is_one_clear_line(serve: Callable[..., Server]) -> None:
