@@ -6,6 +6,7 @@ import json
 import unicodedata
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,24 @@ def test_number_2_said_by_check_data_and_by_reading(tmp_path: Path) -> None:
         [row["mask"] for row in load(root).train]
     with pytest.raises(DataError, match="'values'"):
         [row["mask"] for row in load_data(str(root), leaks="off", binary=True).train]
+
+
+@pytest.mark.parametrize("use", ["fit", "evaluate"])
+def test_number_2_the_way_of_the_library(use: str, tmp_path: Path) -> None:
+    """Training and evaluation take rows undecoded, past the transform that watched."""
+    from vlm_itl.model import load_model
+    from vlm_itl.train import Inference, TrainSettings, evaluate, fit
+
+    root = write(tmp_path, "images/p{}.png", "masks/p{}.png", black_and_white, 2, count=14, names="background lesion")
+    for options in ({}, {"values": [0, 255]}):
+        data = load(root, **options)
+        model = load_model("segformer-nano", data.labels)
+        expected = nullcontext() if options else pytest.raises(DataError, match=r"'values': \[0, 255\]")
+        with expected:
+            if use == "fit":
+                fit(model, data.train, TrainSettings(steps=4, batch_size=4), Inference(32))
+            else:
+                evaluate(model, data.train, Inference(32))
 
 
 def test_number_2_real_void_is_not_called_into_question(tmp_path: Path, voc: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import papermill
 import pytest
 from PIL import Image
 
+from vlm_itl import judging
 from vlm_itl.cache import JudgeStopped
 from vlm_itl.core import ConfigError, DataError, RunError, project_root
 from vlm_itl.data import load_data
 from vlm_itl.judging import JudgeConfig, judge_run_path, make_judge_config, try_judge
 from vlm_itl.run import main, run_notebook
+from vlm_itl.simulated import MockHandler
+from vlm_itl.vlm import Judgement
 
 TINY: dict[str, Any] = {
     "options": {"sensitivity": 0.9, "specificity": 0.8},
@@ -102,6 +106,31 @@ def test_certificate_on_the_other_half(masks: Path, tmp_path: Path):
     report = try_judge(config).report
     assert report["certified"]["mock"]["threshold"] is not None and report["certified"]["mock"]["bad_share"] == 0
     assert report["certified"]["always_no"]["threshold"] is None
+
+
+def test_certificate_tears_no_group(masks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Frames of one film would certify themselves: what belongs together is in one half."""
+    names = sorted(path.stem for path in masks.glob("*.png"))
+    pairs = {name: f"film {place // 2}" for place, name in enumerate(names)}
+    score = {name: (place // 2 + 1) / 10 for place, name in enumerate(names)}  # alike in a pair
+    halves: list[list[float]] = []
+
+    def watched(p_yes: list[float], *_: Any) -> dict[str, Any]:
+        halves.append(sorted(p_yes))
+        return {"threshold": None}
+
+    monkeypatch.setattr(judging, "certify", watched)
+    monkeypatch.setattr(MockHandler, "_judge_one", lambda self, query: Judgement("yes", score[query.id], id=query.id))
+    loaded = load_data("scenes", options=TINY["data_options"])
+    for groups, seed in [({}, 0), *((pairs, seed) for seed in range(3)), (dict.fromkeys(names, "film"), 0)]:
+        monkeypatch.setattr(judging, "load_data", lambda *_, _groups=groups, **__: replace(loaded, groups=_groups))
+        folder = str(tmp_path / f"{len(groups)} {len(set(groups.values()))} {seed}")
+        config = make_judge_config(TINY, limit=0, masks=str(masks), seed=seed, output_dir=folder)
+        halves.clear()
+        found = try_judge(config).report["certified"]["mock"]
+        if groups == pairs:
+            assert len(halves[0]) == 4 and halves[0][0::2] == halves[0][1::2]
+        assert len(set(groups.values())) != 1 or found["reason"] == "no image to certify on"
 
 
 def test_settings_are_checked(tmp_path: Path):

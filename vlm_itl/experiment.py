@@ -186,6 +186,7 @@ class Round:
 
 # %% ../nbs/08_experiment.ipynb #experiment-class
 _STOPPED = "judge_stopped.json"  # the note of a run whose judge stopped: round, why
+_NOTES = "judge_notes.json"  # what the judge had to do without, if anything
 _JUDGE_SETTINGS = ("judge_options", "question")  # what may then be changed to go on
 
 
@@ -647,6 +648,17 @@ class Experiment:
             raise type(error)(
                 f"{error} Run again with output_dir={self.folder.path} to go on from here; {names} may differ."
             ) from error
+        finally:
+            self._note_judge()
+
+    def _note_judge(self) -> dict[str, str]:
+        "Keep, and tell, what the judge had to do without in this process or an earlier one."
+        path = self.folder.path / _NOTES
+        known = read_json(path, dict) if path.is_file() else {}
+        told = {**known, **(self.handler.notes() if self.handler is not None else {})}
+        if told != known:
+            write_json(path, told)
+        return told
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -871,6 +883,7 @@ class Experiment:
             tests = {index: self.test_round(index) for index in tested} if len(self.data.test) else {}
             summary = summarise(self.config, self.folder.path.name, self.rounds, tests, self.data.labels.names)
             summary["simulated"] = self.simulated
+            summary["judge_notes"] = self._note_judge()
             summary["sizes"] = read_json(self.folder.path / "data.json", dict)["sizes"]
             summary["notes"] = self.model.notes
             total = sum(r.seconds["total"] for r in self.rounds)

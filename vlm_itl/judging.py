@@ -38,7 +38,7 @@ from vlm_itl.core import (
     write_text,
 )
 from .corruption import corruption_queries, folder_queries, truth_reader
-from .data import SegData, load_data
+from .data import SegData, load_data, take_groups
 from .guards import refuse_secrets
 from vlm_itl.judge import (
     Ranking,
@@ -282,6 +282,7 @@ class Account:
             earlier = {n: _sum_spent([earlier.get(n, _NOTHING), part]) for n, part in noted.items()}
             self.payer, noted = secrets.token_hex(8), {}
         self.earlier, self.judges = earlier, list(dict.fromkeys([*noted, *judges]))
+        self.done_without: dict[str, dict[str, str]] = known.get("done_without") or {}
         self.note()
 
     def _spent(self, judge: str) -> dict[str, Any]:
@@ -302,10 +303,20 @@ class Account:
         "All that was ever paid for a judge."
         return _sum_spent([self.earlier.get(judge, _NOTHING), self._spent(judge)])
 
+    def lost(
+        self,
+        judge: str,  # name
+        notes: Mapping[str, str],  # of the handler
+    ) -> None:
+        "Remember what a judge had to do without."
+        if notes:
+            self.done_without[judge] = {**self.done_without.get(judge, {}), **notes}
+
     def note(self) -> None:
         "Write it down."
         now = {name: self._spent(name) for name in self.judges}
-        write_json(self.path, {"payer": self.payer, "judges": now, "earlier": self.earlier})
+        told = {"done_without": self.done_without} if self.done_without else {}
+        write_json(self.path, {"payer": self.payer, "judges": now, "earlier": self.earlier, **told})
 
 
 def _cost(said: Sequence[Judgement], paid: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,9 +327,16 @@ def _cost(said: Sequence[Judgement], paid: Mapping[str, Any]) -> dict[str, Any]:
     return {**found, "usd_of_cached": worth, "seconds_per_call": paid["seconds"] / calls if calls else None}
 
 
-def _certified(said: Sequence[Judgement], ious: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
+def _certify_half(ids: Sequence[str], groups: Mapping[str, str], seed: int) -> np.ndarray:
+    "Which images certify: half of them, or somewhat less where groups stay together."
+    order = np.argsort(make_rng(seed, "certify half").permutation(len(ids))).tolist()
+    half = np.zeros(len(ids), dtype=bool)
+    half[list(take_groups(ids, order, len(ids) // 2, groups))] = True
+    return half
+
+
+def _certified(said: Sequence[Judgement], ious: np.ndarray, first: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
     "A threshold from one half of the images, and what it accepts of the other."
-    first = make_rng(config.seed, "certify half").permutation(len(ious)) < len(ious) // 2
     half = first[~np.isnan(ious)]
     answers = gather_answers(said, ious.tolist(), config.tau)
     if not half.any():
@@ -378,12 +396,13 @@ def _try(
         try:
             said[name] = asking.judge(queries)
         finally:
+            account.lost(name, asking.notes())
             account.note()
             asking.close()
-        cost[name] = _cost(said[name], account.total(name))
+        cost[name] = {**_cost(said[name], account.total(name)), "done_without": account.done_without.get(name, {})}
     account.cache.close()
     _write_answers(run.path, said, table)
-    return _report(config, run, queries, table, said, cost, rows, handlers[config.handler].needs_truth)
+    return _report(config, run, queries, table, said, cost, rows, handlers[config.handler].needs_truth, data.groups)
 
 
 def _write_answers(folder: Path, said: dict[str, list[Judgement]], table: pd.DataFrame) -> None:
@@ -409,17 +428,19 @@ def _report(
     cost: dict[str, Any],
     rows: Dataset,
     simulated: bool,
+    groups: Mapping[str, str],
 ) -> Trial:
     "Measure, draw, write."
     ious = table["iou"].to_numpy(dtype=float)
     more: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "images": table["id"].tolist()}
-    groups = {name: table[name].tolist() for name in GROUPS}
+    by = {name: table[name].tolist() for name in GROUPS}
     cards = {
-        n: report_card(j, ious, config.tau, by=groups if n == config.handler else None, **more) for n, j in said.items()
+        n: report_card(j, ious, config.tau, by=by if n == config.handler else None, **more) for n, j in said.items()
     }
     free = [name for name in said if name != config.handler]
     ranking = rank_judges(said, ious, config.tau, free=free, **more)
     one_each = table["id"].is_unique
+    half = _certify_half(table["id"].tolist(), groups, config.seed)
     report = {
         "judge": config.handler,
         "model": cost[config.handler]["model"],
@@ -431,7 +452,7 @@ def _report(
         "images": int(table["id"].nunique()),
         "base_rate": cards[config.handler]["measures"]["base_rate"]["value"],
         "ranking": {name: plain(row.to_dict()) for name, row in ranking.table.iterrows()},
-        "certified": {n: _certified(j, ious, config) for n, j in said.items()} if one_each else None,
+        "certified": {n: _certified(j, ious, half, config) for n, j in said.items()} if one_each else None,
         "cost": cost,
         "cards": cards,
         "config": config.to_dict(),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['READ_BY', 'SEALED', 'PIXEL_LIMIT', 'LabelSpace', 'pixel_limit', 'open_image', 'short_error', 'read_image',
            'header_palette', 'speaks', 'order_conflicts', 'other_order', 'own_mark', 'read_mask', 'read_indices',
-           'same_size', 'MeaningError', 'MaskWatch', 'DecodeRows', 'make_rows', 'raw_rows', 'row_ids', 'Survey',
-           'check_headers']
+           'same_size', 'MeaningError', 'MaskWatch', 'DecodeRows', 'make_rows', 'raw_rows', 'watch_of', 'row_ids',
+           'Survey', 'check_headers']
 
 # %% ../nbs/00b_labels.ipynb #labels-imports
 import os
@@ -714,6 +714,14 @@ def raw_rows(
 ) -> Dataset:  # the same rows; cells as {"path", "bytes"}
     "The rows without their decoding."
     return rows.with_format(None)
+
+
+def watch_of(
+    rows: Any,  # any split
+) -> MaskWatch | None:  # None: nobody watches
+    "Who sees the masks that these rows decode, for whoever decodes them in another way."
+    how = rows.format["format_kwargs"] if isinstance(rows, Dataset) else {}
+    return getattr(how.get("transform"), "watch", None)
 
 
 def row_ids(

@@ -124,16 +124,6 @@ def _order_gap(handler: VLMHandler, queries: Sequence[JudgeQuery], said: Sequenc
     return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=None)
 
 
-def _lost(handler: VLMHandler) -> dict[str, str]:
-    "What servers made a handler give up, its own and that of the judges behind it."
-    own = getattr(handler, "lost", None) or {}
-    pairs = own.items() if isinstance(own, Mapping) else ((name, "left out") for name in own)
-    found = {str(name): str(how) for name, how in pairs}
-    for judge in handler.inner():
-        found = {**_lost(judge), **found}
-    return found
-
-
 def preflight(
     handler: VLMHandler,  # who will be asked; bound to what it needs
     queries: Sequence[JudgeQuery],  # of `preflight_queries`
@@ -144,7 +134,7 @@ def preflight(
     said = (ask or handler.judge)(queries)
     found = examined(said, accepts)
     found["order_gap"] = _order_gap(handler, queries, said)
-    found["lost"] = _lost(handler)
+    found["lost"] = handler.notes()
     return found
 
 

@@ -292,6 +292,7 @@ def checked_record(
 
 _NUMBER_OR_NONE = (int, float, type(None))
 _ROUND = re.compile(r"round_(\d{3,})")
+_BEGINNING = ("config.json", "data.json", "stamps.json", ".broken_data")  # what a start writes, whatever comes of it
 
 
 def _listed(folder: Path) -> list[Path]:
@@ -375,8 +376,9 @@ class RunFolder:
     def give_up(self) -> None:
         "Close the folder of a start that failed; where nothing has been done in it yet, leave nothing that blocks."
         path, last = self.path, self._lock is not None and self._lock.lock is not None
-        if last and not self.rounds() and not any(self.work_path(0).glob("**/*")):
-            for part in (self.work_path(0), path / "config.json", path / "data.json"):
+        done = [*self.work_path(0).glob("**/*"), *path.glob("preflight.json"), *path.glob(".preflight.jsonl")]
+        if last and not self.rounds() and not done:
+            for part in (self.work_path(0), *(path / name for name in _BEGINNING)):
                 remove(part)
             if self.figures.is_dir() and not any(self.figures.iterdir()):
                 self.figures.rmdir()

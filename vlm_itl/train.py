@@ -46,7 +46,7 @@ from vlm_itl.core import (
     to_json,
 )
 from .guards import inside
-from .labels import LabelSpace, own_mark, read_indices, row_ids
+from .labels import LabelSpace, own_mark, read_indices, row_ids, watch_of
 from .metrics import ConfusionMatrix
 from vlm_itl.model import (
     Segmenter,
@@ -169,9 +169,10 @@ class Inference:
     ) -> DataLoader:
         "Batches in the data set's own order."
         self.check()
-        shown = images.with_transform(EvalTransform(self.image_size, resize=self.resize, labels=labels))
+        transform = EvalTransform(self.image_size, resize=self.resize, labels=labels)
+        transform.watch = watch_of(images)
         return DataLoader(
-            shown,
+            images.with_transform(transform),
             batch_size=self.batch_size,
             collate_fn=collate,
             num_workers=self.num_workers,
@@ -642,6 +643,7 @@ def _fit(
     "The training itself, from the start or from the last checkpoint."
     started, steps = time.perf_counter(), settings.total_steps(len(labelled))
     transform = settings.transform(model, view.image_size)
+    transform.watch = watch_of(labelled)
     examples = TrainingSet(labelled, transform, length=steps * settings.batch_size, seed=seed)
     model.to(pick_device(settings.device))
     seed_everything(seed, "train")

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from .core import ConfigError, check_choice, check_number, make_rng
 from .data import VOID, LabelSpace, raw_rows, read_image, read_mask
-from .labels import same_size
+from .labels import MaskWatch, same_size
 
 # %% ../nbs/01a_transforms.ipynb #transforms-window
 def _window(
@@ -88,6 +88,8 @@ def _as_tensor(pixels: np.ndarray) -> torch.Tensor:  # uint8 (3, H, W)
 class TrainTransform:
     "Random scale, crop, flip and colour jitter: a row becomes `pixel_values` and `labels` of one size."
 
+    watch: MaskWatch | None = None  # sees every mask
+
     def __init__(
         self,
         size: int,  # side of the square, pixels
@@ -128,7 +130,10 @@ class TrainTransform:
     def _one(self, row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, torch.Tensor]:
         name, size = row["id"], self.size
         image = read_image(row["image"], name=name)
-        mask = Image.fromarray(read_mask(row["mask"], self.labels, name=name))
+        whole = read_mask(row["mask"], self.labels, name=name)
+        if self.watch is not None:
+            self.watch.see(whole)
+        mask = Image.fromarray(whole)
         same_size(name, image.size, mask.size)
         mirror = rng.uniform()
         brightness, contrast, saturation, hue = (1 + self.jitter * rng.uniform(-1, 1, size=4)).tolist()
@@ -187,6 +192,8 @@ class TrainingSet(Dataset):
 class EvalTransform:
     "A row becomes a square of one size that remembers how to get back."
 
+    watch: MaskWatch | None = None  # sees every mask
+
     def __init__(
         self,
         size: int,  # side of the square, pixels
@@ -219,6 +226,8 @@ class EvalTransform:
         out = {"id": row["id"], "pixel_values": _as_tensor(pixels), "box": box, "native": native}
         if self.labels is not None and "mask" in row:
             out["mask"] = read_mask(row["mask"], self.labels, name=row["id"])
+            if self.watch is not None:
+                self.watch.see(out["mask"])
             same_size(row["id"], image.size, out["mask"].shape[::-1])
         return out
 
