@@ -137,6 +137,20 @@ def test_number_2_the_way_of_the_library(use: str, tmp_path: Path) -> None:
                 evaluate(model, data.train, Inference(32))
 
 
+def test_number_2_questions_that_were_paid_are_kept(tmp_path: Path) -> None:
+    """The judge was examined before the masks of the start were read: the account stays, or it would be paid twice."""
+    from vlm_itl.experiment import run_al
+    from vlm_itl.settings import make_config
+
+    root, out = flat(tmp_path / "data", black_and_white, 2, "background lesion"), tmp_path / "out"
+    small = dict(image_size=32, steps=1, batch_size=2, val_share=2, gallery=0, device="cpu", leaks="off", initial=2)
+    config = make_config(dataset=str(root), output_dir=str(out), mode="vlm", judge="always_yes", **small)
+    for _ in range(2):
+        with pytest.raises(DataError, match="'values'"):
+            list(run_al(config))
+        assert (out / "preflight.json").is_file() and (out / "config.json").is_file()
+
+
 def test_number_2_real_void_is_not_called_into_question(tmp_path: Path, voc: Path) -> None:
     """VOC's border, void beside both classes, and what somebody has said, are void."""
     with warnings.catch_warnings():

@@ -227,6 +227,49 @@ def test_25_a_run_stops_before_training_and_goes_on_with_other_options(
         run(out, judge_options={**better, "max_tokens": 500})
 
 
+LOST = {"logprobs": "left out: 'not allowed'"}
+
+
+class Weakened(Scripted):
+    """Finds out with its first question what its server refuses."""
+
+    name = "weakened"
+
+    def _judge_one(self, query: JudgeQuery) -> Judgement:
+        self.lost = LOST
+        return super()._judge_one(query)
+
+    def notes(self) -> dict[str, str]:
+        return dict(getattr(self, "lost", {}))
+
+
+@pytest.mark.parametrize("preflight", [0, 2])
+def test_what_a_judge_had_to_do_without_is_recorded(
+    preflight: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the summary, whether it was examined or not; a later process that asks nothing forgets nothing."""
+    monkeypatch.setitem(HANDLERS, "weakened", Weakened)
+    options = {"judge": "weakened", "judge_options": {"max_tokens": 400}, "preflight": preflight}
+    summary = tmp_path / "run" / "summary.json"
+    for asks in (True, False):
+        run(tmp_path / "run", **options)
+        assert json.loads(summary.read_text())["judge_notes"] == LOST, asks
+        summary.unlink()
+        monkeypatch.setattr(Weakened, "notes", VLMHandler.notes)
+
+
+def test_a_trial_remembers_what_a_judge_had_to_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlm_itl.judging import make_judge_config, try_judge
+
+    monkeypatch.setitem(HANDLERS, "weakened", Weakened)
+    data = {"n_train": 24, "n_test": 8}
+    settings = {"handler": "weakened", "options": {"max_tokens": 400}, "data_options": data, "limit": 2, "per_image": 4}
+    for _ in range(2):
+        cost = try_judge(make_judge_config(settings, resamples=20, output_dir=str(tmp_path))).report["cost"]
+        assert cost["weakened"]["done_without"] == LOST and cost["always_yes"]["done_without"] == {}
+        monkeypatch.setattr(Weakened, "notes", VLMHandler.notes)  # the answers are remembered: nothing is found out
+
+
 def test_27_impossible_certificates_are_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"at least 29 validation masks, and there are 4\b"):
         run(tmp_path / "run", judge="always_yes", acceptance="certified")
