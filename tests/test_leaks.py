@@ -333,6 +333,25 @@ def test_limits_decide(monkeypatch: pytest.MonkeyPatch, scene_files: list[bytes]
             assert not is_twin(one, other), name
 
 
+def test_limits_of_what_is_looked_at_closely() -> None:
+    """Waves alike and hashes near, or waves so much alike that hashes do not count: each limit to one step."""
+    one, other = (np.kron(np.random.default_rng(s).integers(0, 256, (8, 8)), np.ones((3, 3))) for s in (0, 1))
+    looks = np.zeros(41, leaks_module.LOOK)
+    looks["readable"], looks["grey"] = True, [(1 - t) * one + t * other for t in np.linspace(0, 1, 41)]
+    shapes = leaks_module._Views(looks).shapes().reshape(41, -1)
+    assert (shapes @ shapes[0])[[11, 12, 20, 21]] == pytest.approx([0.919, 0.897, 0.578, 0.522], abs=0.001)
+
+    def kept(step: int, apart: int) -> bool:
+        copy = looks[step : step + 1].copy()
+        copy["bits"] = np.packbits(np.arange(64) < apart)
+        pairs = leaks_module._candidates(leaks_module._Views(looks[:1]), leaks_module._Views(copy))
+        return any((turns == 0).any() for _, _, turns in pairs)
+
+    assert kept(11, 64) and not kept(12, 64)  # ALIKE
+    assert kept(12, 19) and not kept(12, 20)  # NEAR_BITS
+    assert kept(20, 0) and not kept(21, 0)  # STRONG
+
+
 def test_drawings_and_pictures_of_one_kind_are_not_copies() -> None:
     """Stripes, a few shapes in other colours, smooth slopes: alike to a moving eye, and no copies."""
     stripes = [np.where(np.arange(32)[None, :, None] > edge, 255, 0) + np.zeros((32, 1, 3)) for edge in range(8, 20, 3)]

@@ -19,7 +19,7 @@ from PIL import Image
 import vlm_itl.experiment
 import vlm_itl.turns
 from vlm_itl.cache import CachedHandler, JudgeStopped
-from vlm_itl.core import DataError, LeakError, RunError, make_rng
+from vlm_itl.core import DataError, JudgeError, LeakError, RunError, make_rng
 from vlm_itl.experiment import Experiment, run_al
 from vlm_itl.judging import make_judge_config, try_judge
 from vlm_itl.labels import LabelSpace
@@ -299,6 +299,22 @@ def test_mutant_cached_answers_are_not_charged(scenes: Path, tmp_path: Path) -> 
         assert [r.budget["judge_calls"] for r in again] == [0, 0] and again[-1].budget["judge_usd"] == 0
         assert [r.pseudo_ids for r in again] == [r.pseudo_ids for r in first]
     assert len(questions(tmp_path / "a")) == 13
+
+
+def test_mutant_cached_answers_of_an_examination_are_not_charged(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier run paid is not charged to the examination of a later one, also where the judge stops in it."""
+    options = {"options": {"log": f"{tmp_path / 'a'}.txt"}}
+    for out, calls in (("a", 4), ("b", 0)):
+        config = settings(scenes, tmp_path / out, judge="cached", judge_options=options, preflight=4)
+        assert next(run_al(config)).budget["preflight_calls"] == calls
+    monkeypatch.setattr(Asked, "patience", 2)
+    monkeypatch.setattr(Asked, "_judge_one", lambda self, query: Judgement("abstain", error="no answer", usd=0.001))
+    with pytest.raises(JudgeError, match="2 times in a row"):
+        list(run_al(settings(scenes, tmp_path / "c", judge="cached", judge_options=options, preflight=6)))
+    told = json.loads((tmp_path / "c" / "preflight.json").read_text())["examinations"][-1]
+    assert (told["passed"], told["calls"], told["paid_usd"]) == (False, 2, pytest.approx(0.002))
 
 
 def query(number: int, name: str = "") -> JudgeQuery:
