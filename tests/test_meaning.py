@@ -137,6 +137,21 @@ def test_number_2_the_way_of_the_library(use: str, tmp_path: Path) -> None:
                 evaluate(model, data.train, Inference(32))
 
 
+@pytest.mark.parametrize("limit", [3, 0])
+def test_number_2_a_trial_of_a_judge(limit: int, tmp_path: Path) -> None:
+    """Truth without a class would make every judge's accuracy meaningless."""
+    from vlm_itl.judging import make_judge_config, try_judge
+
+    root = write(tmp_path, "images/p{}.png", "masks/p{}.png", black_and_white, 2, count=20, names="background lesion")
+    settings = dict(
+        dataset=str(root), leaks="off", limit=limit, per_image=2, resamples=10, output_dir=str(tmp_path / "o")
+    )
+    with pytest.raises(DataError, match=r"'values': \[0, 255\]"):
+        try_judge(make_judge_config(settings, split="train"))
+    said = {"data_options": {"values": [0, 255]}}  # the same folder: nothing was left that blocks
+    assert try_judge(make_judge_config({**settings, **said}, split="train")).report["queries"] > 0
+
+
 def test_number_2_questions_that_were_paid_are_kept(tmp_path: Path) -> None:
     """The judge was examined before the masks of the start were read: the account stays, or it would be paid twice."""
     from vlm_itl.experiment import run_al
@@ -552,3 +567,9 @@ def test_pseudo_labels_of_binary_tasks(tmp_path: Path) -> None:
     store = MaskStore(tmp_path, labels)
     store.write("a", np.array([[0, 1, 255]], np.uint8))
     assert read_mask(store.path("a"), labels).tolist() == [[0, 1, 255]]
+
+
+def test_a_mask_of_8_bits_that_was_saved_with_16_is_told(tmp_path: Path) -> None:
+    root = flat(tmp_path / "data", lambda mask: Image.fromarray(mask.astype(np.uint16) * 257))
+    with pytest.raises(DataError, match=r"mask value (257|514|771) .*257: a mask of 8 bits.*16"):
+        check_data(load(root))

@@ -56,7 +56,7 @@ from vlm_itl.judge_figures import (
     plot_risk_coverage,
     plot_roc,
 )
-from .labels import DecodeRows, raw_rows, row_ids
+from .labels import DecodeRows, MeaningError, raw_rows, row_ids
 from .leaks import LEAKS
 from .model import Segmenter, load_model
 from .plugins import described, load_plugins
@@ -185,7 +185,7 @@ def judged_rows(
         folder = resolve_path(config.masks)
         there = [i for i, image_id in enumerate(row_ids(rows)) if (folder / f"{image_id}.png").is_file()]
         rows = rows.select(there) if there else rows
-    return rows.with_transform(DecodeRows(data.labels))
+    return rows.with_transform(DecodeRows(data.labels, data.watch))
 
 
 def trial_queries(
@@ -375,6 +375,9 @@ def try_judge(
         run = RunFolder.open(judge_run_path(config), settings, free=FREE_SETTINGS, defaults={"plugins": []})
         try:
             return _try(config, run, handlers, data, model)
+        except MeaningError:
+            run.give_up()
+            raise
         finally:
             run.close()
 
@@ -385,6 +388,8 @@ def _try(
     "Ask all judges, then report."
     rows = judged_rows(data, config)
     queries, table = trial_queries(rows, data, config, model, run.path)
+    if data.watch is not None:
+        data.watch.check()
     cache = Path(config.cache).expanduser() if config.cache else run.path / "judgements.sqlite"
     said: dict[str, list[Judgement]] = {}
     cost: dict[str, Any] = {}

@@ -506,6 +506,8 @@ def _cure(value: int, source: LabelSpace, color: bool) -> str:
         grey = " If the channels hold class indices: {'read_by': 'index'}." if value == (value & 255) * 0x10101 else ""
         grey = grey or (" If red holds class indices: {'read_by': 'index'}." if value <= 255 else "")
         return f". Other colours: data_options={{'palette': [...]}}, one for each class.{grey}"
+    if value > 255 and value % 257 == 0:
+        return f". It is {value // 257} x 257: a mask of 8 bits, saved with 16? Save the indices as they are"
     if not 0 <= value <= 255 or value != int(value):
         return ""
     zero = " If 0 means 'other': {'ignore': [0]}." if value == len(source) and source.values is None else ""

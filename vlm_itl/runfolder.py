@@ -376,7 +376,8 @@ class RunFolder:
     def give_up(self) -> None:
         "Close the folder of a start that failed; where nothing has been done in it yet, leave nothing that blocks."
         path, last = self.path, self._lock is not None and self._lock.lock is not None
-        done = [*self.work_path(0).glob("**/*"), *path.glob("preflight.json"), *path.glob(".preflight.jsonl")]
+        paid = [path / name for name in ("preflight.json", ".preflight.jsonl", "paid.json")]
+        done = [*self.work_path(0).glob("**/*"), *(account for account in paid if account.is_file())]
         if last and not self.rounds() and not done:
             for part in (self.work_path(0), *(path / name for name in _BEGINNING)):
                 remove(part)
