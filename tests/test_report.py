@@ -1,5 +1,6 @@
 """Reports from run folders alone: folders made up here, with known numbers, in every state a run can be in."""
 
+import io
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vlm_itl import report
 from vlm_itl.core import ConfigError, RunError, write_json, write_text
 from vlm_itl.report import (
     COLORS,
@@ -367,3 +369,18 @@ def test_equal_rates_do_not_hide_each_other(tmp_path):
     axes = plot_judge(write_run(tmp_path / "run", mode="vlm")).axes[0]
     places = [tuple(line.get_xdata()) for line in axes.get_lines() if len(line.get_xdata()) == 3]
     assert len(places) == len(set(places)) >= 3
+
+
+def test_names_in_any_script_are_one_line_at_most(monkeypatch):
+    """A warning a letter, where no font has them: one for all; a font that has them is taken where it is installed."""
+    figure = report.make_figure(2, 2)[0]
+    figure.text(0.1, 0.5, "一号照片 二号照片")
+    monkeypatch.setattr(report, "_wide_fonts", list)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        figure.savefig(io.BytesIO())
+    assert [str(one.message).split(":")[0] for one in said] == ["figures show boxes"]
+    monkeypatch.setattr(report, "_wide_fonts", lambda: ["Last Resort High-Efficiency"])  # it has a sign for each
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(io.BytesIO())

@@ -16,10 +16,10 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import wraps
+from functools import cache, wraps
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.patches import Patch
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
@@ -332,15 +333,41 @@ ABSENT = "#d0d0d0"  # classes that were not there
 VOID_COLOR = (224, 224, 192)  # pixels nobody is asked about; VOC's own (grey is its colour of cars)
 
 
+# fonts that hold the scripts which matplotlib's own lacks
+_WIDE_FONTS = re.compile("Noto Sans|Source Han|WenQuanYi|Microsoft YaHei|PingFang|Hiragino|Malgun|Arial Unicode")
+
+
+@cache
+def _wide_fonts() -> list[str]:
+    "Those of them that are installed."
+    return sorted({font.name for font in fontManager.ttflist if _WIDE_FONTS.match(font.name)})
+
+
 class PlainFigure(Figure):
-    "A figure in which every text is drawn as it is: a class called `$x_` starts no formula."
+    "A figure in which every text is drawn as it is: a class called `$x_` starts no formula, and may be in any script."
 
     def draw(self, renderer: Any) -> None:
         "Draw."
         for text in self.findobj(Text):
             text.set_parse_math(False)
-        with plt.rc_context({"text.parse_math": False}):  # for tick labels that are made while drawing
+            if not text.get_text().isascii():
+                text.set_fontfamily(list(dict.fromkeys([*text.get_fontfamily(), *_wide_fonts()])))
+        with plt.rc_context({"text.parse_math": False}), _glyphs_told_once():  # for tick labels made while drawing
             super().draw(renderer)
+
+
+@contextmanager
+def _glyphs_told_once() -> Iterator[None]:
+    "One line for all letters that no font has, in place of one for each."
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        yield
+    lost = [one for one in said if str(one.message).startswith("Glyph ")]
+    for one in said:
+        if one not in lost:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if lost:
+        warnings.warn("figures show boxes: no installed font has all the letters of these names", stacklevel=2)
 
 
 def make_figure(
