@@ -376,7 +376,7 @@ class RunFolder:
         "Close the folder of a start that failed; where nothing has been done in it yet, leave nothing that blocks."
         path, last = self.path, self._lock is not None and self._lock.lock is not None
         if last and not self.rounds() and not any(self.work_path(0).glob("**/*")):
-            for part in (self.work_path(0), path / "config.json", path / "data.json"):
+            for part in (self.work_path(0), *(path / f"{name}.json" for name in ("config", "data", "stamps"))):
                 remove(part)
             if self.figures.is_dir() and not any(self.figures.iterdir()):
                 self.figures.rmdir()
