@@ -126,7 +126,10 @@ def test_compare_judges_and_policies(tmp_path):
             )
     result = compare(list_runs(tmp_path))
     assert result.baseline == "random"
-    assert set(result.table["strategy"]) == {"random, mock judge (observe)", "random, mock judge (pseudo)"}
+    assert set(result.table["strategy"]) == {
+        "random, simulated mock judge (observe)",
+        "random, simulated mock judge (pseudo)",
+    }
 
 
 def test_compare_over_the_common_budget(tmp_path):

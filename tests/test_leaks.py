@@ -805,7 +805,9 @@ def test_a_strategy_that_peeks_is_stopped(folder: Path, tmp_path: Path, monkeypa
 
 def test_a_judge_that_peeks_is_stopped(folder: Path, tmp_path: Path) -> None:
     """A judge that holds the experiment's data reads no truth; the simulated one asks the oracle, and is counted."""
-    config = make_config(TINY, mode="vlm", judge="mock", dataset=str(folder), output_dir=str(tmp_path / "run"))
+    config = make_config(
+        TINY, mode="vlm", judge="mock", dataset=str(folder), output_dir=str(tmp_path / "run"), preflight=0
+    )
     experiment = Experiment(config)
     assert experiment.handler is not None
     experiment.handler.bind_truth(truth_reader(experiment.data.train))

@@ -1091,6 +1091,7 @@ def test_a_run_stops_at_its_limit_goes_on_and_holds_no_key(
         "judge": "cached",
         "judge_options": judge,
         "policy": "observe",
+        "preflight": 0,
         "gallery": 1,
         "output_dir": str(tmp_path / "run"),
     }

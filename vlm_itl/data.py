@@ -351,9 +351,9 @@ def _voc_lists(folder: Path, options: Mapping[str, Any]) -> dict[str, Path]:
 
 def _voc_said(root: Path, options: Mapping[str, Any]) -> Said:
     "What is said of the masks; generated scenes are VOC's, and so may be a folder of that name."
-    if (root / "scenes.json").is_file() and "classes" not in options:
-        options = {**options, "classes": "voc"}
     said = read_said(options, [root])
+    if said.names is None and (root / "scenes.json").is_file():
+        said = read_said({**options, "classes": "voc"}, [root])
     return replace(said, voc=any(_VOC_NAME.fullmatch(path.name) is not None for path in (root, root.parent)))
 
 

@@ -418,9 +418,11 @@ class Experiment:
         names = card.get("labels", self.data.labels.names)
         changed = [key for key in ("values", "ignore", "read_by") if key in old and old[key] != now.get(key)]
         if changed or list(names) != list(self.data.labels.names):
+            what = "the reading of masks" if changed else "the class list"
             raise RunError(
-                f"{self.folder.path} read its masks as {old.get('line', names)!r}, and now it would be "
-                f"{now.get('line')!r}: bring back the classes of before, or choose another output_dir."
+                f"{what} differs from when the run in {self.folder.path} started: it read its masks as "
+                f"{old.get('line', names)!r}, and now it would be {now.get('line')!r}: put back what was there, or "
+                "choose another output_dir."
             )
 
     def _check_files(self) -> None:

@@ -449,10 +449,8 @@ class VLMHandler(ABC):
             else:
                 answers[index] = self._complete(abstain(problem, attempts=0, tokens=0, usd=0.0), query, 0.0)
         with progress(desc=f"judge {self.name}", total=len(usable), unit="mask") as bar:
-            while usable:
-                doubtful = not self._answered_well or self._alike[1]
-                size = min(self.batch_size, self.patience) if doubtful else self.batch_size
-                batch, usable = usable[:size], usable[size:]
+            while usable:  # batches of one size, whatever was asked before: a network's last digits depend on them
+                batch, usable = usable[: self.batch_size], usable[self.batch_size :]
                 try:
                     answers.update(zip(batch, self._ask([asked[i] for i in batch]), strict=True))
                 except JudgeStopped as stop:
