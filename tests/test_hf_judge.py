@@ -224,6 +224,7 @@ def test_17_positions_that_padding_moves_are_asked_one_by_one(tmp_path: Path) ->
         made = make_handler("hf", model=folder, min_mass=0.0, batch_size=6)
     (line,) = [str(warning.message) for warning in said if "judge 'hf'" in str(warning.message)]
     assert "(git)" in line and "one by one" in line and "\n" not in line and made.sharing == "off: asked one by one"
+    assert "one by one" in made.notes()["batches"]  # for the record of the run
     pictures, texts = (
         [photo(seed) for seed in range(4)],
         ["is it?", "is it a cat, and nothing beside it?", "right", "ok?"],

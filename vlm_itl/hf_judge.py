@@ -319,6 +319,10 @@ class HFJudge(PictureJudge):
             return "off: share_images=False"
         return "on" if self._prefix.off is None else f"off: {self._prefix.off}"
 
+    def notes(self) -> dict[str, str]:
+        "Why questions are asked one by one, where they are."
+        return {"batches": f"asked one by one: {self.vlm.alone}"} if self.vlm.alone else {}
+
     def identity(self) -> dict[str, Any]:  # for the cache
         "What can change an answer, weights and chat template included: a model trained further is another judge."
         self._fingerprint = self._fingerprint or fingerprint(self.vlm.net)
