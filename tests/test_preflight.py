@@ -50,11 +50,26 @@ class Scripted(VLMHandler):
 def test_25_failures_that_are_alike_stop_any_judge() -> None:
     """Ten in a row, whatever numbers stand in their reasons; the answers come with the exception."""
     judge = Scripted()
-    judge.batch_size = 5  # batches are never cut short: the last digits of a network depend on their size
     with pytest.raises(JudgeError, match="10 times in a row.*cut off.*max_tokens") as caught:
         judge.judge([question(i) for i in range(40)])
     assert judge._asked == 10 and len(getattr(caught.value, "judgements", {})) == 10
     assert len(Scripted(max_tokens=100).judge([question(i) for i in range(40)])) == 40
+
+
+def test_25_batches_that_matter_keep_their_size_and_others_stop_early() -> None:
+    """A network's last digits depend on its batch; of a judge that is paid by the question no batch is lost."""
+    from vlm_itl.openai_judge import OpenAIHandler
+
+    sizes: list[int] = []
+
+    class Network(Scripted):
+        def _judge_batch(self, queries: Any) -> list[Judgement]:
+            sizes.append(len(queries))
+            return [self._judge_one(query) for query in queries]
+
+    Network(max_tokens=100).judge([question(i) for i in range(40)])
+    assert sizes == [32, 8] and Network().batches_matter
+    assert not Scripted().batches_matter and not OpenAIHandler.batches_matter
 
 
 def test_25_a_judge_that_answers_well_is_given_more_time() -> None:

@@ -540,6 +540,7 @@ class OpenAIHandler(_Trouble):
     "Asks a vision-language model behind an OpenAI-compatible endpoint. Needs the openai package."
 
     batch_size = 10**9  # the workers see to it that little is held at a time
+    batches_matter = False  # each question is a request of its own
 
     def _judge_one(self, query: JudgeQuery) -> Judgement:
         return self._judge_batch([query])[0]

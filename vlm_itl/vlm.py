@@ -360,6 +360,13 @@ class VLMHandler(ABC):
         "The judges that this one asks in turn; what is bound to it is bound to them."
         return ()
 
+    @property
+    def batches_matter(self) -> bool:
+        "Do the last digits of an answer depend on what is asked with it? Then batches have one size, come what may."
+        if inner := self.inner():
+            return any(judge.batches_matter for judge in inner)
+        return type(self)._judge_batch is not VLMHandler._judge_batch
+
     def notes(self) -> dict[str, str]:  # what -> one line
         "What the judge had to do without so far, for the record of the run; of the judges inside as well."
         return {what: told for judge in self.inner() for what, told in judge.notes().items()}
@@ -449,8 +456,10 @@ class VLMHandler(ABC):
             else:
                 answers[index] = self._complete(abstain(problem, attempts=0, tokens=0, usd=0.0), query, 0.0)
         with progress(desc=f"judge {self.name}", total=len(usable), unit="mask") as bar:
-            while usable:  # batches of one size, whatever was asked before: a network's last digits depend on them
-                batch, usable = usable[: self.batch_size], usable[self.batch_size :]
+            while usable:
+                doubtful = not self.batches_matter and (not self._answered_well or self._alike[1])
+                size = min(self.batch_size, self.patience) if doubtful else self.batch_size
+                batch, usable = usable[:size], usable[size:]
                 try:
                     answers.update(zip(batch, self._ask([asked[i] for i in batch]), strict=True))
                 except JudgeStopped as stop:
