@@ -12,8 +12,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-NBDEV_TEST_SECONDS ?= 900
-PYTEST_SECONDS ?= 900
+NBDEV_TEST_SECONDS ?= 1800
+PYTEST_SECONDS ?= 2700
 PYTEST_ARGS ?= -m "not slow" -n auto
 
 BIN := $(abspath $(VENV))/bin
