@@ -4,6 +4,7 @@
 # make sync    write vlm_itl/*.py, cleaned notebooks and README.md anew from the notebooks (make export: only the modules)
 # make check   what CI runs: in sync, lint, test
 # make audit   ask for known holes in the pinned dependencies (needs a network); make trust: break things on purpose, half an hour
+# make house   how well the book can be read: statistics of its chapters
 # make clean   remove caches; make distclean: .venv as well. Neither touches runs/
 #
 # PYTHON=python3.12 chooses the interpreter (3.11 or newer), VENV=... the folder of the environment,
@@ -23,7 +24,7 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 SUM := $(shell { echo '$(CURDIR)'; cat $(INPUTS); } | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(SUM)
 
-.PHONY: help setup demo test test-all audit trust export sync check-sync lint check clean distclean hooks
+.PHONY: help setup demo test test-all audit trust house export sync check-sync lint check clean distclean hooks
 .DEFAULT_GOAL := help
 
 help:
@@ -80,6 +81,9 @@ audit: $(STAMP)
 # The tests of the guarantees, slow ones too; their figures go to results/trust.json.
 trust: $(STAMP)
 	@OMP_NUM_THREADS=1 VLM_ITL_PROGRESS=0 HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=agg $(BIN)/python tools/trust.py
+
+house: $(STAMP)
+	@$(BIN)/python tools/house.py
 
 # Once a clone: notebooks are cleaned when Jupyter saves them, and git merges them cell by cell.
 hooks: $(STAMP)

@@ -28,11 +28,11 @@ import transformers
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from vlm_itl.hf_judge import HFJudge
-from vlm_itl.hf_model import vlm_inputs
-from vlm_itl.labels import LabelSpace
-from vlm_itl.render import instruct, render
-from vlm_itl.vlm import QUESTIONS, JudgeQuery, make_handler
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.vlm.handler import QUESTIONS, JudgeQuery, make_handler
+from vlm_itl.vlm.local import HFJudge
+from vlm_itl.vlm.local_model import vlm_inputs
+from vlm_itl.vlm.render import instruct, render
 
 VOC = LabelSpace.voc()
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "bench_judge.json"

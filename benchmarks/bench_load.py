@@ -126,8 +126,8 @@ def server() -> Iterator[str]:
 
 def write_images(folder: Path, count: int) -> None:
     "JPEGs of coarse noise with a rectangle of one class, and their masks."
-    from vlm_itl.core import make_rng
-    from vlm_itl.labels import LabelSpace
+    from vlm_itl.core.seeds import make_rng
+    from vlm_itl.data.labels import LabelSpace
 
     palette = LabelSpace.voc().palette
     for part in ("images", "masks"):
@@ -147,7 +147,7 @@ def write_images(folder: Path, count: int) -> None:
 
 def make_pool(written: Path, folder: Path, count: int) -> Path:
     "A folder data set of so many pool images, by hard links; images to begin, validate and test with come on top."
-    from vlm_itl.labels import LabelSpace
+    from vlm_itl.data.labels import LabelSpace
 
     names = [f"{index:05d}" for index in range(count + EXTRA)]
     for part, suffix in (("images", "jpg"), ("masks", "png")):
@@ -237,14 +237,19 @@ class Stages:
 
 def walk(pool_folder: Path, work: Path, address: str, stages: Stages) -> dict[str, float]:
     "All stages on one pool; bytes that are kept for an image, by what they are."
-    from vlm_itl.core import make_rng
-    from vlm_itl.data import load_data
-    from vlm_itl.model import load_model
-    from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
-    from vlm_itl.sampler import Sampler
-    from vlm_itl.train import Inference, MaskStore, score_pool
-    from vlm_itl.turns import choose, doubts, judge_masks, measure_judge
-    from vlm_itl.vlm import make_handler
+    from vlm_itl.core.seeds import make_rng
+    from vlm_itl.data.masks import MaskStore
+    from vlm_itl.data.sources import load_data
+    from vlm_itl.experiment.annotator import Oracle
+    from vlm_itl.experiment.human_turn import choose
+    from vlm_itl.experiment.judge_turn import doubts, judge_masks, measure_judge
+    from vlm_itl.experiment.ledger import Ledger
+    from vlm_itl.experiment.pool import Pool, training_rows
+    from vlm_itl.model.predict import Inference
+    from vlm_itl.model.scoring import score_pool
+    from vlm_itl.model.segmenter import load_model
+    from vlm_itl.sampler.strategy import Sampler
+    from vlm_itl.vlm.handler import make_handler
 
     data = stages.run("load_data", lambda: load_data(str(pool_folder), val_share=HELD))
     model = load_model("segformer-nano", data.labels)
@@ -293,8 +298,8 @@ def walk(pool_folder: Path, work: Path, address: str, stages: Stages) -> dict[st
 
 def whole_run(pool_folder: Path, work: Path, stages: Stages, name: str) -> None:
     "Two rounds of `run_al` with a judge."
-    from vlm_itl.experiment import run_al
-    from vlm_itl.settings import make_config
+    from vlm_itl.experiment.config import make_config
+    from vlm_itl.experiment.loop import run_al
 
     config = make_config(
         mode="vlm",
@@ -398,7 +403,7 @@ def main(quick: bool) -> None:
     "Both sizes, both kinds."
     from importlib.metadata import version
 
-    from vlm_itl.core import project_root, write_json
+    from vlm_itl.core.files import project_root, write_json
 
     few, many = (200, 2_000) if quick else (2_000, 20_000)
     versions = {name: version(name) for name in ("numpy", "torch", "datasets", "openai", "pillow")}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torchmetrics import JaccardIndex
 
-from vlm_itl.metrics import ConfusionMatrix, class_iou, count_pairs
+from vlm_itl.model.metrics import ConfusionMatrix, class_iou, count_pairs
 
 C, H, W, VOID = 21, 375, 500, 255
 

@@ -29,13 +29,16 @@ import torch
 from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from vlm_itl.core import make_rng, project_root, write_json
-from vlm_itl.labels import DecodeRows, LabelSpace, make_rows
-from vlm_itl.model import Segmenter, load_model
-from vlm_itl.sampler import Sampler, kcenter_greedy
-from vlm_itl.scores import make_second_look, scoring_options
-from vlm_itl.selects import ball_radius, probcover
-from vlm_itl.train import Inference, MaskStore, score_pool, uncertainty_maps
+from vlm_itl.core.files import project_root, write_json
+from vlm_itl.core.seeds import make_rng
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows
+from vlm_itl.model.predict import Inference
+from vlm_itl.model.scoring import score_pool, uncertainty_maps
+from vlm_itl.model.segmenter import Segmenter, load_model
+from vlm_itl.model.uncertainty import make_second_look, scoring_options
+from vlm_itl.sampler.selects import ball_radius, probcover
+from vlm_itl.sampler.strategy import Sampler, kcenter_greedy
 
 T = 10  # looks
 IMAGES = 32  # of BALD, 256 x 256

@@ -25,21 +25,15 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, get_polynomial_decay_schedule_with_warmup
 
-from vlm_itl.core import seed_everything
-from vlm_itl.data import SegData, load_data, raw_rows
-from vlm_itl.labels import DecodeRows, LabelSpace, make_rows
-from vlm_itl.model import Segmenter, freeze_batchnorm, load_model, parameter_groups
-from vlm_itl.train import (
-    Inference,
-    MaskStore,
-    TrainSettings,
-    evaluate,
-    fit,
-    pixel_loss,
-    score_pool,
-    uncertainty_maps,
-)
-from vlm_itl.transforms import TrainingSet, collate
+from vlm_itl.core.seeds import seed_everything
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows, raw_rows
+from vlm_itl.data.sources import SegData, load_data
+from vlm_itl.data.transforms import TrainingSet, collate
+from vlm_itl.model.predict import Inference, evaluate
+from vlm_itl.model.scoring import score_pool, uncertainty_maps
+from vlm_itl.model.segmenter import Segmenter, freeze_batchnorm, load_model, parameter_groups
+from vlm_itl.model.train import TrainSettings, fit, pixel_loss
 
 SIZE = 96  # pixels
 SCENES = 200  # files written; more images are the same files under further names

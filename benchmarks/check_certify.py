@@ -23,8 +23,9 @@ import numpy as np
 from mapie.risk_control import BinaryClassificationController
 from scipy import stats
 
-from vlm_itl.certify import CERTIFY_GRID, certify, least_sample
-from vlm_itl.core import make_rng, write_json
+from vlm_itl.core.files import write_json
+from vlm_itl.core.seeds import make_rng
+from vlm_itl.judging.certify import CERTIFY_GRID, certify, least_sample
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "certify.json"

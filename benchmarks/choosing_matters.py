@@ -56,8 +56,8 @@ def arm_name(arm: Arm) -> str:
 
 def run_one(which: str, number: int, seed: int, folder: Path) -> None:
     """One run in this process."""
-    from vlm_itl.experiment import run_al
-    from vlm_itl.settings import make_config
+    from vlm_itl.experiment.config import make_config
+    from vlm_itl.experiment.loop import run_al
 
     arms, recipe, _ = SETS[which]
     strategy, more = arms[number]
@@ -96,9 +96,10 @@ def main() -> None:
 def report(folder: Path, name: str, command: str) -> None:
     """Compare the finished runs and write the results."""
     import vlm_itl
-    from vlm_itl.compare import compare, plot_compare
-    from vlm_itl.core import write_json
-    from vlm_itl.report import list_runs, plot_learning_curve, round_table, save_png
+    from vlm_itl.core.figures import save_png
+    from vlm_itl.core.files import write_json
+    from vlm_itl.experiment.compare import compare, plot_compare
+    from vlm_itl.experiment.report import list_runs, plot_learning_curve, round_table
 
     runs = list_runs(folder)
     result = compare(runs)

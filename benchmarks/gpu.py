@@ -29,11 +29,13 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, get_polynomial_decay_schedule_with_warmup
 
-from vlm_itl.core import seed_everything
-from vlm_itl.data import SegData, load_data
-from vlm_itl.model import Segmenter, freeze_batchnorm, load_model, parameter_groups
-from vlm_itl.train import Inference, TrainSettings, autocast, fit, pixel_loss, predict_batches, score_pool
-from vlm_itl.transforms import TrainingSet, collate
+from vlm_itl.core.seeds import seed_everything
+from vlm_itl.data.sources import SegData, load_data
+from vlm_itl.data.transforms import TrainingSet, collate
+from vlm_itl.model.predict import Inference, autocast, predict_batches
+from vlm_itl.model.scoring import score_pool
+from vlm_itl.model.segmenter import Segmenter, freeze_batchnorm, load_model, parameter_groups
+from vlm_itl.model.train import TrainSettings, fit, pixel_loss
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"  # build tiny vision-language models
 GPU = torch.cuda.is_available()
@@ -207,8 +209,8 @@ def same_seed(data: SegData) -> None:
 
 def child(folder: str) -> None:
     "One run, for the part below: in a process of its own, so that it can be killed."
-    from vlm_itl.experiment import run_al
-    from vlm_itl.settings import make_config
+    from vlm_itl.experiment.config import make_config
+    from vlm_itl.experiment.loop import run_al
 
     config = make_config(
         mode="vlm", judge="confidence", dataset="scenes", data_options={"n_train": 60, "n_test": 12}, steps=40,
@@ -268,7 +270,7 @@ def scoring(data: SegData, size: str, side: int, turns: int) -> None:
     rows = data.train.select(range(min(len(data.train), 64 if GPU else 16)))
     many = [n for n in range(len(rows))] * (12 if GPU else 1)
     blind = data.train.remove_columns("mask").select(many)
-    from vlm_itl.labels import DecodeRows, make_rows, raw_rows
+    from vlm_itl.data.masks import DecodeRows, make_rows, raw_rows
 
     cells = raw_rows(blind)[:]
     blind = (
@@ -343,8 +345,8 @@ def vlm(folder: Path, big: bool) -> Path:
 
 def judging(data: SegData, work: Path, big: bool, count: int) -> None:
     "Masks judged a second by a local model, and batched answers against single ones."
-    import vlm_itl.hf_judge  # noqa: F401, registers the judge
-    from vlm_itl.vlm import JudgeQuery, make_handler
+    import vlm_itl.vlm.local  # noqa: F401, registers the judge
+    from vlm_itl.vlm.handler import JudgeQuery, make_handler
 
     folder = vlm(work / ("big" if big else "tiny"), big)
     queries = []

@@ -25,11 +25,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from vlm_itl.core import read_json, resolve_path, write_json
-from vlm_itl.experiment import run_baseline
-from vlm_itl.judging import make_judge_config, try_judge
-from vlm_itl.report import save_png
-from vlm_itl.settings import make_config, run_path
+from vlm_itl.core.figures import save_png
+from vlm_itl.core.files import read_json, resolve_path, write_json
+from vlm_itl.experiment.config import make_config, run_path
+from vlm_itl.experiment.loop import run_baseline
+from vlm_itl.judging.trial import make_judge_config, try_judge
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "judge_worth.json"

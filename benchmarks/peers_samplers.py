@@ -27,15 +27,18 @@ from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn import functional as F
 
-from vlm_itl.compare import compare
-from vlm_itl.core import DataError, make_rng, project_root, write_json
-from vlm_itl.data import toy_images
-from vlm_itl.model import load_model
-from vlm_itl.report import aubc
-from vlm_itl.sampler import kcenter_greedy
-from vlm_itl.scores import AGGREGATORS, PassAccumulator, mc_passes
-from vlm_itl.selects import ball_radius, cluster, gumbel_topk, probcover, typiclust
-from vlm_itl.train import Inference, score_pool, uncertainty_maps
+from vlm_itl.core.checks import DataError
+from vlm_itl.core.files import project_root, write_json
+from vlm_itl.core.seeds import make_rng
+from vlm_itl.data.sources import toy_images
+from vlm_itl.experiment.compare import compare
+from vlm_itl.experiment.report import aubc
+from vlm_itl.model.predict import Inference
+from vlm_itl.model.scoring import score_pool, uncertainty_maps
+from vlm_itl.model.segmenter import load_model
+from vlm_itl.model.uncertainty import AGGREGATORS, PassAccumulator, mc_passes
+from vlm_itl.sampler.selects import ball_radius, cluster, gumbel_topk, probcover, typiclust
+from vlm_itl.sampler.strategy import kcenter_greedy
 
 PEERS = {  # package on PyPI -> how to install it
     "baal": "pip install baal==2.1.0",

@@ -18,13 +18,13 @@ import torch
 import transformers
 
 import vlm_itl
-from vlm_itl.core import read_json, write_json
-from vlm_itl.data import load_data
-from vlm_itl.experiment import run_baseline
-from vlm_itl.metrics import mean_iou_of
-from vlm_itl.model import load_model
-from vlm_itl.settings import make_config, run_path
-from vlm_itl.train import Inference, evaluate
+from vlm_itl.core.files import read_json, write_json
+from vlm_itl.data.sources import load_data
+from vlm_itl.experiment.config import make_config, run_path
+from vlm_itl.experiment.loop import run_baseline
+from vlm_itl.model.metrics import mean_iou_of
+from vlm_itl.model.predict import Inference, evaluate
+from vlm_itl.model.segmenter import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "results" / "voc_subset.json"

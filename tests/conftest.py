@@ -80,6 +80,6 @@ def weights(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def scenes_small(cache_folder: Path) -> Any:
     """A few generated scenes (SegData), written once for the whole session."""
-    from vlm_itl.data import load_data
+    from vlm_itl.data.sources import load_data
 
     return load_data("scenes", seed=0, options={"n_train": 24, "n_test": 8})

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_itl.core import VlmItlError
+from vlm_itl.core.checks import VlmItlError
 
 # Times the usual number of cases. At 1 they are the same cases each time; above, new ones.
 FACTOR = float(os.environ.get("VLM_ITL_FUZZ", "1"))
@@ -41,7 +41,7 @@ class Tried:
         self.count += 1
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            # pytest takes the filters of vlm_itl.labels away; test_no_warning_of_pillow_surfaces tries the real ones
+            # pytest takes the filters of vlm_itl.data.labels away; another test tries the real ones
             warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
             warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
             warnings.filterwarnings("ignore", category=ResourceWarning)

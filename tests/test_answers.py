@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vlm_itl.vlm import parse_answer
+from vlm_itl.vlm.answers import parse_answer
 
 REPLIES = json.loads((Path(__file__).parent / "replies.json").read_text(encoding="utf-8"))
 STYLES = sorted({reply["style"] for reply in REPLIES})
@@ -58,7 +58,7 @@ def test_thoughts_change_nothing(thought: str) -> None:
 
 
 def test_the_place_is_where_the_word_stands() -> None:
-    from vlm_itl.answers import VERDICT_WORDS, read_answer
+    from vlm_itl.vlm.answers import VERDICT_WORDS, read_answer
 
     for reply in REPLIES:
         reading = read_answer(reply["reply"])

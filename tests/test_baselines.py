@@ -17,7 +17,18 @@ from PIL import Image
 from scipy.stats import spearmanr
 from torch import nn
 
-from vlm_itl.baselines import (
+from vlm_itl.core.checks import ConfigError, DataError, JudgeError
+from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.data.masks import MaskStore, read_image, read_mask
+from vlm_itl.data.sources import load_data
+from vlm_itl.data.transforms import unpad_one
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import run_al
+from vlm_itl.model.metrics import image_iou
+from vlm_itl.model.predict import Inference, predict_batches
+from vlm_itl.model.segmenter import Segmenter, load_model, load_weights, save_model
+from vlm_itl.vlm.cache import CachedHandler, handler_identity
+from vlm_itl.vlm.free import (
     CONFIDENCE_KINDS,
     ConfidenceHandler,
     HumanHandler,
@@ -31,18 +42,8 @@ from vlm_itl.baselines import (
     tta_agreement,
     write_verdicts,
 )
-from vlm_itl.cache import CachedHandler, handler_identity
-from vlm_itl.core import ConfigError, DataError, JudgeError
-from vlm_itl.data import load_data
-from vlm_itl.experiment import run_al
-from vlm_itl.hf_model import fingerprint
-from vlm_itl.labels import VOID, LabelSpace, read_image, read_mask
-from vlm_itl.metrics import image_iou
-from vlm_itl.model import Segmenter, load_model, load_weights, save_model
-from vlm_itl.settings import make_config
-from vlm_itl.train import Inference, MaskStore, predict_batches
-from vlm_itl.transforms import unpad_one
-from vlm_itl.vlm import JudgeQuery, VLMHandler, make_handler
+from vlm_itl.vlm.handler import JudgeQuery, VLMHandler, make_handler
+from vlm_itl.vlm.local_model import fingerprint
 
 VOC = LabelSpace.voc()
 COLORS = LabelSpace(("background", "red", "blue"))

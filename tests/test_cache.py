@@ -20,11 +20,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.cache import CachedHandler, JudgementCache, JudgeStopped, handler_identity, is_final, query_key
-from vlm_itl.core import ConfigError, JudgeError
-from vlm_itl.labels import LabelSpace
-from vlm_itl.simulated import MockHandler
-from vlm_itl.vlm import Judgement, JudgeQuery, VLMHandler, abstain, make_handler
+from vlm_itl.core.checks import ConfigError, JudgeError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.vlm.cache import CachedHandler, JudgementCache, handler_identity, is_final, query_key
+from vlm_itl.vlm.handler import Judgement, JudgeQuery, JudgeStopped, VLMHandler, abstain, make_handler
+from vlm_itl.vlm.simulated import MockHandler
 
 VOC = LabelSpace.voc()
 MASK = np.zeros((6, 6), np.uint8)
@@ -168,8 +168,8 @@ def test_a_table_of_somebody_else_is_refused(tmp_path: Path) -> None:
 
 WRITER = """
 import sys
-from vlm_itl.cache import JudgementCache
-from vlm_itl.vlm import Judgement
+from vlm_itl.vlm.cache import JudgementCache
+from vlm_itl.vlm.handler import Judgement
 path, name, batches = sys.argv[1], sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 sys.stdin.readline()
@@ -369,8 +369,8 @@ def server() -> Iterator[Server]:
 def test_a_second_run_of_an_experiment_makes_no_call(server: Server, tmp_path: Path) -> None:
     """The whole loop twice, in two run folders: trained, predicted and drawn anew, and not one question asked again."""
     pytest.importorskip("openai")
-    from vlm_itl.experiment import run_al
-    from vlm_itl.settings import make_config
+    from vlm_itl.experiment.config import make_config
+    from vlm_itl.experiment.loop import run_al
 
     asked = {"judge": "openai", "options": {"model": "toy", "base_url": server.url}, "path": str(tmp_path / "c.sqlite")}
     tiny = {"steps": 2, "batch_size": 4, "image_size": 48, "initial": 6, "increment": 6, "max_labelled": 12}
@@ -389,10 +389,10 @@ NOTEBOOK = """
 import json
 import numpy as np
 from dataclasses import replace
-from vlm_itl.cache import CachedHandler
-from vlm_itl.data import toy_images
-from vlm_itl.openai_judge import OpenAIHandler
-from vlm_itl.vlm import JudgeQuery
+from vlm_itl.vlm.cache import CachedHandler
+from vlm_itl.data.sources import toy_images
+from vlm_itl.vlm.server import OpenAIHandler
+from vlm_itl.vlm.handler import JudgeQuery
 
 toy = toy_images()
 queries = [JudgeQuery(r["id"], r["image"], r["mask"], question=q, labels=toy.labels)
@@ -455,9 +455,9 @@ def test_any_sqlite_tool_reads_it_while_it_is_in_use(tmp_path: Path) -> None:
 JUDGING = """
 import sys, time
 import numpy as np
-from vlm_itl.cache import CachedHandler
-from vlm_itl.labels import LabelSpace
-from vlm_itl.vlm import Judgement, JudgeQuery, VLMHandler
+from vlm_itl.vlm.cache import CachedHandler
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.vlm.handler import Judgement, JudgeQuery, VLMHandler
 
 class Slow(VLMHandler):
     name = "slow"

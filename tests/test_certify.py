@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from vlm_itl.certify import (
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.judging.certify import (
     CERTIFY_GRID,
     METHODS,
     Calibrator,
@@ -20,7 +21,6 @@ from vlm_itl.certify import (
     estimate_good_rate,
     rogan_gladen,
 )
-from vlm_itl.core import ConfigError, DataError
 
 
 def draw(rng: np.random.Generator, n: int, auc: float, base: float) -> tuple[np.ndarray, np.ndarray]:
@@ -217,7 +217,7 @@ def test_27_a_start_that_could_never_pass_is_left_out():
 
 
 def test_27_least_sample():
-    from vlm_itl.certify import least_sample
+    from vlm_itl.judging.certify import least_sample
 
     for delta, left in [(0.1, 1.0), (0.1 / 4, 1.0), (0.1 / 4, 0.7), (0.5, 0.2)]:
         n = least_sample(0.1, delta, left)

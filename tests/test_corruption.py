@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import vlm_itl.settings  # noqa: F401  makes every judge known
-from vlm_itl.core import ConfigError, DataError
-from vlm_itl.corruption import (
+import vlm_itl.experiment.config  # noqa: F401  makes every judge known
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.data.scenes import SceneOptions, draw_scene
+from vlm_itl.data.sources import load_data
+from vlm_itl.judging.corruption import (
     ERROR_KINDS,
     MIN_CHANGE,
     TARGETS,
@@ -21,11 +24,8 @@ from vlm_itl.corruption import (
     spoil_mask,
     truth_reader,
 )
-from vlm_itl.data import load_data
-from vlm_itl.labels import VOID, LabelSpace
-from vlm_itl.metrics import image_iou
-from vlm_itl.scenes import SceneOptions, draw_scene
-from vlm_itl.vlm import check_query, make_handler
+from vlm_itl.model.metrics import image_iou
+from vlm_itl.vlm.handler import check_query, make_handler
 
 VOC = LabelSpace.voc()
 SCENES = [draw_scene(SceneOptions(), "test", index)[1] for index in (1, 7, 17)]

@@ -13,20 +13,11 @@ from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets import Image as ImageColumn
 from PIL import Image
 
-from vlm_itl.core import ConfigError, DataError, stable_hash
-from vlm_itl.data import (
-    SOURCES,
-    LabelSpace,
-    SegData,
-    carve,
-    check_data,
-    load_data,
-    raw_rows,
-    register_source,
-    row_ids,
-    toy_images,
-)
-from vlm_itl.scenes import VOID
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.core.seeds import stable_hash
+from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.data.masks import raw_rows, row_ids
+from vlm_itl.data.sources import SOURCES, SegData, carve, check_data, load_data, register_source, toy_images
 
 VOC = LabelSpace.voc()
 AS_VOC = {"classes": "voc"}

@@ -18,15 +18,24 @@ from scipy.stats import entropy as plain_entropy
 from scipy.stats import spearmanr, ttest_rel
 from test_report import write_run
 
-from vlm_itl.compare import compare
-from vlm_itl.core import DataError, make_rng
-from vlm_itl.data import toy_images
-from vlm_itl.model import load_model
-from vlm_itl.report import aubc, read_run
-from vlm_itl.sampler import Sampler, kcenter_greedy
-from vlm_itl.scores import AGGREGATORS, PASS_SCORES, PassAccumulator, make_scorers, mc_passes, scoring_options
-from vlm_itl.selects import cluster, probcover, typiclust
-from vlm_itl.train import Inference, score_pool, uncertainty_maps
+from vlm_itl.core.checks import DataError
+from vlm_itl.core.seeds import make_rng
+from vlm_itl.data.sources import toy_images
+from vlm_itl.experiment.compare import compare
+from vlm_itl.experiment.report import aubc, read_run
+from vlm_itl.model.predict import Inference
+from vlm_itl.model.scoring import score_pool, uncertainty_maps
+from vlm_itl.model.segmenter import load_model
+from vlm_itl.model.uncertainty import (
+    AGGREGATORS,
+    PASS_SCORES,
+    PassAccumulator,
+    make_scorers,
+    mc_passes,
+    scoring_options,
+)
+from vlm_itl.sampler.selects import cluster, probcover, typiclust
+from vlm_itl.sampler.strategy import Sampler, kcenter_greedy
 
 DIVERSE = ("coreset", "typiclust", "probcover")
 

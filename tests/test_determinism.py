@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from test_resume import SMALL, content, settings
 
-from vlm_itl.core import project_root
-from vlm_itl.experiment import run_al
-from vlm_itl.run import run_notebook
-from vlm_itl.scenes import make_scenes
+from vlm_itl.cli.run import run_notebook
+from vlm_itl.core.files import project_root
+from vlm_itl.data.scenes import make_scenes
+from vlm_itl.experiment.loop import run_al
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,8 @@ def test_data_workers_in_a_notebook(scenes: Path, tmp_path: Path, alone: dict[st
 
 SCRIPT = """
 import json, sys
-from vlm_itl.experiment import run_al
-from vlm_itl.settings import make_config
+from vlm_itl.experiment.loop import run_al
+from vlm_itl.experiment.config import make_config
 list(run_al(make_config(json.loads(sys.argv[1]))))
 """
 

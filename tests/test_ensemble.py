@@ -16,10 +16,12 @@ from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from vlm_itl.baselines import write_verdicts
-from vlm_itl.cache import CachedHandler, JudgeStopped, handler_identity
-from vlm_itl.core import ConfigError, DataError, JudgeError, RunError
-from vlm_itl.ensemble import (
+from vlm_itl.core.checks import ConfigError, DataError, JudgeError, RunError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import run_al
+from vlm_itl.vlm.cache import CachedHandler, handler_identity
+from vlm_itl.vlm.ensemble import (
     COMBINATIONS,
     METHODS,
     BothHandler,
@@ -30,12 +32,10 @@ from vlm_itl.ensemble import (
     probability_of,
     total_cost,
 )
-from vlm_itl.experiment import run_al
-from vlm_itl.hf_judge import HFJudge
-from vlm_itl.labels import LabelSpace
-from vlm_itl.settings import make_config
-from vlm_itl.simulated import MockHandler
-from vlm_itl.vlm import Judgement, JudgeQuery, VLMHandler, abstain, make_handler
+from vlm_itl.vlm.free import write_verdicts
+from vlm_itl.vlm.handler import Judgement, JudgeQuery, JudgeStopped, VLMHandler, abstain, make_handler
+from vlm_itl.vlm.local import HFJudge
+from vlm_itl.vlm.simulated import MockHandler
 
 VOC = LabelSpace.voc()
 TRUTH = np.zeros((6, 6), np.uint8)

@@ -13,18 +13,25 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from vlm_itl.core import ConfigError, DataError, RunError, make_rng, project_root
-from vlm_itl.data import load_data, toy_images
-from vlm_itl.experiment import Experiment, run_al, run_baseline
-from vlm_itl.metrics import image_iou
-from vlm_itl.model import MODELS, load_model
-from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
-from vlm_itl.sampler import Sampler
-from vlm_itl.scenes import make_scenes
-from vlm_itl.settings import Config, make_config, run_path
-from vlm_itl.tracking import read_wandb_file
-from vlm_itl.train import Inference, MaskStore, PoolScores, TrainSettings, evaluate, fit, score_pool
-from vlm_itl.turns import choose
+from vlm_itl.core.checks import ConfigError, DataError, RunError
+from vlm_itl.core.files import project_root
+from vlm_itl.core.seeds import make_rng
+from vlm_itl.data.masks import MaskStore
+from vlm_itl.data.scenes import make_scenes
+from vlm_itl.data.sources import load_data, toy_images
+from vlm_itl.experiment.annotator import Oracle
+from vlm_itl.experiment.config import Config, make_config, run_path
+from vlm_itl.experiment.human_turn import choose
+from vlm_itl.experiment.ledger import Ledger
+from vlm_itl.experiment.loop import Experiment, run_al, run_baseline
+from vlm_itl.experiment.pool import Pool, training_rows
+from vlm_itl.experiment.tracking import read_wandb_file
+from vlm_itl.model.metrics import image_iou
+from vlm_itl.model.predict import Inference, evaluate
+from vlm_itl.model.scoring import PoolScores, score_pool
+from vlm_itl.model.segmenter import MODELS, load_model
+from vlm_itl.model.train import TrainSettings, fit
+from vlm_itl.sampler.strategy import Sampler
 
 TINY = {
     "steps": 6,

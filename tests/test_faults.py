@@ -17,10 +17,10 @@ import torch
 from faults import at_file, at_forward, at_step, files, in_child, no_space
 from test_resume import content, settings
 
-from vlm_itl.experiment import run_al
-from vlm_itl.judging import make_judge_config, try_judge
-from vlm_itl.model import Segmenter
-from vlm_itl.scenes import make_scenes
+from vlm_itl.data.scenes import make_scenes
+from vlm_itl.experiment.loop import run_al
+from vlm_itl.judging.trial import make_judge_config, try_judge
+from vlm_itl.model.segmenter import Segmenter
 
 GO_ON = "run the same again to go on"
 

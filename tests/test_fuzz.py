@@ -21,27 +21,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_itl.cache import JudgementCache
-from vlm_itl.core import (
-    ConfigError,
-    DataError,
-    JudgeError,
-    RunError,
-    check_choice,
-    check_number,
-    read_json,
-    resolve_path,
-    stable_hash,
-    to_json,
-    write_json,
-)
-from vlm_itl.guards import refuse_secrets
-from vlm_itl.judging import JudgeConfig, judge_run_path, make_judge_config
-from vlm_itl.labels import LabelSpace
-from vlm_itl.openai_judge import OpenAIHandler
-from vlm_itl.run import gather_parameters, notebook_parameters, read_yaml
-from vlm_itl.settings import Config, make_config, parse_yaml, read_settings, run_path
-from vlm_itl.vlm import Judgement, JudgeQuery, judging_part, parse_answer
+from vlm_itl.cli.run import gather_parameters, notebook_parameters, read_yaml
+from vlm_itl.core.checks import ConfigError, DataError, JudgeError, RunError, check_choice, check_number
+from vlm_itl.core.files import read_json, resolve_path, to_json, write_json
+from vlm_itl.core.guards import refuse_secrets
+from vlm_itl.core.reading import parse_yaml
+from vlm_itl.core.seeds import stable_hash
+from vlm_itl.core.settings import read_settings
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.experiment.config import Config, make_config, run_path
+from vlm_itl.judging.trial import JudgeConfig, judge_run_path, make_judge_config
+from vlm_itl.vlm.answers import parse_answer
+from vlm_itl.vlm.cache import JudgementCache
+from vlm_itl.vlm.handler import Judgement, JudgeQuery, judging_part
+from vlm_itl.vlm.server import OpenAIHandler
 
 Record = Callable[[str, Any], None]
 FIELDS = [f.name for f in fields(Config)]

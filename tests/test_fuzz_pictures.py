@@ -24,11 +24,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, PngImagePlugin
 
-from vlm_itl.core import ConfigError, DataError
-from vlm_itl.data import check_data, load_data
-from vlm_itl.labels import (
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.masks import (
     PIXEL_LIMIT,
-    LabelSpace,
+    MaskStore,
     check_headers,
     make_rows,
     open_image,
@@ -37,11 +37,11 @@ from vlm_itl.labels import (
     read_indices,
     read_mask,
 )
-from vlm_itl.pool import mask_pixels
-from vlm_itl.render import render
-from vlm_itl.train import MaskStore
-from vlm_itl.transforms import LARGE, EvalTransform, TrainTransform, predicted_classes, unpad_one
-from vlm_itl.vlm import JudgeQuery
+from vlm_itl.data.sources import check_data, load_data
+from vlm_itl.data.transforms import LARGE, EvalTransform, TrainTransform, predicted_classes, unpad_one
+from vlm_itl.experiment.annotator import mask_pixels
+from vlm_itl.vlm.handler import JudgeQuery
+from vlm_itl.vlm.render import render
 
 Record = Callable[[str, Any], None]
 THREE = LabelSpace(("background", "red", "blue"))
@@ -433,7 +433,7 @@ def test_no_warning_of_pillow_surfaces(tmp_path: Path) -> None:
     (tmp_path / "bomb.png").write_bytes(bomb(10_000, 9_000))
     (tmp_path / "odd.jpg").write_bytes(sample("JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
     code = (
-        "import sys; from vlm_itl.labels import read_image, DataError\n"
+        "import sys; from vlm_itl.core.checks import DataError; from vlm_itl.data.masks import read_image\n"
         "for p in sys.argv[1:]:\n try: read_image(p)\n except DataError as e: print(e)"
     )
     for flags in ((), ("-W", "always")):

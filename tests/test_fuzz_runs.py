@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from fuzzing import FACTOR, Tried
 
-from vlm_itl.cache import JudgementCache
-from vlm_itl.compare import compare
-from vlm_itl.core import JudgeError, RunError, VlmItlError
-from vlm_itl.experiment import Experiment, run_al
-from vlm_itl.model import load_model
-from vlm_itl.report import (
+from vlm_itl.core.checks import JudgeError, RunError, VlmItlError
+from vlm_itl.core.runfolder import RunFolder
+from vlm_itl.experiment.compare import compare
+from vlm_itl.experiment.config import Config, make_config
+from vlm_itl.experiment.loop import Experiment, run_al
+from vlm_itl.experiment.report import (
     list_runs,
     plot_class_iou,
     plot_gallery,
@@ -30,9 +30,9 @@ from vlm_itl.report import (
     save_figures,
     summary_table,
 )
-from vlm_itl.runfolder import RunFolder
-from vlm_itl.settings import Config, make_config
-from vlm_itl.vlm import Judgement
+from vlm_itl.model.segmenter import load_model
+from vlm_itl.vlm.cache import JudgementCache
+from vlm_itl.vlm.handler import Judgement
 
 Record = Callable[[str, Any], None]
 SMALL = {
@@ -318,7 +318,7 @@ def test_broken_cache(damage: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff" * 40, b'{"a":' * 5000])
 def test_broken_model_folder(file: str, data: bytes, runs: dict[str, Path], tmp_path: Path) -> None:
     """The weights of a round, damaged."""
-    from vlm_itl.data import toy_images
+    from vlm_itl.data.sources import toy_images
 
     source = sorted(runs["whole"].glob("round_*/model"))[-1]
     folder = tmp_path / "model"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from transformers import BeitConfig, BeitForSemanticSegmentation
 
-from vlm_itl.data import LabelSpace
-from vlm_itl.heads import class_rows, match_names
-from vlm_itl.model import load_model
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.model.heads import class_rows, match_names
+from vlm_itl.model.segmenter import load_model
 
 SEVEN = LabelSpace(tuple("abcdefg"))
 VIT = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 16, "image_size": 64}

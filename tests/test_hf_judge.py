@@ -24,24 +24,16 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_vlms
 
-from vlm_itl.cache import CachedHandler, query_key
-from vlm_itl.core import ConfigError, JudgeError
-from vlm_itl.experiment import run_al
-from vlm_itl.hf_judge import HFJudge, by_length, common_prefix, padded, share_image_features
-from vlm_itl.hf_model import (
-    LoadedVLM,
-    answer_tokens,
-    first_logits,
-    load_vlm,
-    move_inputs,
-    vlm_inputs,
-    yes_no,
-)
-from vlm_itl.labels import LabelSpace
-from vlm_itl.render import instruct, render
-from vlm_itl.scenes import make_scenes
-from vlm_itl.settings import make_config
-from vlm_itl.vlm import JudgeQuery, abstain, handler_options, make_handler
+from vlm_itl.core.checks import ConfigError, JudgeError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.scenes import make_scenes
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import run_al
+from vlm_itl.vlm.cache import CachedHandler, query_key
+from vlm_itl.vlm.handler import JudgeQuery, abstain, handler_options, make_handler
+from vlm_itl.vlm.local import HFJudge, by_length, common_prefix, padded, share_image_features
+from vlm_itl.vlm.local_model import LoadedVLM, answer_tokens, first_logits, load_vlm, move_inputs, vlm_inputs, yes_no
+from vlm_itl.vlm.render import instruct, render
 
 VOC = LabelSpace.voc()
 CHATS = ["llava", "idefics3", "paligemma"]
@@ -245,7 +237,7 @@ def test_22_all_families_of_the_shared_builder(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, root: Path
 ) -> None:
     """25 families; their builder wants films, which are left out here where torchvision is missing."""
-    from vlm_itl.hf_model import still_pictures, without_torchvision
+    from vlm_itl.vlm.local_model import still_pictures, without_torchvision
 
     script = shared / "faults" / "tiny_families.py"
     if not script.is_file():
@@ -845,7 +837,7 @@ def test_bad_models_are_one_line(folders: dict[str, Path], tmp_path: Path) -> No
 def test_the_experiment_knows_the_judge_and_imports_little() -> None:
     """Importing the loop registers `hf`, without loading a model class or torchvision."""
     code = (
-        "import sys, vlm_itl.experiment; from vlm_itl.vlm import HANDLERS; assert 'hf' in HANDLERS;"
+        "import sys, vlm_itl.experiment; from vlm_itl.vlm.handler import handler_options; assert handler_options('hf');"
         "assert not [m for m in sys.modules if m.startswith(('torchvision', 'transformers.models.idefics3'))]"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import vlm_itl.settings  # noqa: F401  makes every judge known
-from vlm_itl.core import ConfigError, DataError, to_json
-from vlm_itl.judge import (
+import vlm_itl.experiment.config  # noqa: F401  makes every judge known
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.core.files import to_json
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.judging.judge_figures import (
+    plot_acceptance,
+    plot_break_even,
+    plot_reliability,
+    plot_risk_coverage,
+    plot_roc,
+    worst_mistakes,
+)
+from vlm_itl.judging.measures import (
     RATES,
     SCORE_MEASURES,
     VERDICT_MEASURES,
@@ -32,16 +42,7 @@ from vlm_itl.judge import (
     verdict_measures,
     verdict_metrics,
 )
-from vlm_itl.judge_figures import (
-    plot_acceptance,
-    plot_break_even,
-    plot_reliability,
-    plot_risk_coverage,
-    plot_roc,
-    worst_mistakes,
-)
-from vlm_itl.labels import LabelSpace
-from vlm_itl.vlm import Judgement, JudgeQuery, make_handler
+from vlm_itl.vlm.handler import Judgement, JudgeQuery, make_handler
 
 PLAIN = "coverage base_rate acceptance agreement_rate balanced_accuracy sensitivity specificity kappa precision".split()
 

@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny_vlms
 from test_openai_judge import OK, Server, failing, reply
 
-from vlm_itl.cache import CachedHandler, JudgeStopped
-from vlm_itl.core import ConfigError, JudgeError
-from vlm_itl.hf_judge import HFJudge
-from vlm_itl.labels import LabelSpace
-from vlm_itl.openai_judge import OpenAIHandler
-from vlm_itl.vlm import JudgeQuery, VLMHandler
+from vlm_itl.core.checks import ConfigError, JudgeError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.vlm.cache import CachedHandler
+from vlm_itl.vlm.handler import JudgeQuery, JudgeStopped, VLMHandler
+from vlm_itl.vlm.local import HFJudge
+from vlm_itl.vlm.server import OpenAIHandler
 
 pytest.importorskip("openai")
 

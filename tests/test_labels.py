@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.core import ConfigError, DataError
-from vlm_itl.labels import DecodeRows, LabelSpace, check_headers, make_rows, read_image, read_mask, row_ids
-from vlm_itl.scenes import BORDER_COLOR, VOID
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.data.labels import BORDER_COLOR, VOID, LabelSpace
+from vlm_itl.data.masks import DecodeRows, check_headers, make_rows, read_image, read_mask, row_ids
 
 VOC = LabelSpace.voc()
 INDICES = np.array([[0, 8, 15], [20, VOID, 1]], dtype=np.uint8)

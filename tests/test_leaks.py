@@ -22,13 +22,9 @@ from datasets import Image as ImageColumn
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from torch.utils.data import DataLoader
 
-import vlm_itl.leaks as leaks_module
-from vlm_itl.core import ConfigError, DataError, LeakError, VlmItlError
-from vlm_itl.corruption import truth_reader
-from vlm_itl.data import check_data, load_data, raw_rows, row_ids
-from vlm_itl.experiment import Experiment, run_al
-from vlm_itl.labels import DecodeRows, make_rows, read_image
-from vlm_itl.leaks import (
+import vlm_itl.data.leaks as leaks_module
+from vlm_itl.core.checks import ConfigError, DataError, LeakError, VlmItlError
+from vlm_itl.data.leaks import (
     TURNS,
     check_apart,
     check_leaks,
@@ -42,12 +38,18 @@ from vlm_itl.leaks import (
     together,
     turn,
 )
-from vlm_itl.pool import Ledger, mask_pixels
-from vlm_itl.sampler import Sampler
-from vlm_itl.scenes import SceneOptions, draw_scene, make_scenes
-from vlm_itl.settings import make_config
-from vlm_itl.train import Inference, TrainSettings, evaluate, fit
-from vlm_itl.transforms import EvalTransform, TrainingSet, TrainTransform
+from vlm_itl.data.masks import DecodeRows, make_rows, raw_rows, read_image, row_ids
+from vlm_itl.data.scenes import SceneOptions, draw_scene, make_scenes
+from vlm_itl.data.sources import check_data, load_data
+from vlm_itl.data.transforms import EvalTransform, TrainingSet, TrainTransform
+from vlm_itl.experiment.annotator import mask_pixels
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.ledger import Ledger
+from vlm_itl.experiment.loop import Experiment, run_al
+from vlm_itl.judging.corruption import truth_reader
+from vlm_itl.model.predict import Inference, evaluate
+from vlm_itl.model.train import TrainSettings, fit
+from vlm_itl.sampler.strategy import Sampler
 
 TINY = {
     "steps": 2,

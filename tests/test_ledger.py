@@ -16,18 +16,19 @@ import pytest
 from faults import at_file, in_child, kill
 from PIL import Image
 
-import vlm_itl.experiment
-import vlm_itl.turns
-from vlm_itl.cache import CachedHandler, JudgeStopped
-from vlm_itl.core import DataError, JudgeError, LeakError, RunError, make_rng
-from vlm_itl.experiment import Experiment, run_al
-from vlm_itl.judging import make_judge_config, try_judge
-from vlm_itl.labels import LabelSpace
-from vlm_itl.pool import Ledger
-from vlm_itl.report import Run, group_runs
-from vlm_itl.scenes import make_scenes
-from vlm_itl.settings import Config, make_config
-from vlm_itl.vlm import HANDLERS, Judgement, JudgeQuery, VLMHandler
+import vlm_itl.experiment.judge_turn
+import vlm_itl.experiment.loop
+from vlm_itl.core.checks import DataError, JudgeError, LeakError, RunError
+from vlm_itl.core.seeds import make_rng
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.scenes import make_scenes
+from vlm_itl.experiment.config import Config, make_config
+from vlm_itl.experiment.ledger import Ledger
+from vlm_itl.experiment.loop import Experiment, run_al
+from vlm_itl.experiment.report import Run, group_runs
+from vlm_itl.judging.trial import make_judge_config, try_judge
+from vlm_itl.vlm.cache import CachedHandler
+from vlm_itl.vlm.handler import HANDLERS, Judgement, JudgeQuery, JudgeStopped, VLMHandler
 
 TINY: dict[str, Any] = {
     "mode": "vlm",
@@ -67,7 +68,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge by name, and small chunks, so that a kill falls between two."""
     Asked.name = "asked"
     monkeypatch.setitem(HANDLERS, "asked", Asked)
-    monkeypatch.setattr(vlm_itl.turns, "JUDGE_CHUNK", 4)
+    monkeypatch.setattr(vlm_itl.experiment.judge_turn, "JUDGE_CHUNK", 4)
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +138,10 @@ def test_fault_15_one_list_of_free_settings() -> None:
 
     assert groups(save_every=50) == groups(eval_batch_size=4) == groups(num_workers=4) == groups(gallery=0) == 1
     assert groups(steps=7) == groups(precision="bf16") == 2
-    names = [vlm_itl.settings.run_path(make_config(mode="al", **more)).name for more in ({}, {"save_every": 50})]
-    assert names[0] == names[1] != vlm_itl.settings.run_path(make_config(mode="al", steps=7)).name
+    names = [
+        vlm_itl.experiment.config.run_path(make_config(mode="al", **more)).name for more in ({}, {"save_every": 50})
+    ]
+    assert names[0] == names[1] != vlm_itl.experiment.config.run_path(make_config(mode="al", steps=7)).name
 
 
 def test_fault_34_what_cannot_change_a_number_may_change(scenes: Path, tmp_path: Path) -> None:
@@ -389,7 +392,9 @@ def test_what_nobody_asks_for_again_is_charged_all_the_same(scenes: Path, tmp_pa
     experiment = Experiment(settings(scenes, tmp_path / "run"))
     work = tmp_path / "run/.round_000.work"
     work.mkdir()
-    vlm_itl.turns.Journal(work / "pool.jsonl").add({"another mask": Judgement("no", usd=0.25, attempts=3)})
+    vlm_itl.experiment.judge_turn.Journal(work / "pool.jsonl").add(
+        {"another mask": Judgement("no", usd=0.25, attempts=3)}
+    )
     budget = experiment.run_round().budget
     assert budget["judge_calls"] == 8 + 3 and budget["judge_usd"] == pytest.approx(0.258)
 
@@ -448,8 +453,8 @@ def trial(folder: Path, **more: Any) -> Any:
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures take most of the time of a tiny run or trial."""
-    monkeypatch.setattr(vlm_itl.judging, "_figures", lambda *_: {})
-    monkeypatch.setattr(vlm_itl.experiment, "save_figures", lambda *_: {})
+    monkeypatch.setattr(vlm_itl.judging.trial, "_figures", lambda *_: {})
+    monkeypatch.setattr(vlm_itl.experiment.loop, "save_figures", lambda *_: {})
 
 
 def cost(folder: Path) -> dict[str, Any]:
@@ -507,8 +512,8 @@ def test_mutant_the_start_follows_the_seed(scenes: Path, tmp_path: Path) -> None
 
 def test_mutant_an_audits_bad_mask_is_dropped(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a human saw to be bad is not trained on; the look is charged."""
-    monkeypatch.setattr(vlm_itl.experiment, "certify_answers", lambda *_: {"threshold": 0.5})
-    monkeypatch.setattr(vlm_itl.experiment, "check_certifiable", lambda *_: None)  # three masks are too few
+    monkeypatch.setattr(vlm_itl.experiment.loop, "certify_answers", lambda *_: {"threshold": 0.5})
+    monkeypatch.setattr(vlm_itl.experiment.loop, "check_certifiable", lambda *_: None)  # three masks are too few
     config = settings(scenes, tmp_path / "run", acceptance="certified", tau=1.0)
     record = Experiment(config).run_round()
     audit = record.judge["certified"]["audit"]

@@ -15,15 +15,20 @@ import pytest
 from datasets import DatasetDict
 from PIL import Image
 
-from vlm_itl.core import make_rng
-from vlm_itl.data import SegData, load_data
-from vlm_itl.labels import LabelSpace, make_rows
-from vlm_itl.model import load_model
-from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
-from vlm_itl.sampler import Sampler
-from vlm_itl.train import Inference, MaskStore, score_pool
-from vlm_itl.turns import choose, judge_masks, measure_judge
-from vlm_itl.vlm import make_handler
+from vlm_itl.core.seeds import make_rng
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.masks import MaskStore, make_rows
+from vlm_itl.data.sources import SegData, load_data
+from vlm_itl.experiment.annotator import Oracle
+from vlm_itl.experiment.human_turn import choose
+from vlm_itl.experiment.judge_turn import judge_masks, measure_judge
+from vlm_itl.experiment.ledger import Ledger
+from vlm_itl.experiment.pool import Pool, training_rows
+from vlm_itl.model.predict import Inference
+from vlm_itl.model.scoring import score_pool
+from vlm_itl.model.segmenter import load_model
+from vlm_itl.sampler.strategy import Sampler
+from vlm_itl.vlm.handler import make_handler
 
 SIDE, HANDLES = 32, Path("/proc/self/fd")
 needs_proc = pytest.mark.skipif(not HANDLES.is_dir(), reason="open handles are counted in /proc, which is not there")

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.core import ConfigError, DataError, RunError
-from vlm_itl.data import SegData, check_data, load_data, row_ids
-from vlm_itl.labels import LabelSpace, read_mask
+from vlm_itl.core.checks import ConfigError, DataError, RunError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.masks import read_mask, row_ids
+from vlm_itl.data.sources import SegData, check_data, load_data
 
 Save = Callable[[np.ndarray], Image.Image]
 SIZE = (24, 20)
@@ -69,8 +70,8 @@ def load(root: Path, **options: Any) -> SegData:
 
 def run(root: Path, out: Path, **options: Any) -> dict[str, Any]:
     """The summary of a shortest run."""
-    from vlm_itl.experiment import run_baseline
-    from vlm_itl.settings import make_config
+    from vlm_itl.experiment.config import make_config
+    from vlm_itl.experiment.loop import run_baseline
 
     small = dict(image_size=32, steps=1, batch_size=2, val_share=2, gallery=0, device="cpu", leaks="off")
     list(run_baseline(make_config(dataset=str(root), output_dir=str(out), data_options=options, **small)))
@@ -122,8 +123,9 @@ def test_number_2_said_by_check_data_and_by_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize("use", ["fit", "evaluate"])
 def test_number_2_the_way_of_the_library(use: str, tmp_path: Path) -> None:
     """Training and evaluation take rows undecoded, past the transform that watched."""
-    from vlm_itl.model import load_model
-    from vlm_itl.train import Inference, TrainSettings, evaluate, fit
+    from vlm_itl.model.predict import Inference, evaluate
+    from vlm_itl.model.segmenter import load_model
+    from vlm_itl.model.train import TrainSettings, fit
 
     root = write(tmp_path, "images/p{}.png", "masks/p{}.png", black_and_white, 2, count=14, names="background lesion")
     for options in ({}, {"values": [0, 255]}):
@@ -140,7 +142,7 @@ def test_number_2_the_way_of_the_library(use: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("limit", [3, 0])
 def test_number_2_a_trial_of_a_judge(limit: int, tmp_path: Path) -> None:
     """Truth without a class would make every judge's accuracy meaningless."""
-    from vlm_itl.judging import make_judge_config, try_judge
+    from vlm_itl.judging.trial import make_judge_config, try_judge
 
     root = write(tmp_path, "images/p{}.png", "masks/p{}.png", black_and_white, 2, count=20, names="background lesion")
     settings = dict(
@@ -154,8 +156,8 @@ def test_number_2_a_trial_of_a_judge(limit: int, tmp_path: Path) -> None:
 
 def test_number_2_questions_that_were_paid_are_kept(tmp_path: Path) -> None:
     """The judge was examined before the masks of the start were read: the account stays, or it would be paid twice."""
-    from vlm_itl.experiment import run_al
-    from vlm_itl.settings import make_config
+    from vlm_itl.experiment.config import make_config
+    from vlm_itl.experiment.loop import run_al
 
     root, out = flat(tmp_path / "data", black_and_white, 2, "background lesion"), tmp_path / "out"
     small = dict(image_size=32, steps=1, batch_size=2, val_share=2, gallery=0, device="cpu", leaks="off", initial=2)
@@ -540,8 +542,10 @@ def test_number_32_polygons_get_a_hint(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("options", [{"values": [0, 7, 9, 255]}, {"ignore": [0], "classes": ["a", "b", "c"]}])
 def test_pseudo_labels_are_read_as_they_were_written(options: dict[str, Any], tmp_path: Path) -> None:
     """Predicted masks hold class indices, and were decoded by the values of the data set's own files."""
-    from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
-    from vlm_itl.train import MaskStore
+    from vlm_itl.data.masks import MaskStore
+    from vlm_itl.experiment.annotator import Oracle
+    from vlm_itl.experiment.ledger import Ledger
+    from vlm_itl.experiment.pool import Pool, training_rows
 
     spread = np.array([0, 7, 9, 255], np.uint8)
     data = load(
@@ -561,7 +565,7 @@ def test_pseudo_labels_are_read_as_they_were_written(options: dict[str, Any], tm
 
 def test_pseudo_labels_of_binary_tasks(tmp_path: Path) -> None:
     """Where the background is not class 0, its predicted mask was merged once more, into foreground."""
-    from vlm_itl.train import MaskStore
+    from vlm_itl.data.masks import MaskStore
 
     labels = LabelSpace(("tree", "background", "car")).binary()
     store = MaskStore(tmp_path, labels)

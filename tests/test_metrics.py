@@ -8,8 +8,8 @@ import torch
 from scipy.ndimage import binary_erosion
 from torchmetrics import JaccardIndex
 
-from vlm_itl.core import DataError, VlmItlError
-from vlm_itl.metrics import (
+from vlm_itl.core.checks import DataError, VlmItlError
+from vlm_itl.model.metrics import (
     ConfusionMatrix,
     boundary_iou,
     class_iou,

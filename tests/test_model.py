@@ -37,23 +37,24 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
-from vlm_itl.core import ConfigError, RunError
-from vlm_itl.data import LabelSpace, toy_images
-from vlm_itl.experiment import run_baseline
-from vlm_itl.model import (
+from vlm_itl.core.checks import ConfigError, RunError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.sources import toy_images
+from vlm_itl.data.transforms import EvalTransform, predicted_classes
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import run_baseline
+from vlm_itl.model.pixels import normalisation_of
+from vlm_itl.model.segmenter import (
     MODELS,
     Segmenter,
     fix_batchnorm,
     freeze_batchnorm,
     load_model,
-    normalisation_of,
     parameter_groups,
     register_model,
     save_model,
     watch_last_layer,
 )
-from vlm_itl.settings import make_config
-from vlm_itl.transforms import EvalTransform, predicted_classes
 
 VOC = LabelSpace.voc()
 SEVEN = LabelSpace(tuple("abcdefg"))

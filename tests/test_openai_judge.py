@@ -27,11 +27,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.cache import CachedHandler, JudgeStopped, query_key
-from vlm_itl.core import ConfigError, JudgeError
-from vlm_itl.labels import LabelSpace
-from vlm_itl.openai_judge import PRICES, OpenAIHandler, price_of, yes_share
-from vlm_itl.vlm import HANDLERS, Judgement, JudgeQuery, make_handler
+from vlm_itl.core.checks import ConfigError, JudgeError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.vlm.cache import CachedHandler, query_key
+from vlm_itl.vlm.handler import HANDLERS, Judgement, JudgeQuery, JudgeStopped, make_handler
+from vlm_itl.vlm.reply import yes_share
+from vlm_itl.vlm.server import PRICES, OpenAIHandler, price_of
 
 pytest.importorskip("openai")
 pytestmark = pytest.mark.filterwarnings("ignore:judge 'openai':RuntimeWarning")  # what was lost is said
@@ -956,8 +957,8 @@ def test_no_echo_of_the_key_survives(
     ids=["option", "variable", "body", "address", "cached", "token"],
 )
 def test_a_run_with_a_key_in_its_settings_writes_nothing(options: dict[str, Any], tmp_path: Path) -> None:
-    from vlm_itl.experiment import run_al
-    from vlm_itl.settings import make_config
+    from vlm_itl.experiment.config import make_config
+    from vlm_itl.experiment.loop import run_al
 
     scenes = {"dataset": "scenes", "data_options": {"n_train": 30, "n_test": 2, "size": [48, 64]}, "mode": "vlm"}
     with pytest.raises(ConfigError) as caught:
@@ -1066,7 +1067,7 @@ def test_money_follows_the_price(serve: Callable[..., Server]) -> None:
 
 
 def test_a_run_knows_the_judges() -> None:
-    import vlm_itl.settings  # noqa: F401
+    import vlm_itl.experiment.config  # noqa: F401
 
     assert {"openai", "cached"} <= set(HANDLERS)
 
@@ -1074,8 +1075,8 @@ def test_a_run_knows_the_judges() -> None:
 def test_a_run_stops_at_its_limit_goes_on_and_holds_no_key(
     serve: Callable[..., Server], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from vlm_itl.experiment import run_al
-    from vlm_itl.settings import make_config
+    from vlm_itl.experiment.config import make_config
+    from vlm_itl.experiment.loop import run_al
 
     monkeypatch.setenv("TOY_KEY", KEY)
     server = serve(lambda number, attempt, wish: (OK, reply("Yes" if len(wish) % 2 else "No", wish=wish)))

@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
-from vlm_itl.core import ConfigError, DataError
-from vlm_itl.picks import class_shares, pick_with, plot_class_shares, plot_picks
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.studies.picks import class_shares, pick_with, plot_class_shares, plot_picks
 
 
 @pytest.fixture()

@@ -10,26 +10,25 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_itl.core import ConfigError
-from vlm_itl.corruption import ERROR_KINDS, register_error
-from vlm_itl.data import SOURCES, register_source
-from vlm_itl.model import MODELS, register_model
-from vlm_itl.regions import REGIONS, register_regions
-from vlm_itl.render import STYLES, register_style
-from vlm_itl.sampler import (
+from vlm_itl.core.checks import ConfigError
+from vlm_itl.data.sources import SOURCES, register_source
+from vlm_itl.experiment.config import Config, make_config, run_path
+from vlm_itl.judging.corruption import ERROR_KINDS, register_error
+from vlm_itl.model.segmenter import MODELS, register_model
+from vlm_itl.model.uncertainty import AGGREGATORS, register_aggregate, scoring_options
+from vlm_itl.sampler.regions import REGIONS, register_regions
+from vlm_itl.sampler.strategy import (
     SCORES,
     SELECTS,
     SHORT,
     Sampler,
     parse_strategy,
-    register_aggregate,
     register_score,
     register_select,
     register_short,
 )
-from vlm_itl.scores import AGGREGATORS, scoring_options
-from vlm_itl.settings import Config, make_config, run_path
-from vlm_itl.vlm import HANDLERS, VLMHandler, register_handler
+from vlm_itl.vlm.handler import HANDLERS, VLMHandler, register_handler
+from vlm_itl.vlm.render import STYLES, register_style
 
 REGISTRIES: list[Any] = [AGGREGATORS, ERROR_KINDS, HANDLERS, MODELS, REGIONS, SCORES, SELECTS, SHORT, SOURCES, STYLES]
 
@@ -38,7 +37,7 @@ REGISTRIES: list[Any] = [AGGREGATORS, ERROR_KINDS, HANDLERS, MODELS, REGIONS, SC
 def shelves() -> Iterator[None]:
     """Every registry as it was."""
     try:
-        from vlm_itl.core import Registry
+        from vlm_itl.core.registry import Registry
 
         undo = [registry.keep() for registry in Registry.all]
     except ImportError:  # an earlier version
@@ -160,7 +159,7 @@ def test_29_faults_of_a_part_are_one_line_with_its_own_file() -> None:
 
 
 PART = """\
-from vlm_itl.sampler import register_score, register_short
+from vlm_itl.sampler.strategy import register_score, register_short
 
 @register_score("{name}", "for a test", per_pixel=True)
 def {name}(logits):

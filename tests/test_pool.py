@@ -16,20 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_itl.core import ConfigError, DataError
-from vlm_itl.data import VOID, SegData, load_data, raw_rows, row_ids, toy_images
-from vlm_itl.pool import (
-    FULL_MASK_SECONDS,
-    Ledger,
-    Oracle,
-    Pool,
-    as_count,
-    budget_schedule,
-    mask_pixels,
-    training_rows,
-)
-from vlm_itl.scenes import make_scenes
-from vlm_itl.train import MaskStore
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.data.labels import VOID
+from vlm_itl.data.masks import MaskStore, raw_rows, row_ids
+from vlm_itl.data.scenes import make_scenes
+from vlm_itl.data.sources import SegData, load_data, toy_images
+from vlm_itl.experiment.annotator import Oracle, mask_pixels
+from vlm_itl.experiment.ledger import Ledger
+from vlm_itl.experiment.pool import Pool, as_count, budget_schedule, training_rows
+from vlm_itl.judging.measures import FULL_MASK_SECONDS
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.core import ConfigError, JudgeError
-from vlm_itl.labels import LabelSpace
-from vlm_itl.vlm import HANDLERS, Judgement, JudgeQuery, VLMHandler, abstain, make_handler
+from vlm_itl.core.checks import ConfigError, JudgeError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.vlm.handler import HANDLERS, Judgement, JudgeQuery, VLMHandler, abstain, make_handler
 
 LABELS = LabelSpace(("background", "cat", "dog"))
 
@@ -58,7 +58,7 @@ def test_25_failures_that_are_alike_stop_any_judge() -> None:
 
 def test_25_batches_that_matter_keep_their_size_and_others_stop_early() -> None:
     """A network's last digits depend on its batch; of a judge that is paid by the question no batch is lost."""
-    from vlm_itl.openai_judge import OpenAIHandler
+    from vlm_itl.vlm.server import OpenAIHandler
 
     sizes: list[int] = []
 
@@ -102,8 +102,8 @@ def test_25_nothing_paid_is_lost_when_a_judge_stops(tmp_path: Path) -> None:
     """What it answered is on disk; its failures are asked again by the next process, and stay in the books."""
     from datasets import Dataset
 
-    from vlm_itl.train import MaskStore
-    from vlm_itl.turns import Journal, judge_masks
+    from vlm_itl.data.masks import MaskStore
+    from vlm_itl.experiment.judge_turn import Journal, judge_masks
 
     queries = [question(i) for i in range(60)]
     store = MaskStore(tmp_path / "masks", LABELS)
@@ -181,7 +181,13 @@ class Local(VLMHandler):
 
 
 def test_examination_finds_blind_judges_and_batches_that_matter() -> None:
-    from vlm_itl.preflight import accepted_rates, preflight, preflight_problem, preflight_queries, preflight_table
+    from vlm_itl.judging.preflight import (
+        accepted_rates,
+        preflight,
+        preflight_problem,
+        preflight_queries,
+        preflight_table,
+    )
 
     queries = preflight_queries(rows(), LABELS, 6)
     for right, wrong in zip(queries[::2], queries[1::2], strict=True):
@@ -210,8 +216,8 @@ TINY: dict[str, Any] = {
 
 
 def run(out: Path, **settings: Any) -> list[Any]:
-    from vlm_itl.experiment import run_al
-    from vlm_itl.settings import make_config
+    from vlm_itl.experiment.config import make_config
+    from vlm_itl.experiment.loop import run_al
 
     return list(run_al(make_config({**TINY, "output_dir": str(out), **settings})))
 
@@ -275,7 +281,7 @@ def test_what_a_judge_had_to_do_without_is_recorded(
 
 
 def test_a_trial_remembers_what_a_judge_had_to_do_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vlm_itl.judging import make_judge_config, try_judge
+    from vlm_itl.judging.trial import make_judge_config, try_judge
 
     monkeypatch.setitem(HANDLERS, "weakened", Weakened)
     data = {"n_train": 24, "n_test": 8}

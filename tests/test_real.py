@@ -10,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_itl.data import VOID, load_data, row_ids
-from vlm_itl.experiment import run_al
-from vlm_itl.labels import read_mask
-from vlm_itl.metrics import mean_iou_of
-from vlm_itl.model import load_model
-from vlm_itl.settings import make_config
-from vlm_itl.train import Inference, evaluate
+from vlm_itl.data.labels import VOID
+from vlm_itl.data.masks import read_mask, row_ids
+from vlm_itl.data.sources import load_data
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import run_al
+from vlm_itl.model.metrics import mean_iou_of
+from vlm_itl.model.predict import Inference, evaluate
+from vlm_itl.model.segmenter import load_model
 
 SEVEN = ("background", "cat", "cow", "dog", "horse", "person", "sheep")
 VIEW = Inference(image_size=513, resize="stretch", batch_size=4)  # what the checkpoint was trained on

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vlm_itl.refusals import PROVIDERS, Bounds, bounds_in, error_inside, likely_address, read_refusal, weaker
+from vlm_itl.vlm.refusals import PROVIDERS, Bounds, bounds_in, error_inside, likely_address, read_refusal, weaker
 
 
 def detail(field: str, words: str = "Extra inputs are not permitted") -> dict[str, Any]:

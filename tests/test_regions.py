@@ -14,15 +14,25 @@ import torch
 from PIL import Image
 from skimage.measure import label as connected_parts
 
-from vlm_itl.core import ConfigError, DataError, RunError, make_rng
-from vlm_itl.data import load_data
-from vlm_itl.experiment import run_al
-from vlm_itl.gradient import GradientProbe
-from vlm_itl.labels import VOID, row_ids
-from vlm_itl.metrics import image_iou
-from vlm_itl.model import load_model
-from vlm_itl.pool import Ledger, Oracle, Pool, training_rows
-from vlm_itl.regions import (
+from vlm_itl.core.checks import ConfigError, DataError, RunError
+from vlm_itl.core.seeds import make_rng
+from vlm_itl.data.labels import VOID
+from vlm_itl.data.masks import MaskStore, row_ids
+from vlm_itl.data.scenes import make_scenes
+from vlm_itl.data.sources import load_data
+from vlm_itl.experiment.annotator import Oracle
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.human_turn import policy_groups, spent_pixels
+from vlm_itl.experiment.ledger import Ledger
+from vlm_itl.experiment.loop import run_al
+from vlm_itl.experiment.pool import Pool, training_rows
+from vlm_itl.experiment.report import plot_learning_curve, round_table
+from vlm_itl.model.gradient import GradientProbe
+from vlm_itl.model.metrics import image_iou
+from vlm_itl.model.predict import Inference, predict_batches
+from vlm_itl.model.scoring import PoolScores, score_pool, uncertainty_maps
+from vlm_itl.model.segmenter import load_model
+from vlm_itl.sampler.regions import (
     REGIONS,
     Regions,
     cell_weights,
@@ -38,13 +48,7 @@ from vlm_itl.regions import (
     split_region,
     window_cover,
 )
-from vlm_itl.report import plot_learning_curve, round_table
-from vlm_itl.sampler import SELECTS, Sampler
-from vlm_itl.scenes import make_scenes
-from vlm_itl.selects import parse_strategy
-from vlm_itl.settings import make_config
-from vlm_itl.train import Inference, MaskStore, PoolScores, predict_batches, score_pool, uncertainty_maps
-from vlm_itl.turns import policy_groups, spent_pixels
+from vlm_itl.sampler.strategy import SELECTS, Sampler, parse_strategy
 
 KINDS: list[tuple[str, dict[str, Any]]] = [
     ("slic", {"count": 20}),
@@ -431,7 +435,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of which only the records matter."""
-    monkeypatch.setattr("vlm_itl.experiment.save_figures", lambda folder: [])
+    monkeypatch.setattr("vlm_itl.experiment.report.save_figures", lambda folder: [])
 
 
 def run(folder: Path, out: Path, **settings: Any) -> list[Any]:
@@ -605,7 +609,7 @@ def test_real_photographs(voc: Path, tmp_path: Path):
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
 def test_bad_settings(scenes: Path, tmp_path: Path, settings: dict[str, Any], message: str):
-    from vlm_itl.experiment import run_experiment
+    from vlm_itl.experiment.loop import run_experiment
 
     with pytest.raises(ConfigError) as caught:
         list(

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.core import ConfigError, DataError
-from vlm_itl.labels import VOID, LabelSpace
-from vlm_itl.render import (
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.vlm.handler import JudgeQuery
+from vlm_itl.vlm.render import (
     STYLES,
     inner_border,
     instruct,
@@ -18,7 +19,6 @@ from vlm_itl.render import (
     shrink,
     window_of,
 )
-from vlm_itl.vlm import JudgeQuery
 
 VOC = LabelSpace.voc()
 SAME_SIZE = ["overlay", "contour", "contour_tint", "marks"]

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl import report
-from vlm_itl.core import ConfigError, RunError, write_json, write_text
-from vlm_itl.report import (
-    COLORS,
+from vlm_itl.core import figures
+from vlm_itl.core.checks import ConfigError, RunError
+from vlm_itl.core.figures import COLORS
+from vlm_itl.core.files import write_json, write_text
+from vlm_itl.experiment.report import (
     aubc,
     find_references,
     gallery_items,
@@ -373,14 +374,14 @@ def test_equal_rates_do_not_hide_each_other(tmp_path):
 
 def test_names_in_any_script_are_one_line_at_most(monkeypatch):
     """A warning a letter, where no font has them: one for all; a font that has them is taken where it is installed."""
-    figure = report.make_figure(2, 2)[0]
+    figure = figures.make_figure(2, 2)[0]
     figure.text(0.1, 0.5, "一号照片 二号照片")
-    monkeypatch.setattr(report, "_wide_fonts", list)
+    monkeypatch.setattr(figures, "_wide_fonts", list)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         figure.savefig(io.BytesIO())
     assert [str(one.message).split(":")[0] for one in said] == ["figures show boxes"]
-    monkeypatch.setattr(report, "_wide_fonts", lambda: ["Last Resort High-Efficiency"])  # it has a sign for each
+    monkeypatch.setattr(figures, "_wide_fonts", lambda: ["Last Resort High-Efficiency"])  # it has a sign for each
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         figure.savefig(io.BytesIO())

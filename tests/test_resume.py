@@ -15,16 +15,17 @@ import pytest
 from faults import at_file, at_forward, at_step, files, in_child, kill
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import vlm_itl.turns
-from vlm_itl.core import RunError, project_root
-from vlm_itl.experiment import run_al, run_experiment
-from vlm_itl.judging import make_judge_config, try_judge
-from vlm_itl.model import Segmenter
-from vlm_itl.runfolder import RunFolder, Stopped
-from vlm_itl.scenes import make_scenes
-from vlm_itl.settings import make_config
-from vlm_itl.turns import Journal
-from vlm_itl.vlm import HANDLERS, Judgement, VLMHandler
+import vlm_itl.experiment.judge_turn
+from vlm_itl.core.checks import RunError
+from vlm_itl.core.files import project_root
+from vlm_itl.core.runfolder import RunFolder, Stopped
+from vlm_itl.data.scenes import make_scenes
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.judge_turn import Journal
+from vlm_itl.experiment.loop import run_al, run_experiment
+from vlm_itl.judging.trial import make_judge_config, try_judge
+from vlm_itl.model.segmenter import Segmenter
+from vlm_itl.vlm.handler import HANDLERS, Judgement, VLMHandler
 
 SMALL: dict[str, Any] = {
     "mode": "vlm",
@@ -56,7 +57,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_chunks() -> Any:
     """Answers are kept after every chunk; with few images, a chunk must be small to be interrupted in the middle."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vlm_itl.turns, "JUDGE_CHUNK", 5)
+        patch.setattr(vlm_itl.experiment.judge_turn, "JUDGE_CHUNK", 5)
         yield
 
 
@@ -330,7 +331,7 @@ def test_signals_end_in_good_order(
 
 HOLD = """
 import sys, time
-from vlm_itl.runfolder import RunFolder
+from vlm_itl.core.runfolder import RunFolder
 run = RunFolder.open(sys.argv[1], {"seed": 0})
 print("held", flush=True)
 time.sleep(60)
@@ -411,7 +412,7 @@ def test_the_command_is_stopped_and_goes_on(
 ) -> None:
     """`vlm_itl_run` under papermill: the kernel ends too, the text says how to go on, and the next run ends alike."""
     given = {**SMALL, "dataset": str(scenes), "output_dir": str(tmp_path / "run"), "steps": 6}
-    command = [sys.executable, "-c", "import sys; from vlm_itl.run import main; sys.exit(main())"]
+    command = [sys.executable, "-c", "import sys; from vlm_itl.cli.run import main; sys.exit(main())"]
     command += [str(project_root() / "nbs/run_al.ipynb"), str(tmp_path / "out.ipynb")]
     for name, value in given.items():
         command += ["-p", name, str(value)]
@@ -499,7 +500,7 @@ def test_what_fails_keeps_nobody_out(scenes: Path, tmp_path: Path) -> None:
 
 def test_the_slower_of_two_starts_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process made the folder, with other settings, while this one waited for the lock."""
-    import vlm_itl.runfolder as module
+    import vlm_itl.core.runfolder as module
 
     take = module._take_lock
 

@@ -14,8 +14,8 @@ from typing import Any
 import nbformat
 import pytest
 
-from vlm_itl import run
-from vlm_itl.core import ConfigError, check_choice
+from vlm_itl.cli import run
+from vlm_itl.core.checks import ConfigError, check_choice
 
 PARAMETERS = """\
 images: int = 6  # how many
@@ -209,7 +209,7 @@ def script(home: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """The console script as a process of its own, with nothing on stdin."""
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
-        code = "import sys; from vlm_itl.run import main; sys.exit(main())"
+        code = "import sys; from vlm_itl.cli.run import main; sys.exit(main())"
         environment = {**os.environ, "COLUMNS": "100"}
         return subprocess.run(
             [sys.executable, "-c", code, *words],
@@ -334,7 +334,9 @@ def test_33_the_wheel_brings_notebooks_and_configurations(root: Path, tmp_path: 
 
 
 def test_the_command_line_loads_no_torch(script: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    code = "import sys, vlm_itl.run as r; r.main(['--version']); print({'torch', 'transformers'} & set(sys.modules))"
+    code = (
+        "import sys, vlm_itl.cli.run as r; r.main(['--version']); print({'torch', 'transformers'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.startswith("vlm_itl ") and done.stdout.strip().endswith("set()"), done
 
@@ -350,7 +352,7 @@ def cells_of(path: Path) -> list[str]:
 @pytest.mark.parametrize("name", ["run_al", "run_baseline", "run_judge"])
 @pytest.mark.parametrize("history", [True, False])
 def test_21_run_all_twice(root: Path, name: str, history: bool) -> None:
-    from vlm_itl.settings import notebook_settings
+    from vlm_itl.experiment.config import notebook_settings
 
     cells = cells_of(root / "nbs" / f"{name}.ipynb")
     left: dict[str, Any] = {"rounds": [], "curve": {}, "seconds": 3.0, "shown": ["a"], "test": {}, "group": "size"}
@@ -375,7 +377,7 @@ def test_21_run_all_twice(root: Path, name: str, history: bool) -> None:
 
 
 def test_21_a_misspelt_name_is_still_found_when_run_again() -> None:
-    from vlm_itl.settings import make_config, notebook_settings
+    from vlm_itl.experiment.config import make_config, notebook_settings
 
     cells = ["", "seed: int = 0\nmode: str = 'al'", "given = dict(globals())", "make_config(notebook_settings(given))"]
     space = {
@@ -393,7 +395,7 @@ def test_21_a_misspelt_name_is_still_found_when_run_again() -> None:
 def test_21_an_interrupt_is_one_line_in_jupyter() -> None:
     from IPython.core.interactiveshell import InteractiveShell
 
-    from vlm_itl.runfolder import Stopped
+    from vlm_itl.core.runfolder import Stopped
 
     shell = InteractiveShell()
     shown: list[list[str]] = []

@@ -12,14 +12,14 @@ import papermill
 import pytest
 from PIL import Image
 
-from vlm_itl import judging
-from vlm_itl.cache import JudgeStopped
-from vlm_itl.core import ConfigError, DataError, RunError, project_root
-from vlm_itl.data import load_data
-from vlm_itl.judging import JudgeConfig, judge_run_path, make_judge_config, try_judge
-from vlm_itl.run import main, run_notebook
-from vlm_itl.simulated import MockHandler
-from vlm_itl.vlm import Judgement
+from vlm_itl.cli.run import main, run_notebook
+from vlm_itl.core.checks import ConfigError, DataError, RunError
+from vlm_itl.core.files import project_root
+from vlm_itl.data.sources import load_data
+from vlm_itl.judging import trial as judging
+from vlm_itl.judging.trial import JudgeConfig, judge_run_path, make_judge_config, try_judge
+from vlm_itl.vlm.handler import Judgement, JudgeStopped
+from vlm_itl.vlm.simulated import MockHandler
 
 TINY: dict[str, Any] = {
     "options": {"sensitivity": 0.9, "specificity": 0.8},

@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_itl.core import ConfigError, DataError, make_rng
-from vlm_itl.sampler import (
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.core.seeds import make_rng
+from vlm_itl.model.uncertainty import AGGREGATORS
+from vlm_itl.sampler.strategy import (
     SCORES,
     SELECTS,
     SHORT,
@@ -26,7 +28,6 @@ from vlm_itl.sampler import (
     register_select,
     shortlist,
 )
-from vlm_itl.scores import AGGREGATORS
 
 # the rows of the chapter itself; test_strategies.py goes through those of later chapters too
 OWN_SCORES = ("entropy", "margin", "least_confidence", "random", "none")

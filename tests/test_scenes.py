@@ -9,17 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.core import ConfigError, DataError, read_json
-from vlm_itl.scenes import (
-    BORDER_COLOR,
-    VOC_CLASSES,
-    VOID,
-    draw_scene,
-    make_scenes,
-    scene_options,
-    scenes_folder,
-    voc_palette,
-)
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.core.files import read_json
+from vlm_itl.data.labels import BORDER_COLOR, VOC_CLASSES, VOID, voc_palette
+from vlm_itl.data.scenes import draw_scene, make_scenes, scene_options, scenes_folder
 
 
 def digest(folder: Path) -> str:
@@ -120,7 +113,7 @@ def test_second_call_returns_at_once_and_others_are_refused(folder, tmp_path):
 
 
 def test_a_stopped_run_leaves_nothing(tmp_path, monkeypatch):
-    import vlm_itl.scenes as scenes
+    import vlm_itl.data.scenes as scenes
 
     def stop(folder, options, split, index):
         raise KeyboardInterrupt

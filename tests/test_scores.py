@@ -13,11 +13,13 @@ import torch
 from scipy.special import entr, log_softmax, softmax
 from torch import nn
 
-from vlm_itl.core import ConfigError, DataError
-from vlm_itl.data import toy_images
-from vlm_itl.labels import LabelSpace
-from vlm_itl.model import load_model
-from vlm_itl.scores import (
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.sources import toy_images
+from vlm_itl.model.predict import Inference
+from vlm_itl.model.scoring import score_pool, uncertainty_maps
+from vlm_itl.model.segmenter import load_model
+from vlm_itl.model.uncertainty import (
     AGGREGATORS,
     PASS_SCORES,
     PIXEL_SCORES,
@@ -33,7 +35,6 @@ from vlm_itl.scores import (
     split_key,
     topk_mean,
 )
-from vlm_itl.train import Inference, score_pool, uncertainty_maps
 
 KINDS = ("random", "sure", "torn", "huge", "shifted", "tiny differences", "pairs", "one dominant", "plus or minus")
 

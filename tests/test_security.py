@@ -37,35 +37,34 @@ from PIL import Image
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from vlm_itl.baselines import checkpoint_classes
-from vlm_itl.cache import JudgementCache, JudgeStopped
-from vlm_itl.compare import Comparison
-from vlm_itl.core import ConfigError, DataError, JudgeError, RunError, printable
-from vlm_itl.data import load_data
-from vlm_itl.experiment import run_al
-from vlm_itl.guards import hide_secrets, inside, markdown_cell, refuse_links, refuse_secrets
-from vlm_itl.hf_model import load_vlm, save_tiny_vlm
-from vlm_itl.labels import LabelSpace
-from vlm_itl.model import load_model, load_weights, save_model
-from vlm_itl.openai_judge import OpenAIHandler
-from vlm_itl.reading import _PlainLoader
-from vlm_itl.report import (
+from vlm_itl.cli.run import LiveText, main
+from vlm_itl.core.checks import ConfigError, DataError, JudgeError, RunError, printable
+from vlm_itl.core.figures import make_figure, save_png
+from vlm_itl.core.guards import hide_secrets, inside, markdown_cell, refuse_links, refuse_secrets
+from vlm_itl.core.reading import _PlainLoader
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.masks import MaskStore
+from vlm_itl.data.scenes import make_scenes
+from vlm_itl.data.sources import load_data
+from vlm_itl.experiment.compare import Comparison
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import run_al
+from vlm_itl.experiment.report import (
     asked_items,
     gallery_items,
-    make_figure,
     plot_gallery,
     read_run,
     round_table,
     save_figures,
-    save_png,
     summary_table,
 )
-from vlm_itl.run import LiveText, main
-from vlm_itl.scenes import make_scenes
-from vlm_itl.settings import make_config
-from vlm_itl.tracking import public_config, read_gallery
-from vlm_itl.train import MaskStore
-from vlm_itl.vlm import JudgeQuery
+from vlm_itl.experiment.tracking import public_config, read_gallery
+from vlm_itl.model.segmenter import load_model, load_weights, save_model
+from vlm_itl.vlm.cache import JudgementCache
+from vlm_itl.vlm.free import checkpoint_classes
+from vlm_itl.vlm.handler import JudgeQuery, JudgeStopped
+from vlm_itl.vlm.local_model import load_vlm, save_tiny_vlm
+from vlm_itl.vlm.server import OpenAIHandler
 
 LABELS = LabelSpace(("background", "red", "blue"))
 TINY: dict[str, Any] = {
@@ -583,7 +582,7 @@ def test_keys_are_written_nowhere(
         **os.environ, **KEYS, "WANDB_MODE": "offline", "HOME": str(home), "TMPDIR": str(home),
         "WANDB_CACHE_DIR": str(home / "w"), "WANDB_CONFIG_DIR": str(home / "wc"), "PYTHONPATH": str(root),
     }  # fmt: skip
-    code = "import sys; from vlm_itl.run import main; sys.exit(main())"
+    code = "import sys; from vlm_itl.cli.run import main; sys.exit(main())"
     command = [sys.executable, "-c", code, str(root / "nbs/run_al.ipynb"), str(home / "out.ipynb")]
     try:
         done = subprocess.run(
@@ -753,7 +752,7 @@ def test_a_tracker_shows_text_as_text(finished: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from vlm_itl.tracking import make_tracker
+    from vlm_itl.experiment.tracking import make_tracker
 
     run = tmp_path / "run"
     shutil.copytree(finished, run)

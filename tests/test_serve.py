@@ -23,14 +23,14 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny_vlms
 
-from vlm_itl.cache import CachedHandler, JudgeStopped
-from vlm_itl.core import JudgeError
-from vlm_itl.hf_judge import HFJudge
-from vlm_itl.hf_model import load_vlm, vlm_inputs
-from vlm_itl.labels import LabelSpace
-from vlm_itl.openai_judge import OpenAIHandler
-from vlm_itl.render import instruct, render
-from vlm_itl.vlm import JudgeQuery
+from vlm_itl.core.checks import JudgeError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.vlm.cache import CachedHandler
+from vlm_itl.vlm.handler import JudgeQuery, JudgeStopped
+from vlm_itl.vlm.local import HFJudge
+from vlm_itl.vlm.local_model import load_vlm, vlm_inputs
+from vlm_itl.vlm.render import instruct, render
+from vlm_itl.vlm.server import OpenAIHandler
 
 MISSING = [name for name in ("openai", "fastapi", "uvicorn", "rich") if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"pip install 'transformers[serving]' openai: no {MISSING}")

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from vlm_itl.cache import CachedHandler, handler_identity
-from vlm_itl.core import ConfigError, JudgeError
-from vlm_itl.judge import break_even
-from vlm_itl.labels import VOID, LabelSpace
-from vlm_itl.metrics import image_iou
-from vlm_itl.simulated import APPROVAL_CURVES, MOCK_KINDS, approval, check_curve, separation
-from vlm_itl.vlm import Judgement, JudgeQuery, VLMHandler, handler_options, make_handler
+from vlm_itl.core.checks import ConfigError, JudgeError
+from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.judging.measures import break_even
+from vlm_itl.model.metrics import image_iou
+from vlm_itl.vlm.cache import CachedHandler, handler_identity
+from vlm_itl.vlm.handler import Judgement, JudgeQuery, VLMHandler, handler_options, make_handler
+from vlm_itl.vlm.simulated import APPROVAL_CURVES, MOCK_KINDS, approval, check_curve, separation
 
 VOC = LabelSpace.voc()
 TRUTH = np.zeros((6, 6), np.uint8)
@@ -47,7 +47,7 @@ def quick_iou(monkeypatch: pytest.MonkeyPatch):
             known[key] = image_iou(prediction, truth, classes)
         return known[key]
 
-    monkeypatch.setattr("vlm_itl.simulated.image_iou", iou)
+    monkeypatch.setattr("vlm_itl.model.metrics.image_iou", iou)
 
 
 def ask(i: int = 0, mask: Any = TRUTH, **fields: Any) -> JudgeQuery:

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.core import ConfigError, write_json
-from vlm_itl.tracking import (
+from vlm_itl.core.checks import ConfigError
+from vlm_itl.core.files import write_json
+from vlm_itl.experiment.tracking import (
     TRACKERS,
     Tracker,
     flatten_record,

@@ -23,27 +23,17 @@ from transformers import (
     MobileNetV2ForSemanticSegmentation,
 )
 
-from vlm_itl import train
-from vlm_itl.core import ConfigError, DataError, RunError
-from vlm_itl.data import VOID, LabelSpace, SegData, raw_rows, toy_images
-from vlm_itl.experiment import run_baseline
-from vlm_itl.labels import DecodeRows, make_rows
-from vlm_itl.model import Segmenter, load_model
-from vlm_itl.settings import make_config
-from vlm_itl.train import (
-    Inference,
-    MaskStore,
-    PoolScores,
-    TrainSettings,
-    evaluate,
-    fit,
-    masked_mean,
-    pick_device,
-    pixel_loss,
-    score_pool,
-    uncertainty_maps,
-    valid_cells,
-)
+from vlm_itl.core.checks import ConfigError, DataError, RunError
+from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows, raw_rows
+from vlm_itl.data.sources import SegData, toy_images
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import run_baseline
+from vlm_itl.model import train
+from vlm_itl.model.predict import Inference, evaluate, pick_device
+from vlm_itl.model.scoring import PoolScores, masked_mean, score_pool, uncertainty_maps, valid_cells
+from vlm_itl.model.segmenter import Segmenter, load_model
+from vlm_itl.model.train import TrainSettings, fit, pixel_loss
 
 VOC = LabelSpace.voc()
 SEVEN = LabelSpace(tuple("abcdefg"))
@@ -704,7 +694,7 @@ def test_trying_leaves_no_trace(batchnorm_folder):
 def test_a_batch_that_the_memory_cannot_hold_is_counted(monkeypatch):
     """What a picture takes is measured; a machine of 100 MB holds some of them."""
     model = load_model("segformer-nano", SEVEN)
-    monkeypatch.setattr("vlm_itl.train.memory_here", lambda: 10**8)
+    monkeypatch.setattr("vlm_itl.model.train.memory_here", lambda: 10**8)
     with pytest.raises(ConfigError, match=r"batch_size=64.* MiB in training"):
         train.try_once(model, TrainSettings(batch_size=64), Inference(128))
     train.try_once(model, TrainSettings(batch_size=2), Inference(128))

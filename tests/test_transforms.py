@@ -14,9 +14,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vlm_itl.core import ConfigError, DataError, make_rng
-from vlm_itl.data import VOID, LabelSpace, SegData, load_data, make_rows, raw_rows, toy_images
-from vlm_itl.transforms import EvalTransform, TrainingSet, TrainTransform, collate, unpad_logits, unpad_one
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.core.seeds import make_rng
+from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.data.masks import make_rows, raw_rows
+from vlm_itl.data.sources import SegData, load_data, toy_images
+from vlm_itl.data.transforms import EvalTransform, TrainingSet, TrainTransform, collate, unpad_logits, unpad_one
 
 TOY = toy_images()
 LABELS = LabelSpace(tuple(f"class {index}" for index in range(200)))

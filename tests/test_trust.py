@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from vlm_itl.core import RunError, project_root, read_json
-from vlm_itl.trust import GUARANTEES, trust_figures, trust_table
+from vlm_itl.core.checks import RunError
+from vlm_itl.core.files import project_root, read_json
+from vlm_itl.studies.trust import GUARANTEES, trust_figures, trust_table
 
 
 def test_every_figure_was_measured() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm_itl.core import ConfigError, DataError, JudgeError
-from vlm_itl.labels import VOID, LabelSpace
-from vlm_itl.vlm import (
+from vlm_itl.core.checks import ConfigError, DataError, JudgeError
+from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.vlm.answers import parse_answer
+from vlm_itl.vlm.handler import (
     HANDLERS,
     QUESTIONS,
     Judgement,
@@ -27,7 +28,6 @@ from vlm_itl.vlm import (
     judging_part,
     legend_text,
     make_handler,
-    parse_answer,
     register_handler,
     render_overlay,
 )

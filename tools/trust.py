@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from vlm_itl.core import read_json, write_json
+from vlm_itl.core.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = ("resume", "determinism", "faults", "leaks", "fuzz", "fuzz_pictures", "fuzz_runs", "security", "load")
