@@ -138,6 +138,7 @@ def test_fault_15_one_list_of_free_settings() -> None:
 
     assert groups(save_every=50) == groups(eval_batch_size=4) == groups(num_workers=4) == groups(gallery=0) == 1
     assert groups(steps=7) == groups(precision="bf16") == 2
+    assert vlm_itl.judging.FREE_SETTINGS is vlm_itl.core.runfolder.FREE_SETTINGS  # a trial has no list of its own
     names = [
         vlm_itl.experiment.config.run_path(make_config(mode="al", **more)).name for more in ({}, {"save_every": 50})
     ]
