@@ -199,7 +199,7 @@ def _by_papermill(path: Path) -> bool:
     except Exception:  # whatever it is: somebody else's
         return False
 
-
+# %% ../../nbs/cli/01_run.ipynb #run-output-plan-output
 def plan_output(
     notebook: str | Path,  # the source
     output: str | Path | None = None,  # a path, a folder, or None for a new name under runs/
@@ -276,7 +276,7 @@ class NotebookRun:
         summary = self.run_folder / "summary.json"
         return [path for path in (summary, *sorted(self.run_folder.glob("figures/*.png"))) if path.is_file()]
 
-
+# %% ../../nbs/cli/01_run.ipynb #run-notebook-passon
 class _PassOn:
     "Hands a first Ctrl-C or SIGTERM to the kernel, which knows how to end a run; the second ends everything."
 
@@ -291,7 +291,7 @@ class _PassOn:
         for kernel in kernels:
             kernel.send_signal(signal.SIGINT)
 
-
+# %% ../../nbs/cli/01_run.ipynb #run-notebook-run-notebook
 def run_notebook(
     notebook: str | Path,  # as for `find_notebook`
     output: str | Path | None = None,  # as for `plan_output`
@@ -393,7 +393,7 @@ def _say_version(context: click.Context, option: click.Parameter, asked: bool) -
         )
         context.exit()
 
-
+# %% ../../nbs/cli/01_run.ipynb #run-callback-run-command
 def _run_command(notebook: str | None, output: str | None, **options: Any) -> int:
     "What `vlm_itl_run` does with its arguments, which are papermill's."
     if notebook == "list":
@@ -457,7 +457,7 @@ command = click.Command(
     "--help-notebook shows the parameters of one.",
 )
 
-
+# %% ../../nbs/cli/01_run.ipynb #run-main-main
 def main(
     arguments: Sequence[str] | None = None,  # None: those of the process
 ) -> int:  # 0, 1: the notebook failed, 2: bad usage, 130: interrupted

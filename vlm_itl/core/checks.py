@@ -27,7 +27,7 @@ def printable(
     shown = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
     return text if text.isprintable() else "".join(shown)
 
-
+# %% ../../nbs/core/01_checks.ipynb #core-errors-one-line
 def one_line(
     text: str,  # may hold line breaks, control characters, parts of broken file names
     limit: int = 2000,  # letters
@@ -36,7 +36,7 @@ def one_line(
     line = " ".join(printable(text).split())
     return line if len(line) <= limit else f"{line[: limit // 2]} ... {line[-limit // 2 :]}"
 
-
+# %% ../../nbs/core/01_checks.ipynb #core-errors-show
 def show(
     value: Any,  # whatever somebody has typed
     limit: int = 300,  # letters
@@ -47,30 +47,30 @@ def show(
     except Exception:
         return f"a {type(value).__name__} that cannot be printed"
 
-
+# %% ../../nbs/core/01_checks.ipynb #core-errors-vlmitlerror
 class VlmItlError(Exception):
     "Anything that vlm_itl itself refuses, said in one line."
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
-
+# %% ../../nbs/core/01_checks.ipynb #core-errors-configerror
 class ConfigError(VlmItlError, ValueError):
     "A setting that is unknown, impossible, or contradicts another."
 
-
+# %% ../../nbs/core/01_checks.ipynb #core-errors-dataerror
 class DataError(VlmItlError, ValueError):
     "An image, a mask or a list that cannot be used; names the file."
 
-
+# %% ../../nbs/core/01_checks.ipynb #core-errors-leakerror
 class LeakError(DataError):
     "Truth where it must not be: one picture in two splits, or a mask that is read before it is paid for."
 
-
+# %% ../../nbs/core/01_checks.ipynb #core-errors-runerror
 class RunError(VlmItlError, RuntimeError):
     "A run folder that cannot be used or written."
 
-
+# %% ../../nbs/core/01_checks.ipynb #core-errors-judgeerror
 class JudgeError(VlmItlError, RuntimeError):
     "A judge that cannot be set up, or is asked what it cannot answer."
 

@@ -32,8 +32,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 VERDICT_COLORS = {"yes": COLORS[0], "no": COLORS[1], "abstain": "#767676"}
 ABSENT = "#d0d0d0"  # classes that were not there
 VOID_COLOR = (224, 224, 192)  # pixels nobody is asked about; VOC's own (grey is its colour of cars)
-
-
 # fonts that hold the scripts which matplotlib's own lacks
 _WIDE_FONTS = re.compile("Noto Sans|Source Han|WenQuanYi|Microsoft YaHei|PingFang|Hiragino|Malgun|Arial Unicode")
 
@@ -56,7 +54,7 @@ class PlainFigure(Figure):
         with plt.rc_context({"text.parse_math": False}), _glyphs_told_once():  # for tick labels made while drawing
             super().draw(renderer)
 
-
+# %% ../../nbs/core/10_figures.ipynb #report-style-make-figure
 @contextmanager
 def _glyphs_told_once() -> Iterator[None]:
     "One line for all letters that no font has, in place of one for each."
@@ -85,7 +83,7 @@ def make_figure(
     plt.close(figure)
     return figure, axes
 
-
+# %% ../../nbs/core/10_figures.ipynb #report-style-tidy-axes
 def tidy_axes(axes: Axes, x: str, y: str) -> None:
     "Axis labels, a quiet grid, no box."
     axes.set_xlabel(x)
@@ -94,7 +92,7 @@ def tidy_axes(axes: Axes, x: str, y: str) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
-
+# %% ../../nbs/core/10_figures.ipynb #report-style-legend-below
 def _legend_below(figure: Figure, axes: Axes) -> None:
     "The legend under the axes, where it hides nothing, in as many columns as fit."
     handles, names = axes.get_legend_handles_labels()

@@ -96,7 +96,7 @@ def plain(
         return str(value)
     raise TypeError(f"cannot write a {type(value).__name__} to JSON")
 
-
+# %% ../../nbs/core/04_files.ipynb #core-json-to-json
 def to_json(
     value: Any,  # as for `plain`
     indent: int | None = None,  # None: one line
@@ -104,7 +104,7 @@ def to_json(
     "JSON text of a value; the same value gives the same bytes."
     return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
 
-
+# %% ../../nbs/core/04_files.ipynb #core-json-write-json
 def write_json(
     path: str | Path,  # the folder must exist
     value: Any,  # as for `plain`
@@ -112,7 +112,7 @@ def write_json(
     "Write a JSON file whole or not at all."
     return write_text(path, to_json(value, indent=1) + "\n")
 
-
+# %% ../../nbs/core/04_files.ipynb #core-json-from-json
 def _no_constant(text: str) -> Any:
     "NaN and infinity are no JSON, and nothing here writes them."
     raise ValueError(f"{text} is no number")
@@ -131,7 +131,7 @@ def from_json(
         raise ValueError(f"it holds a {type(found).__name__} where a {kind.__name__} belongs")
     return found
 
-
+# %% ../../nbs/core/04_files.ipynb #core-json-read-json
 def read_json(
     path: str | Path,  # an existing file
     kind: type | None = None,  # what it must hold: dict or list; None: anything

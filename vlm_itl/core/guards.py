@@ -69,6 +69,8 @@ _KEY_FORMS = re.compile(
     r"|github_pat_[A-Za-z0-9_]{16,}|glpat-[A-Za-z0-9_-]{16,}|xox[abprs]-[A-Za-z0-9-]{16,}|AIza[A-Za-z0-9_-]{30,}"
     r"|AKIA[A-Z0-9]{16}\b|eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]{8,})"
 )
+
+# %% ../../nbs/core/06_guards.ipynb #guards-secrets-names-secret
 _SECRET_FORMS = [
     (re.compile(r"(?<=://)[^/\s@]+(?=@)"), "***"),  # https://user:password@host
     (_KEY_FORMS, "***"),
@@ -90,7 +92,7 @@ def names_secret(
     place = not words or words[-1] in _PLACES
     return not place and any(w in _SECRET_WORDS or w.endswith(_SECRET_ENDINGS) for w in words)
 
-
+# %% ../../nbs/core/06_guards.ipynb #guards-secrets-hide-secrets
 def _is_place(value: str) -> bool:
     "A path that exists, or one for every shell to see: a folder is no secret, whatever the variable is called."
     if not value.startswith(("/", "~", "./", "../")) and not re.match(r"[A-Za-z]:[\\/]", value):
@@ -142,7 +144,7 @@ def refuse_secrets(
             waiting += _written_in(one)
             _refuse_form(name, one)
 
-
+# %% ../../nbs/core/06_guards.ipynb #guards-refuse-refuse-name
 def _refuse_name(name: str, key: str, inner: Any) -> None:
     "`ConfigError` if something is called as keys are called."
     named = names_secret(key) and not _NOT_SECRET.search(key)

@@ -38,7 +38,7 @@ def _is_file(name: str) -> bool:
     "A file, not a module."
     return name.endswith(".py") or "/" in name or "\\" in name
 
-
+# %% ../../nbs/core/08_plugins.ipynb #plugins-where-sources
 def _sources(name: str) -> list[Path]:
     "The files of a plugin; `ConfigError` where there is none."
     if _is_file(name):
@@ -67,7 +67,7 @@ def _fingerprint(files: Sequence[tuple[str, bytes]]) -> str:
         digest.update(f"{name}:{len(data)}:".encode() + data)
     return digest.hexdigest()[:16]
 
-
+# %% ../../nbs/core/08_plugins.ipynb #plugins-where-read
 def _read(name: str) -> list[tuple[Path, bytes]]:
     "The files of a plugin with what is in them."
     try:
@@ -108,7 +108,7 @@ def _whole(module: str, files: Sequence[Path]) -> Iterator[None]:
     finally:
         Registry.loading = ""
 
-
+# %% ../../nbs/core/08_plugins.ipynb #plugins-load-readalready
 class _ReadAlready(importlib.abc.SourceLoader):
     "Loads a module from the very bytes that were fingerprinted."
 
@@ -137,7 +137,7 @@ def _run(name: str, module: str, files: Sequence[tuple[Path, bytes]]) -> None:
         sys.modules[module] = made = importlib.util.module_from_spec(spec)  # where pickle looks for what it defines
         loader.exec_module(made)
 
-
+# %% ../../nbs/core/08_plugins.ipynb #plugins-load-load-plugins
 def load_plugins(
     plugins: Sequence[Any],  # names of files or modules, each perhaps with its "sha256:..."
 ) -> list[str]:  # each as "NAME sha256:FINGERPRINT", which is never read again in this process
@@ -165,7 +165,7 @@ def load_plugins(
         found.append(f"{name} sha256:{mark}")
     return found
 
-
+# %% ../../nbs/core/08_plugins.ipynb #plugins-load-described
 def described(
     plugins: Sequence[str],  # as `load_plugins` returns them
 ) -> list[str]:  # the same without folders: a plugin may be moved

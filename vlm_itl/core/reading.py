@@ -54,7 +54,7 @@ _RESOLVERS = (  # tag, pattern, letters it may begin with
     ("tag:yaml.org,2002:merge", "<<", "<"),
 )
 
-
+# %% ../../nbs/core/05_reading.ipynb #reading-yaml-plainloader
 class _PlainLoader(yaml.SafeLoader):
     "The safe loader, to which 2026-01-31 is a text, 1e-3 a number, and 010 a question."
 
@@ -90,7 +90,7 @@ for _tag, _pattern, _letters in _RESOLVERS:
 _PlainLoader.add_constructor("vlm_itl:unclear", _PlainLoader.refuse_unclear)
 _PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.whole_number)
 
-
+# %% ../../nbs/core/05_reading.ipynb #reading-yaml-check-plain
 def check_plain(
     name: str,  # the setting, for the message
     value: Any,  # its value
@@ -112,7 +112,7 @@ def check_plain(
             raise ConfigError(f"{name}: {show(one)} is neither text nor number.")
     return value
 
-
+# %% ../../nbs/core/05_reading.ipynb #reading-yaml-parse-yaml
 def parse_yaml(
     text: str | bytes,  # what somebody has typed or written into a file
     name: str,  # what it is, for the message

@@ -44,7 +44,7 @@ def _home(
         return f"{module} {name}", module
     return f"{module} {name}", f"{file}, line {code.co_firstlineno}" if code else str(file)
 
-
+# %% ../../nbs/core/02_registry.ipynb #core-registry-same
 def _same(
     one: str,  # as `_home` says who a part is
     other: str,  # likewise
@@ -64,7 +64,7 @@ def _calling_module() -> str:
         frame = frame.f_back
     return str(frame.f_globals.get("__name__")) if frame is not None else ""
 
-
+# %% ../../nbs/core/02_registry.ipynb #core-registry-blamed
 def _blamed(what: str, function: Any) -> Any:
     "A function whose faults are told in one line with its own file and line."
 
@@ -96,7 +96,7 @@ def _blamed(what: str, function: Any) -> Any:
 
     return call
 
-
+# %% ../../nbs/core/02_registry.ipynb #core-registry-checked-part
 def checked_part(
     what: str,  # the part, for the message
     function: Any,  # what is to be registered
@@ -116,7 +116,7 @@ def checked_part(
     own = str(getattr(function, "__module__", "")).split(".")[0] == "vlm_itl"
     return function if own or not hasattr(function, "__code__") else _blamed(what, function)
 
-
+# %% ../../nbs/core/02_registry.ipynb #core-registry-registry
 class Registry(UserDict[str, Part]):
     "What a word in a setting stands for. A word that is taken is refused."
 

@@ -35,7 +35,7 @@ class Stopped(KeyboardInterrupt):
         "What Jupyter shows: the line, and not where in a training it happened to be."
         return [f"Stopped: {' '.join(str(self).split())}"]
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-faults-on-signals
 @contextmanager
 def on_signals(
     handler: Any,  # called with (number, frame)
@@ -52,7 +52,7 @@ def on_signals(
         for number, old in before.items():
             signal.signal(number, old if old is not None else signal.SIG_DFL)
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-faults-no-memory
 def _interrupt(number: int, frame: Any) -> None:
     "SIGTERM is a Ctrl-C from a machine."
     raise KeyboardInterrupt
@@ -71,7 +71,7 @@ def no_memory(
         return True
     return isinstance(error, (RuntimeError, OSError)) and any(m in str(error).lower() for m in _NO_MEMORY)
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-faults-from-worker
 def _explained(error: Exception, doing: str, more: str) -> RunError:
     "One line for a fault of the machine."
     if no_memory(error):
@@ -92,7 +92,7 @@ def from_worker(
         return error
     return type(error)(text.strip().splitlines()[-1].split(": ", 1)[-1])
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-faults-worker-errors
 @contextmanager
 def worker_errors() -> Iterator[None]:
     "Our own errors from data workers are raised with their one line."
@@ -103,7 +103,7 @@ def worker_errors() -> Iterator[None]:
             raise short from None
         raise
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-faults-file-errors
 @contextmanager
 def file_errors(
     doing: str,  # what goes on inside, e.g. "writing into runs/a"
@@ -120,7 +120,7 @@ def file_errors(
             raise
         raise _explained(error, doing, more) from error
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-faults-protected
 @contextmanager
 def protected(
     folder: Path,  # the run folder
@@ -170,7 +170,7 @@ class _Lock:
         except Exception:  # the interpreter is going down, and the kernel drops the lock anyway
             pass
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-lock-alive
 def _alive(owner: Mapping[str, Any]) -> bool:
     "Does the process of a note still run? Unknown for other machines: yes."
     if owner.get("host") != socket.gethostname():
@@ -183,7 +183,7 @@ def _alive(owner: Mapping[str, Any]) -> bool:
         return True
     return True
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-lock-take-lock
 def _take_lock(path: Path) -> _Lock:
     "The lock of a folder; `RunError` that says who has it."
     folder = path.resolve()
@@ -215,7 +215,7 @@ def _wait_for(lock: filelock.BaseFileLock, folder: Path) -> None:
             raise
         lock.acquire(timeout=_HELPERS_S)
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-lock-read-owner
 def _read_owner(folder: Path) -> dict[str, Any]:
     "The note beside a lock; empty where there is none."
     try:
@@ -260,7 +260,7 @@ def readable(
             f"write ({said}): put back a good copy, or read it with the version that config.json names."
         ) from error
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-run-checked-record
 _OBJECTS = ("budget", "metrics", "selection", "seconds", "judge", "training", "policy")
 _NUMBERS = ("labelled", "labelled_share", "pseudo", "regions")
 
@@ -279,7 +279,7 @@ def checked_record(
         raise RunError(f"{where} is no record of round {index} ({found}): put back a good copy of the file.")
     return record
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-run-remove
 _NUMBER_OR_NONE = (int, float, type(None))
 _ROUND = re.compile(r"round_(\d{3,})")
 _BEGINNING = ("config.json", "data.json", "stamps.json", ".broken_data")  # what a start writes, whatever comes of it
@@ -302,13 +302,13 @@ def remove(
     else:
         shutil.rmtree(path, ignore_errors=True)
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-run-round-index
 def _round_index(path: Path) -> int:
     "The index of a whole round's folder, -1 for anything else."
     match = _ROUND.fullmatch(path.name)
     return int(match[1]) if match and (path / "record.json").is_file() else -1
 
-
+# %% ../../nbs/core/09_runfolder.ipynb #runfolder-run-runfolder
 class RunFolder:
     "One experiment on disk: `config.json`, whole rounds, `rounds.jsonl`, `summary.json`, `figures/`."
 

@@ -24,7 +24,7 @@ def _text(name: str, value: Any) -> str:
             return shown
     raise ConfigError(f"{name} must be a text, not {show(value)}.")
 
-
+# %% ../../nbs/core/07_settings.ipynb #settings-read-typed
 def _typed(name: str, value: Any, default: Any) -> Any:
     "Bring a value from a command line or YAML to the type of the default; JSON or YAML text becomes a dictionary."
     if isinstance(default, dict):
@@ -53,7 +53,7 @@ def _list_of(text: str, name: str) -> Any:
     "A list that was typed as [a, b]; anything else is its only entry."
     return (parse_yaml(text, name) if text.lstrip().startswith("[") else [text]) if text.strip() else []
 
-
+# %% ../../nbs/core/07_settings.ipynb #settings-read-read-settings
 def read_settings(
     given: Mapping[str, Any],  # name -> value; None values mean "the default"
     defaults: Mapping[str, Any],  # name -> value
@@ -65,7 +65,7 @@ def read_settings(
             raise ConfigError(f"{show(name)} is not a setting.{hint} Known: {', '.join(defaults)}.")
     return {name: _typed(name, value, defaults[name]) for name, value in given.items() if value is not None}
 
-
+# %% ../../nbs/core/07_settings.ipynb #settings-read-named-run
 def named_run(
     parts: Sequence[str],  # what the run is, in a few words
     seed: int,  # of the run

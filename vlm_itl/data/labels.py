@@ -68,7 +68,7 @@ def _checked_palette(names: tuple[str, ...], palette: Any) -> np.ndarray:
     table.setflags(write=False)
     return table
 
-
+# %% ../../nbs/data/01_labels.ipynb #labels-checks-checked-values
 def _checked_values(names: tuple[str, ...], values: Any) -> tuple[int, ...] | None:
     "The grey values of the classes, or None; `ConfigError` if two are alike."
     if values is None:
@@ -87,7 +87,7 @@ def _is_byte(value: Any) -> bool:
     "Is it a whole number from 0 to 255?"
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and 0 <= int(value) <= 255
 
-
+# %% ../../nbs/data/01_labels.ipynb #labels-checks-checked-ignore
 def _checked_ignore(
     ignore: Any, values: tuple[int, ...] | None, colors: np.ndarray
 ) -> tuple[int | tuple[int, ...], ...]:
@@ -117,7 +117,7 @@ def _file_values(names: tuple[str, ...], values: tuple[int, ...] | None, ignore:
 # %% ../../nbs/data/01_labels.ipynb #labels-label-space
 READ_BY = ("", "index", "colour")
 
-
+# %% ../../nbs/data/01_labels.ipynb #labels-label-space-labelspace
 @dataclass(frozen=True)
 class LabelSpace:
     "The names, colours and file values of the classes; `ConfigError` if they cannot be told apart."
@@ -239,7 +239,7 @@ def _by_color(image: Image.Image, labels: LabelSpace) -> tuple[np.ndarray, np.nd
     ignored = bytes(level for color in labels.ignore if isinstance(color, tuple) for level in color)
     return code, _color_table(labels.palette[: len(labels)].tobytes(), ignored)[code]
 
-
+# %% ../../nbs/data/01_labels.ipynb #labels-decode-by-value
 def _by_value(values: np.ndarray, labels: LabelSpace) -> tuple[np.ndarray, np.ndarray]:
     "Values as they are, and their classes."
     inside = values.astype(np.uint8, copy=False)
@@ -275,7 +275,7 @@ def header_palette(
     places = [layout.find(letter) for letter in "RGB"]
     return rows[:, places].tobytes() if min(places) >= 0 else b""
 
-
+# %% ../../nbs/data/01_labels.ipynb #labels-order-speaks
 def speaks(
     palette: bytes,  # red, green, blue of entry 0, 1, ...
 ) -> bool:
@@ -284,7 +284,7 @@ def speaks(
     ramp = np.arange(len(rows), dtype=np.uint8)[:, None]
     return len(rows) > 0 and not (rows == rows[0]).all() and not (rows == ramp).all()
 
-
+# %% ../../nbs/data/01_labels.ipynb #labels-order-order-conflicts
 @lru_cache(maxsize=64)
 def _palette_classes(palette: bytes, colors: bytes) -> np.ndarray:
     "The class that each colour of a file's palette has, -1 = none."
@@ -305,7 +305,7 @@ def order_conflicts(
     meant, table = _palette_classes(palette, labels.palette[: len(labels)].tobytes()), _value_table(labels)
     return [(p, int(meant[p])) for p in places if meant[p] >= 0 and meant[p] != table[p] and p not in labels.ignore]
 
-
+# %% ../../nbs/data/01_labels.ipynb #labels-order-other-order
 def _refuse_other_order(image: Image.Image, values: np.ndarray, labels: LabelSpace, where: str) -> None:
     "`DataError` where an entry that is used has another class's colour: then index and colour mean different classes."
     used = np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist()
@@ -330,10 +330,10 @@ def other_order(
 class MeaningError(DataError):
     "What the masks hold fits two readings, or contradicts the one that was decided."
 
-
+# %% ../../nbs/data/01_labels.ipynb #labels-watch-enough
 _ENOUGH = 8  # masks of nothing but one class and void: of fewer, all may be pictures without an object
 
-
+# %% ../../nbs/data/01_labels.ipynb #labels-watch-maskwatch
 class MaskWatch:
     "Sees the human masks that are read, and says when 255 must mean a class."
 
@@ -397,7 +397,7 @@ class MaskWatch:
             "(void) is in some: if 255 means a class, say so with data_options={'values': [...]}, one for each class"
         )
 
-
+# %% ../../nbs/data/01_labels.ipynb #labels-watch-few
 def _few(values: Sequence[int]) -> str:
     "Some numbers, the middle left out."
     shown = [str(value) for value in values]

@@ -31,7 +31,7 @@ def same_name(
     "A name as it is compared: composed (NFC)."
     return unicodedata.normalize("NFC", name)
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-ids-safe-ids
 def _plain_id(name: str) -> str:
     "A name with a dash for all that is neither letter, mark, digit, dot, dash nor underscore."
     kept = (c if c in "._-" or unicodedata.category(c)[0] in "LMN" else " " for c in same_name(name))
@@ -79,7 +79,7 @@ def check_text(
         shown = ascii(str(path).encode("utf-8", "surrogateescape" if _escaped(path) else "surrogatepass"))[1:]
         raise DataError(f"the name {shown} is not UTF-8; rename the file, e.g. with convmv") from None
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-files-image-files
 def _escaped(path: str | Path) -> bool:
     "Are the bytes of a name that are no UTF-8 kept as Python keeps them?"
     return not any("\ud800" <= letter < "\udc80" or letter > "\udcff" and letter <= "\udfff" for letter in str(path))
@@ -107,7 +107,7 @@ def image_files(
             found[key] = path
     return found
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-files-stem
 def stem(
     name: str,  # in a list
 ) -> str:
@@ -115,7 +115,7 @@ def stem(
     name = same_name(name)
     return name[: name.rindex(".")] if name.lower().endswith(SUFFIXES) and Path(name).stem else name
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-files-read-list
 def read_list(
     path: Path,  # one name a line
 ) -> list[str]:
@@ -147,7 +147,7 @@ class Pairs:
     splits: Mapping[str, Sequence[str]] | None = None  # split -> names, where lists said so
     note: str = ""  # what was left out
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-pairs-bare
 def _bare(name: str) -> str:
     "The name of an image without an ending that says it is one."
     return next((name[: -len(end)] for end in _IMAGE_ENDINGS if name.endswith(end)), name)
@@ -163,7 +163,7 @@ def _by_ending(names: Mapping[str, Path], masks: Mapping[str, Path], ending: str
             found[name] = masks[key]
     return found
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-pairs-pair-masks
 def pair_masks(
     images: Mapping[str, Path],  # name -> file
     masks: Mapping[str, Path],  # name -> file, with whatever ending
@@ -230,14 +230,14 @@ def _one_of(root: Path, usual: Sequence[str], given: Any, option: str) -> Path |
         )
     return found[0] if found else None
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-folders-split-folders
 def split_folders(
     root: Path,
 ) -> list[Path]:
     "The folders directly below that are called after a split."
     return [path for path in _folders(root) if path.name.casefold() in _SPLITS]
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-folders-split-pairs
 def _split_pairs(root: Path) -> dict[str, tuple[Path, Path]]:
     "Folders of a split side by side: train/ and trainannot/, train/ and train_labels/, train_images/ and train_masks/."
     there = {path.name.casefold(): path for path in _folders(root)}
@@ -264,7 +264,7 @@ def _two_folders(root: Path, options: Mapping[str, Any]) -> tuple[dict[str, Path
         files = {key: path for key, path in files.items() if masks_at not in path.parents}
     return (files, image_files(masks_at)) if files or at is not None else None
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-folders-side-by-side
 def _side_by_side(
     files: Mapping[str, Path], root: Path, ending: str | None
 ) -> tuple[dict[str, Path], dict[str, Path]] | None:
@@ -298,7 +298,7 @@ def is_pair_folder(
             return True
     return bool(_listed_pairs(root))
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-find-is-for-datasets
 def _is_for_datasets(root: Path) -> bool:
     "Does `datasets` know what to do with a folder?"
     below = [root, *_folders(root)]
@@ -307,7 +307,7 @@ def _is_for_datasets(root: Path) -> bool:
         next(folder.glob(f"*{end}"), None) for folder in below for end in (".parquet", ".arrow")
     )
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-find-find-pairs
 def find_pairs(
     root: Path,  # the folder of a data set
     options: Mapping[str, Any],  # images, masks: folders; mask_suffix: what the names of masks end with
@@ -335,7 +335,7 @@ def find_pairs(
     paired, note = pair_masks(images, masks, str(root), options.get("mask_suffix"))
     return Pairs(images, paired, None, note)
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-find-whole
 def _whole(root: Path, options: Mapping[str, Any]) -> tuple[dict[str, Path], dict[str, Path]]:
     "Images and masks of one folder that is not cut into splits."
     found = _two_folders(root, options)
@@ -370,7 +370,7 @@ def hint(
         "other folders by data_options={'images': ..., 'masks': ...}."
     )
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-hint-draw
 _DRAW = "draw its polygons, one PNG of class indices for each image, and put those into masks/."
 
 
@@ -409,7 +409,7 @@ def _two_paths(line: str, root: Path) -> tuple[Path, Path] | None:
                 return files[0], files[1]
     return None
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-lists-listed-pairs
 def _listed_pairs(root: Path) -> Pairs | None:
     "The pairs of lists with an image and a mask in each line; None where there are no such lists."
     lists = _list_files(root)
@@ -433,7 +433,7 @@ def _listed_pairs(root: Path) -> Pairs | None:
             splits.setdefault(split, []).append(name)
     return Pairs(images, masks, splits)
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-lists-split-names
 def split_names(
     root: Path,  # the folder
     keys: Sequence[str],  # names of its images
@@ -450,7 +450,7 @@ def split_names(
         return {top: [key for key in keys if key.startswith(f"{top}/")] for top in sorted(tops)}
     return {"all": list(keys)}
 
-
+# %% ../../nbs/data/05_layouts.ipynb #layouts-lists-split-table
 def _split_table(path: Path) -> dict[str, list[str]]:
     "The table split.csv."
     try:

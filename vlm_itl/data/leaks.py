@@ -55,7 +55,7 @@ def waves(
     "How much of each slow cosine wave a thumbnail holds."
     return _WAVES @ grey.astype(np.float32) @ _WAVES.T
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-view-take-view
 def take_view(
     picture: Image.Image,  # RGB
 ) -> np.ndarray:  # () of VIEW
@@ -114,7 +114,7 @@ LOOK = np.dtype(
     ]
 )
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-look-take-look
 def take_look(
     data: bytes,  # the file
 ) -> np.ndarray:  # () of LOOK
@@ -184,14 +184,14 @@ def bits_apart(
     signs = [2 * np.unpackbits(bits, axis=1).astype(np.float32) - 1 for bits in (one, other)]
     return (64 - signs[0] @ signs[1].T) / 2
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-measure-contrast
 def contrast(
     grey: np.ndarray,  # (..., SIDE, SIDE)
 ) -> np.ndarray:  # (...), grey levels
     "Root mean square about the mean."
     return grey.astype(np.float32).std(axis=(-2, -1))
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-measure-difference
 def difference(
     one: np.ndarray,  # (..., SIDE, SIDE), grey thumbnails
     other: np.ndarray,  # the same shape
@@ -201,7 +201,7 @@ def difference(
     apart = np.sqrt(np.square(a - b).mean(axis=(-2, -1)))
     return apart / np.maximum(np.hypot(contrast(one), contrast(other)) / np.sqrt(2), 8)
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-measure-other-colours
 def other_colours(
     one: np.ndarray,  # (N, 8, 8, 2) of VIEW's colour
     other: np.ndarray,  # the same shape
@@ -247,7 +247,7 @@ def warp(
     down, seen_down = _sampling(fit[:, 2], fit[:, 3], grey.shape[-1])
     return down @ grey @ across.transpose(0, 2, 1), seen_down[:, :, None] * seen_across[:, None]
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-align-align
 def align(
     one: np.ndarray,  # (N, S, S) float32
     other: np.ndarray,  # the same shape
@@ -307,7 +307,7 @@ def agreement(
     weight = np.minimum(np.sqrt(np.maximum(square_a, square_b)), _TEXTURE) * seen
     return ((local > 0.7) * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), 1e-6)
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-agree-fine-correlation
 def fine_correlation(
     one: np.ndarray,  # (N, SIDE, SIDE) float32
     other: np.ndarray,  # aligned with it
@@ -319,7 +319,7 @@ def fine_correlation(
     a, b = (_standard(grey - _CORE @ (grey * seen) @ _CORE / weight, seen) for grey in standard)
     return (a * b).sum((1, 2)) / seen.sum((1, 2))
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-agree-detail
 def detail(
     grey: np.ndarray,  # (N, SIDE, SIDE)
 ) -> np.ndarray:  # (N,), 0..1
@@ -358,7 +358,7 @@ def _photographs_apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     apart[near] = 1 - np.minimum(agreement(one[near], moved, seen), fine_correlation(one[near], moved, seen))
     return apart
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-same-pictures-apart
 def pictures_apart(
     one: np.ndarray,  # (N,) of VIEW
     other: np.ndarray,  # (N,), the pictures to compare with
@@ -445,7 +445,7 @@ class Twin:
     how: str  # "the same file", "the same pixels", or one of TURNS
     apart: float  # 0 = equal, about 1 = unrelated
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-twins-equal
 def _equal(
     looks: np.ndarray,  # (N,) of LOOK
     field: str,  # content, pixels
@@ -511,7 +511,7 @@ def looks_file(
     root = Path(cache_dir or os.environ.get("VLM_ITL_CACHE") or Path.home() / ".cache" / "vlm_itl").expanduser()
     return root / "looks-2.sqlite"
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-memory-recall
 def _recall(path: Path, first: Mapping[bytes, int], looks: np.ndarray) -> set[bytes]:
     "Put the looks that are on disk into their rows; whose they were."
     found: set[bytes] = set()
@@ -531,7 +531,7 @@ def _recall(path: Path, first: Mapping[bytes, int], looks: np.ndarray) -> set[by
         warnings.warn(f"{path}: looks at pictures are not readable ({error}); delete the file.", stacklevel=2)
     return found
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-memory-remember
 def _remember(path: Path, looks: Iterable[tuple[bytes, np.ndarray]]) -> None:
     "Write looks; a failure costs the next run its time."
     try:
@@ -567,7 +567,7 @@ def _key(path: str | None, data: pa.Buffer | None) -> bytes:
     )
     return hashlib.sha256(seen.encode("utf-8", "surrogateescape")).digest()
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-look-over-look-over
 def look_over(
     rows: Dataset,  # a column image: files, or bytes
     cache_dir: str | Path | None = None,  # where looks are remembered
@@ -618,7 +618,7 @@ class _Joined:
         low, high = sorted(self.of(np.array([one, other])).tolist())
         self.parent[high] = low
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-join-together
 def together(
     ids: Sequence[str],  # of rows
     looks: np.ndarray | None = None,  # (N,) of LOOK; None = nobody looked
@@ -667,7 +667,7 @@ def _listed(path: Path) -> dict[str, str]:
     lines = lines[1:] if lines and lines[0][0].lower() in heads and lines[0][1].lower() == "group" else lines
     return dict((name, group) for name, group in lines)
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-groups-by-list
 def _by_list(listed: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
     "The groups of images that are listed by id, or by the name of their file."
     found, missing = {}, []
@@ -698,7 +698,7 @@ def _by_pattern(pattern: str, names: Iterable[str]) -> dict[str, str]:
         raise ConfigError(f"groups={pattern!r} fits none of the images, such as {next(iter(names), '')!r}")
     return {name: "|".join(part or "" for part in hit.groups()) or hit[0] for name, hit in hits.items()}
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-groups-name-groups
 def name_groups(
     groups: Any,  # None; one of GROUPS; a pattern over ids; a file of id,group; {id: group}
     rows: Iterable[Dataset],  # columns id, image
@@ -744,7 +744,7 @@ def look_at(
         )
     return looks
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-check-said
 def _said(source: str, one: str, other: str, sizes: Mapping[str, int], twins: Sequence[Twin]) -> str:
     "What to say of the twins of two splits."
     small, large = sorted((one, other), key=lambda split: sizes[split])
@@ -762,7 +762,7 @@ def _said(source: str, one: str, other: str, sizes: Mapping[str, int], twins: Se
         f"difference {first.apart:.3f}{more}. Remove one of the two, or put both into one split."
     )
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-check-torn
 def _torn(source: str, one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]], groups: Any) -> str | None:
     "What to say of groups that are in two splits."
     first = {groups[name]: name for name in one[1] if name in groups}
@@ -777,7 +777,7 @@ def _torn(source: str, one: tuple[str, Sequence[str]], other: tuple[str, Sequenc
         "Move it into one split, or change the option groups."
     )
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-check-check-leaks
 def check_leaks(
     splits: Mapping[str, Dataset],  # columns id, image
     source: str = "data",  # for messages
@@ -830,7 +830,7 @@ def seal(
     )
     return found.select_columns(rows.column_names).with_format(**rows.format)
 
-
+# %% ../../nbs/data/07_leaks.ipynb #leaks-seal-check-apart
 def check_apart(
     held_out: Iterable[str],  # images that measure: validation, calibration
     trained: Iterable[str],  # images the model learnt from

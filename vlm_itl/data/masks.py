@@ -59,7 +59,7 @@ def pixel_limit() -> int:
         Image.MAX_IMAGE_PIXELS = int(given)  # or Pillow would refuse what was just allowed
     return int(given)
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-open-formats
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
     "The formats that this Pillow reads, of those that photographs and masks come in."
@@ -75,7 +75,7 @@ def _where(cell: Any, name: str) -> str:
         return str(path)
     return f"row {name!r}" if name else str(path or "an image without a name")
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-open-open-image
 def open_image(
     cell: Any,  # {"path", "bytes"}, a path, or a PIL image
     name: str = "",  # the row's id, for messages
@@ -105,7 +105,7 @@ def open_image(
         raise DataError(f"{where}: the picture has no pixels")
     return image
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-open-short-error
 def _open_file(cell: Mapping[str, Any]) -> Image.Image:
     "Hand a file or its bytes to Pillow; waits for no pipe, and asks no reader of programs (EPS) or fonts."
     if cell.get("bytes") is not None:
@@ -129,7 +129,7 @@ def short_error(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return one_line(re.sub(r"\s*<[^>]* object at 0x[^>]*>", "", lines[0])[:160])
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-open-turns
 _TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # how to set it upright
 
 
@@ -158,7 +158,7 @@ def _load(image: Image.Image, where: str) -> Image.Image:
     except Exception as error:
         raise DataError(f"{where}: broken file ({short_error(error)})") from error
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-open-turned
 def _turned(image: Image.Image, turn: Image.Transpose) -> Image.Image:
     "The picture upright, and nothing left in it that says otherwise."
     upright = image.transpose(turn)
@@ -209,7 +209,7 @@ def own_mark() -> PngImagePlugin.PngInfo:
     mark.add_text(_OWN, "class indices")
     return mark
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-read-mask-nonsense
 def _nonsense(values: np.ndarray, classes: np.ndarray, source: LabelSpace, color: bool) -> str:
     "What to say of the first pixel without a meaning."
     row, column = np.argwhere(classes == _UNKNOWN)[0].tolist()
@@ -238,7 +238,7 @@ def _cure(value: int, source: LabelSpace, color: bool) -> str:
         f"{zero} Other values for the classes: {{'values': [...]}}, one each"
     )
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-read-mask-checked-array
 def _checked_array(values: np.ndarray, where: str) -> np.ndarray:
     "Class indices (H, W) as numbers; `DataError` if they can be none."
     if values.ndim != 2:
@@ -260,7 +260,7 @@ def _is_own(image: Image.Image) -> bool:
     "Has a run of this library written the file?"
     return image.format == "PNG" and _OWN in image.info and image.mode in ("P", "L")
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-read-mask-read-mask
 def read_mask(
     cell: Any,  # {"path", "bytes"}, a path, a PIL image, or class indices (H, W), which are only checked
     labels: LabelSpace,  # what the values mean; a binary one decodes by the space it was merged from
@@ -355,14 +355,14 @@ def make_rows(
         kinds["mask"] = ImageColumn(decode=False)
     return Dataset.from_dict(columns, features=Features(kinds))
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-make-rows-raw-rows
 def raw_rows(
     rows: Dataset,  # any split
 ) -> Dataset:  # the same rows; cells as {"path", "bytes"}
     "The rows without their decoding."
     return rows.with_format(None)
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-make-rows-watch-of
 def watch_of(
     rows: Any,  # any split
 ) -> MaskWatch | None:  # None: nobody watches
@@ -370,7 +370,7 @@ def watch_of(
     how = rows.format["format_kwargs"] if isinstance(rows, Dataset) else {}
     return getattr(how.get("transform"), "watch", None)
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-make-rows-row-ids
 def row_ids(
     rows: Dataset,  # any split
 ) -> list[str]:  # in the order of the rows
@@ -401,7 +401,7 @@ def _same_turn(
         "nothing, and the sizes do not tell which way up it is; turn the pixels and drop the tag, or tag both files"
     )
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-headers-survey
 @dataclass
 class Survey:
     "What the headers of mask files say: nothing of it is a label."
@@ -418,13 +418,13 @@ class Survey:
         if kind == "palette":
             self.palettes.setdefault(header_palette(image), where)
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-headers-kinds
 _KINDS = {
     "1": "1 bit", "L": "grey", "LA": "grey", "P": "palette", "PA": "palette",
     "RGB": "colour", "RGBA": "colour", "RGBX": "colour",
 }  # fmt: skip
 
-
+# %% ../../nbs/data/02_masks.ipynb #labels-headers-check-headers
 def check_headers(
     rows: Dataset,  # any split
     what: str = "rows",  # for the progress bar

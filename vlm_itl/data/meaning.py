@@ -42,7 +42,7 @@ class Said:
     origin: str = "data_options"  # where the names come from
     voc: bool = False  # the folder is called VOC, so VOC's own palette would prove it
 
-
+# %% ../../nbs/data/04_meaning.ipynb #meaning-said-read-text
 LABEL_OPTIONS = ("classes", "palette", "values", "ignore", "read_by")
 CLASS_FILES = (
     "classes.txt", "labels.txt", "class_names.txt", "label_names.txt", "labelmap.txt", "label_colors.txt",
@@ -65,7 +65,7 @@ def read_text(
         raise DataError(f"{path}: a zero byte, so this is no text file in UTF-8")
     return text
 
-
+# %% ../../nbs/data/04_meaning.ipynb #meaning-said-read-lines
 def read_lines(
     path: Path,  # a file that somebody wrote
 ) -> list[str]:
@@ -82,7 +82,7 @@ _FORMS = {
 }
 _VOID_NAMES = {"void", "ignore", "ignored", "unlabeled", "unlabelled", "border", "255"}
 
-
+# %% ../../nbs/data/04_meaning.ipynb #meaning-forms-class-file
 def class_file(
     path: Path,  # such as classes.txt
 ) -> Said:
@@ -112,7 +112,7 @@ def class_file(
         )
     return Said(tuple(lines), origin=path.name)
 
-
+# %% ../../nbs/data/04_meaning.ipynb #meaning-forms-table-lines
 def _table_lines(path: Path) -> list[str]:
     "The rows of a CSV file as lines, without its header."
     try:
@@ -159,7 +159,7 @@ def read_said(
         return said
     return replace(said, palette=voc_palette() if isinstance(palette, str) and palette == "voc" else palette)
 
-
+# %% ../../nbs/data/04_meaning.ipynb #meaning-read-said-named
 def _named(given: Any) -> Said:
     "The option `classes`: names, a file, a number, or a word."
     if isinstance(given, str) and given == "voc":
@@ -189,7 +189,7 @@ def _numbered_names(given: Mapping[Any, Any]) -> Said:
         )
     return _numbered("classes", [str(name) for name in names], numbers, "data_options")
 
-
+# %% ../../nbs/data/04_meaning.ipynb #meaning-read-said-beside
 def _beside(folders: Sequence[Path]) -> Said:
     "The file that names the classes; `DataError` if two of them name different ones."
     found: list[tuple[Path, Said]] = []
@@ -225,7 +225,7 @@ class Meaning:
     settled: bool  # what 255 means is known: said by somebody, or shown by a palette
     record: dict[str, Any]  # for data.json
 
-
+# %% ../../nbs/data/04_meaning.ipynb #meaning-decide-decide
 def decide(
     said: Said,  # by options and files
     survey: Survey,  # of the headers
@@ -257,7 +257,7 @@ def decide(
     }  # fmt: skip
     return Meaning(labels, line, settled, plain(record))
 
-
+# %% ../../nbs/data/04_meaning.ipynb #meaning-decide-nameless
 _NAMELESS = (
     "nobody says what the classes are called. Put a file classes.txt there, one name a line, class 0 first; or say "
     "data_options={'classes': ['background', 'crack']}, {'classes': 4} for numbered ones, {'classes': 'voc'} for VOC's"
@@ -288,7 +288,7 @@ def _by_index_or_color(labels: LabelSpace, said: Said, survey: Survey, where: st
         return labels
     return replace(labels, read_by="index") if said.palette is None or not survey.kinds["colour"] else labels
 
-
+# %% ../../nbs/data/04_meaning.ipynb #meaning-decide-check-ignored
 def _check_ignored(labels: LabelSpace, survey: Survey, where: str) -> None:
     "`ConfigError` for numbers to be ignored where only colours are read."
     numbers = [value for value in labels.ignore if isinstance(value, int) and value != VOID]
@@ -323,7 +323,7 @@ def _one_order(labels: LabelSpace, said: Said, survey: Survey, where: str) -> La
         labels = _adopt(labels, said, speaking)
     return labels
 
-
+# %% ../../nbs/data/04_meaning.ipynb #meaning-order-refuse-two-palettes
 def _refuse_two_palettes(speaking: Mapping[bytes, str], places: Sequence[int], labels: LabelSpace) -> None:
     "`DataError` if two files give one class two colours."
     first: dict[int, tuple[bytes, str]] = {}

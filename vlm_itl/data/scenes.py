@@ -52,7 +52,7 @@ class _Look:
     accent: tuple[float, float, float]
     pattern: str
 
-
+# %% ../../nbs/data/03_scenes.ipynb #scenes-looks-looks
 _LOOKS = {
     "aeroplane": _Look(
         ((0, _oval(0, 0, 1, 0.22)), (0, ((-0.1, 0), (0.25, 0), (-0.25, -0.9), (-0.45, -0.9))),
@@ -159,6 +159,8 @@ _LOOKS = {
         (0.7, 0.1, 0.15), (0.5, 0.6, 0.85), "plain",
     ),
 }  # fmt: skip
+
+# %% ../../nbs/data/03_scenes.ipynb #scenes-looks-by-frequency
 _BY_FREQUENCY = (  # from everyday to rare; much as in VOC, where people are everywhere
     "person", "cat", "car", "dog", "chair", "bird", "horse", "bottle", "sofa", "boat", "aeroplane", "train", "bus",
     "cow", "sheep", "motorbike", "bicycle", "diningtable", "pottedplant", "tvmonitor",
@@ -214,7 +216,7 @@ def _rgb(hue: float, saturation: float, value: float) -> np.ndarray:
     color = colorsys.hsv_to_rgb(hue % 1.0, min(max(saturation, 0.0), 1.0), min(max(value, 0.0), 1.0))
     return 255 * np.asarray(color, dtype=np.float32)
 
-
+# %% ../../nbs/data/03_scenes.ipynb #scenes-thing-paint
 def _paint(
     canvas: np.ndarray,  # float32 (H, W, 3), painted in place
     instance: np.ndarray,  # uint8 (H, W), gets `number` where the object is
@@ -263,7 +265,7 @@ def _clouds(rng: np.random.Generator, height: int, width: int, cells: int) -> np
     grid = Image.fromarray(rng.uniform(-1, 1, (cells + 1, cells + 1)).astype(np.float32))
     return np.asarray(grid.resize((width, height), Image.Resampling.BICUBIC))
 
-
+# %% ../../nbs/data/03_scenes.ipynb #scenes-background-background
 def _background(
     rng: np.random.Generator,
     height: int,
@@ -332,7 +334,7 @@ class SceneOptions:
         check_number("clutter", self.clutter, low=0, high=50)
         check_number("noise", self.noise, low=0, high=100)
 
-
+# %% ../../nbs/data/03_scenes.ipynb #scenes-options-scene-options
 def scene_options(
     **options: Any,  # any field of `SceneOptions`
 ) -> SceneOptions:  # the rest by default
@@ -477,7 +479,7 @@ def _write_scene(folder: Path, options: SceneOptions, split: str, index: int) ->
     indexed.putpalette(voc_palette().tobytes())
     indexed.save(folder / "SegmentationClass" / f"{name}.png")
 
-
+# %% ../../nbs/data/03_scenes.ipynb #scenes-make-make-scenes
 def make_scenes(
     folder: str | Path | None = None,  # where to write; None = the cache, see `scenes_folder`
     cache_dir: str | Path | None = None,  # the cache, where `folder` is None

@@ -36,6 +36,8 @@ from ..core.registry import Registry, checked_part
 from ..core.seeds import make_rng
 from .labels import VOID, LabelSpace, MaskWatch
 from .labels import voc_palette as voc_palette
+
+# %% ../../nbs/data/08_sources.ipynb #data-imports-1
 from vlm_itl.data.layouts import (
     PAIR_OPTIONS,
     check_text,
@@ -133,7 +135,7 @@ def take_groups(
             taken.update(places)
     return taken
 
-
+# %% ../../nbs/data/08_sources.ipynb #data-carve-deal
 def _deal(
     rows: Dataset,  # to be divided
     order: Sequence[int],  # places as they are drawn
@@ -155,7 +157,7 @@ def _deal(
     keep = sorted(set(order) - taken)
     return rows.select(keep), rows.select(sorted(taken))
 
-
+# %% ../../nbs/data/08_sources.ipynb #data-carve-carve
 def carve(
     rows: Dataset,  # what to take from
     share: float | int,  # fraction in (0, 1), or a count
@@ -301,7 +303,7 @@ def voc_source(
     splits.clips = _clips(root)
     return splits
 
-
+# %% ../../nbs/data/08_sources.ipynb #data-sources-voc-voc-lists
 def _voc_lists(folder: Path, options: Mapping[str, Any]) -> dict[str, Path]:
     "The lists of train and test; of one split where one list is all there is, or both options name it."
     names = [str(options.get(option, usual)) for option, usual in (("train_list", "train"), ("test_list", "val"))]
@@ -395,7 +397,7 @@ def _column_paths(rows: Dataset) -> list[str | None]:
     "The file names inside the image cells; the bytes stay where they are."
     return [path for chunk in rows.data["image"].chunks for path in chunk.field("path").to_pylist()]
 
-
+# %% ../../nbs/data/08_sources.ipynb #data-hub-rows-hub-rows
 def _hub_rows(rows: Dataset, split: str, options: Mapping[str, Any]) -> Dataset:
     "One split with our columns. Ids: its own, else the files' stems, else the row numbers."
     image = _pick(rows.features, options.get("image_column"), _IMAGE_COLUMNS, "image")
@@ -485,7 +487,7 @@ def _whole_groups(
     ids = [name for split in free for name in row_ids(parts[split])]
     return together(ids, np.concatenate([looks[split] for split in free]) if looks and free else None, named, clips)
 
-
+# %% ../../nbs/data/08_sources.ipynb #data-divide-divide
 def _divide(
     splits: Splits,  # as the source gives them
     named: Mapping[str, str],  # image -> group, as it was said
@@ -556,7 +558,7 @@ def load_data(
         **decoded, labels=labels, name=name, binary=binary, meaning=meaning.record, watch=watch, groups=groups
     )
 
-
+# %% ../../nbs/data/08_sources.ipynb #data-load-meaning
 def _meaning(labels: LabelSpace | Said, survey: Survey, source: str) -> Meaning:
     "What masks mean: as the source has decided, or as it follows from what is said and what headers show."
     if isinstance(labels, Said):

@@ -42,7 +42,7 @@ def file_cells(
             buffers = (one.as_buffer() if one.is_valid else None for one in inside)
             yield from zip(paths, buffers, strict=True)
 
-
+# %% ../../nbs/data/06_stamps.ipynb #stamps-stamp-stamp
 def stamp(
     cell: Cell,  # of `file_cells`
 ) -> tuple[int, int, int]:  # bytes, time of writing, time of change; -1 bytes: there is no such file
@@ -56,7 +56,7 @@ def stamp(
         return -1, 0, 0
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
-
+# %% ../../nbs/data/06_stamps.ipynb #stamps-stamp-content-hash
 def content_hash(
     cell: Cell,  # of `file_cells`
 ) -> str:  # 32 hex digits; empty: it cannot be read
@@ -88,7 +88,7 @@ def take_stamps(
             found[split][column] = {**columns, "hash": [""] * len(stamps)}
     return found
 
-
+# %% ../../nbs/data/06_stamps.ipynb #stamps-take-add-hashes
 def _hashes(rows: Dataset, column: str, places: Sequence[int]) -> Iterable[str]:
     "Hashes of some files; reading waits for the disk, so several are read at once."
     wanted = file_cells(raw_rows(rows).select(places), column)
@@ -121,7 +121,7 @@ class Change:
     column: str  # image, mask, or list
     id: str = ""  # of the image; empty for a list
 
-
+# %% ../../nbs/data/06_stamps.ipynb #stamps-changes-find-changes
 def find_changes(
     old: Mapping[str, Any],  # stamps of the past
     now: Mapping[str, Any],  # stamps of the same splits today; hashes that are still true are taken over
@@ -139,7 +139,7 @@ def find_changes(
             changes += [Change(split, column, after["ids"][place]) for place in places]
     return changes
 
-
+# %% ../../nbs/data/06_stamps.ipynb #stamps-changes-tell-changes
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any], rows: Dataset, column: str) -> list[int]:
     "Places of other files; the hashes of the same ones are taken over."
     was, is_now = (list(zip(*(one[name] for name in _TABLE), strict=True)) for one in (before, after))

@@ -257,7 +257,7 @@ def unpad_one(
     whole = F.interpolate(cut[None], scale_factor=scale, mode="bilinear", recompute_scale_factor=False)
     return whole[0, :, : native[0], : native[1]]
 
-
+# %% ../../nbs/data/09_transforms.ipynb #transforms-unpad-predicted-classes
 LARGE = 4_000_000  # pixels; from here on one class at a time
 
 
@@ -278,7 +278,7 @@ def predicted_classes(
         torch.maximum(best, other, out=best)
     return classes
 
-
+# %% ../../nbs/data/09_transforms.ipynb #transforms-unpad-unpad-logits
 def unpad_logits(
     logits: torch.Tensor,  # (B, C, h', w')
     box: Sequence[tuple[int, int]],  # of each image, as `EvalTransform` gave it

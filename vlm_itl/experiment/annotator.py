@@ -30,7 +30,7 @@ def mask_pixels(
     "Pixels of every mask, from the file headers alone."
     return [_pixels(cell) for cell in raw_rows(rows)["mask"]]
 
-
+# %% ../../nbs/experiment/04_annotator.ipynb #pool-oracle-pixels
 def _pixels(cell: dict[str, Any]) -> int:
     "Pixels of an undecoded image."
     with open_image(cell) as picture:
@@ -48,7 +48,7 @@ def _from_png(data: bytes) -> np.ndarray:
     "Back again."
     return read_indices({"path": None, "bytes": data})
 
-
+# %% ../../nbs/experiment/04_annotator.ipynb #pool-oracle-oracle
 class Oracle:
     "The only reader of human masks in the pool."
 

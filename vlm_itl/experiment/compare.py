@@ -110,7 +110,7 @@ def _check_start(run: Run, other: Run) -> None:
     if all(starts) and sorted(starts[0]) != sorted(starts[1]):
         raise RunError(f"{run.name} and {other.name} have seed {run.seed} but other start images: they are not a pair.")
 
-
+# %% ../../nbs/experiment/07_compare.ipynb #compare-check-recipe-find-baseline
 def _find_baseline(baseline: str, series: Mapping[str, list[Run]]) -> str:
     "The series meant by a name: its label, or a strategy that only one of them has."
     if baseline in series:
@@ -148,7 +148,7 @@ def _usable(runs: Sequence[Run], metric: str, measure: str, notes: list[str]) ->
             tables[run.path] = table
     return tables
 
-
+# %% ../../nbs/experiment/07_compare.ipynb #compare-runs-compare
 @guarded
 def compare(
     runs: Any,  # runs or folders, of several strategies and seeds

@@ -37,7 +37,7 @@ ACCEPTANCES = ("verdict", "threshold", "certified")
 KEEP_MODELS = ("last", "all", "none")
 COLD_STARTS = ("random", "typiclust", "probcover", "coreset")
 
-
+# %% ../../nbs/experiment/02_config.ipynb #settings-config-config
 @dataclass(frozen=True)
 class Config:
     "Every setting of an experiment."
@@ -191,7 +191,7 @@ def _cell_names(source: str) -> tuple[set[str], set[str]] | None:
             return None
     return found | typed, typed
 
-
+# %% ../../nbs/experiment/02_config.ipynb #settings-notebook-just-given
 def _just_given(names: Mapping[str, Any]) -> set[str] | None:
     "What the cells right before `globals()` was asked for have set, from Jupyter's history; None where it cannot tell."
     history = names.get("In")
@@ -218,7 +218,7 @@ def _settings_of(names: Mapping[str, Any]) -> dict[str, Any]:
     known = {*first, *(f.name for f in fields(Config))} if given is None else given
     return {n: v for n, v in names.items() if n in known}
 
-
+# %% ../../nbs/experiment/02_config.ipynb #settings-notebook-notebook-settings
 def notebook_settings(
     names: dict[str, Any],  # `dict(globals())` right after the cell tagged `parameters`
 ) -> dict[str, Any]:  # settings for `make_config`

@@ -44,7 +44,7 @@ def policy_groups(
     groups = [*([i] for i in rejected), [i for i in rest if verdicts.get(i) != "no"], kept]
     return [group for group in groups if group]
 
-
+# %% ../../nbs/experiment/09_human_turn.ipynb #turns-choose-choose
 def choose(
     sampler: Sampler,  # the strategy
     scores: PoolScores | None,  # what the pass over the pool found; None for a strategy that needs nothing
@@ -110,7 +110,7 @@ def choose_parts(
             reasons += why
     return ids, reasons
 
-
+# %% ../../nbs/experiment/09_human_turn.ipynb #turns-regions-spent-pixels
 def spent_pixels(
     regions: Regions,  # covers of the pool
     names: Sequence[str],  # regions
@@ -133,7 +133,7 @@ def spent_pixels(
         total += int(inside.sum())
     return total
 
-
+# %% ../../nbs/experiment/09_human_turn.ipynb #turns-regions-write-asked
 ASKED_SHOWN = 6  # pictures of a round
 
 

@@ -38,7 +38,7 @@ from ..vlm.handler import Judgement, JudgeQuery, JudgeStopped, VLMHandler, failu
 # %% ../../nbs/experiment/08_judge_turn.ipynb #turns-judge
 JUDGE_CHUNK = 32  # masks in memory at once
 
-
+# %% ../../nbs/experiment/08_judge_turn.ipynb #turns-judge-journal
 class Journal:
     "The answers of a round so far, a line each, so that after a kill nobody is asked twice."
 
@@ -94,7 +94,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-
+# %% ../../nbs/experiment/08_judge_turn.ipynb #turns-judge-judge-masks
 def judge_masks(
     handler: VLMHandler,  # who answers
     images: datasets.Dataset,  # columns id, image: what to judge
@@ -118,7 +118,7 @@ def judge_masks(
             bar.update(len(queries))
     return judgements
 
-
+# %% ../../nbs/experiment/08_judge_turn.ipynb #turns-judge-ask-once
 def ask_once(
     handler: VLMHandler,  # who answers
     queries: Sequence[JudgeQuery],  # usable
@@ -136,7 +136,7 @@ def ask_once(
         answers |= _ask_batch(handler, dict(fresh[start : start + handler.batch_size]), journal)
     return [(answers.get(key) or known[key]) for key in keys]
 
-
+# %% ../../nbs/experiment/08_judge_turn.ipynb #turns-judge-doubts
 def _ask_batch(handler: VLMHandler, asked: Mapping[str, JudgeQuery], journal: Journal | None) -> dict[str, Judgement]:
     "Ask, and write down at once what has been paid for, also where the judge stops midway."
     keep = journal.add if journal is not None else dict
@@ -164,7 +164,7 @@ def doubts(
     known = [p_yes.get(image_id) for image_id in ids]
     return np.array([0.5 if p is None else 1 - p for p in known], dtype=np.float32)
 
-
+# %% ../../nbs/experiment/08_judge_turn.ipynb #turns-judge-accepts
 def accepts(
     judgement: Judgement,  # an answer
     config: Config,  # acceptance and judge_threshold
@@ -181,7 +181,7 @@ def accepts(
         return certified is not None and judgement.p_yes >= certified
     return judgement.p_yes >= config.judge_threshold
 
-
+# %% ../../nbs/experiment/08_judge_turn.ipynb #turns-judge-measure-judge
 def measure_judge(
     judgements: Sequence[Judgement],  # answers about predicted masks
     accepted: Sequence[str],  # images whose mask was accepted
@@ -224,7 +224,7 @@ def certify_answers(
     )
     return {**found, "needed": least_sample(config.alpha, delta, left), "alpha": config.alpha, "delta": delta}
 
-
+# %% ../../nbs/experiment/08_judge_turn.ipynb #turns-certified-check-certifiable
 def check_certifiable(
     config: Config,  # alpha, delta
     count: int,  # validation masks
@@ -283,7 +283,7 @@ def _save_example(
             names[kind] = f"{number}_{kind}.png"
     return names
 
-
+# %% ../../nbs/experiment/08_judge_turn.ipynb #turns-gallery-instructive
 def _instructive(judgements: Sequence[Judgement], ious: dict[str, float], tau: float, count: int) -> list[Judgement]:
     "Accepted but bad, rejected but good, then agreeing answers, taken in turn."
     kinds: dict[tuple[str, bool], list[Judgement]] = {
@@ -299,7 +299,7 @@ def _instructive(judgements: Sequence[Judgement], ious: dict[str, float], tau: f
         picked += [queue.pop(0) for queue in kinds.values() if queue]
     return picked[:count]
 
-
+# %% ../../nbs/experiment/08_judge_turn.ipynb #turns-gallery-write-gallery
 def write_gallery(
     folder: Path,  # will be created
     model: Segmenter,  # for validation images

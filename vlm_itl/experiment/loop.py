@@ -36,6 +36,8 @@ from ..data.labels import MeaningError
 from ..data.leaks import check_apart, seal
 from ..data.masks import MaskStore, raw_rows, row_ids
 from ..data.sources import load_data
+
+# %% ../../nbs/experiment/10_loop.ipynb #experiment-imports-1
 from ..data.stamps import Change, add_hashes, find_changes, take_stamps, tell_changes
 from .annotator import Oracle, mask_pixels
 from .config import Config, make_config, run_path
@@ -64,6 +66,8 @@ from ..model.gradient import GradientProbe
 from ..model.metrics import image_iou
 from ..model.predict import evaluate
 from ..model.scoring import PoolScores, score_pool
+
+# %% ../../nbs/experiment/10_loop.ipynb #experiment-imports-2
 from ..model.segmenter import Segmenter, load_model, load_weights, save_model
 from ..model.train import fit, try_once
 from ..model.uncertainty import PASS_SCORES, dropout_layers, scoring_options
@@ -85,7 +89,7 @@ _DRAWN = ".drawn"  # the last file of a run
 _BROKEN = ".broken_data"  # the run stopped over a file of its data set
 STAMPS = "stamps.json"  # what the files of the data set were
 
-
+# %% ../../nbs/experiment/10_loop.ipynb #experiment-round-round
 @dataclass
 class Round:
     "One line of `rounds.jsonl`. Only `seconds` holds clock times."
@@ -140,7 +144,7 @@ _STOPPED = "judge_stopped.json"  # the note of a run whose judge stopped: round,
 _NOTES = "judge_notes.json"  # what the judge had to do without, if anything
 _JUDGE_SETTINGS = ("judge_options", "question")  # what may then be changed to go on
 
-
+# %% ../../nbs/experiment/10_loop.ipynb #experiment-class-experiment
 class Experiment:
     "A run in progress: data, pool, ledger, and the folder they are written to."
 
@@ -847,7 +851,7 @@ class Experiment:
             write_json(self.folder.path / "summary.json", summary)
             return summary
 
-
+# %% ../../nbs/experiment/10_loop.ipynb #experiment-class-clock
 class _Clock:
     "Wall-clock seconds of consecutive steps."
 
@@ -935,7 +939,7 @@ def run_experiment(
     finally:
         experiment.folder.close()
 
-
+# %% ../../nbs/experiment/10_loop.ipynb #experiment-run-run-baseline
 def _run(experiment: Experiment) -> Iterator[Round]:
     "All rounds, the summary, the figures, the tracker."
     yield from experiment.rounds
@@ -961,7 +965,7 @@ def run_baseline(
     "Full supervision: train on the whole pool, evaluate on validation and test."
     yield from run_experiment(make_config({**config.to_dict(), "mode": "baseline"}))
 
-
+# %% ../../nbs/experiment/10_loop.ipynb #experiment-run-run-al
 def run_al(
     config: Config,  # `mode` al or vlm
 ) -> Iterator[Round]:

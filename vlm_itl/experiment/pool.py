@@ -66,7 +66,7 @@ class Pool:
         self.complete = set(ids)
         self.pseudo = {i: p for i, p in self.pseudo.items() if i not in self.complete}
 
-
+# %% ../../nbs/experiment/05_pool.ipynb #pool-pool-training-rows
 def training_rows(
     pool: Pool,  # who labelled what
     oracle: Oracle,  # hands out the paid masks
@@ -82,7 +82,7 @@ def training_rows(
     joined = datasets.concatenate_datasets([raw_rows(human).select_columns(more.column_names), more])
     return joined.with_transform(DecodeRows(oracle.labels))
 
-
+# %% ../../nbs/experiment/05_pool.ipynb #pool-pool-beside
 def _beside(images: datasets.Dataset, masks: Sequence[Any]) -> datasets.Dataset:
     "Images with masks; what a data set holds of the photographs is not copied into memory."
     table, chosen = images.data, images._indices
@@ -123,7 +123,7 @@ def as_count(
         raise ConfigError(f"{name}={amount!r} asks for more images than the pool has ({n_pool}).")
     return int(amount)
 
-
+# %% ../../nbs/experiment/05_pool.ipynb #pool-schedule-budget-schedule
 def budget_schedule(
     n_pool: int,  # images in the pool
     initial: float | int,  # labelled before round 0
@@ -148,7 +148,7 @@ def budget_schedule(
         rounds.append(min(last, rounds[-1] + most, max(rounds[-1] + 1, round(start + len(rounds) * stride))))
     return rounds
 
-
+# %% ../../nbs/experiment/05_pool.ipynb #pool-schedule-exact
 def _exact(amount: float | int, n_pool: int) -> float:
     "An amount as images, not rounded: rounding every step would leave a last step of one image."
     return amount * n_pool if isinstance(amount, float) and amount <= 1 else float(amount)

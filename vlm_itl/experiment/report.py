@@ -31,6 +31,8 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from ..core.checks import DataError, RunError, check_choice
+
+# %% ../../nbs/experiment/06_report.ipynb #report-imports-1
 from vlm_itl.core.figures import (
     ABSENT,
     COLORS,
@@ -115,7 +117,7 @@ class Run:
         state = "finished" if self.finished else "unfinished"
         return f"Run({self.name}: {self.label}, seed {self.seed}, {len(self.rounds)} rounds, {state})"
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-run-split-metrics
 def _split_metrics(run: Run, index: int, split: str) -> dict[str, Any]:
     "The metrics of a round on `val` or `test`; {} if there are none."
     found = (run.rounds[index].get("metrics") or {}).get(split)
@@ -146,7 +148,7 @@ def _read_rounds(path: Path) -> list[dict[str, Any]]:
         rounds.append(checked_record(record, index, len(rounds)))
     return rounds
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-read-run-read-run
 def read_run(
     path: str | Path,  # a run folder, finished or not
 ) -> Run:  # what it says
@@ -195,7 +197,7 @@ def list_runs(
             below.clear()
     return [read_run(run_path) for run_path in sorted(found)]
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-list-runs-guarded
 Reader = TypeVar("Reader", bound=Callable[..., Any])
 
 
@@ -212,7 +214,7 @@ def guarded(
 
     return cast(Reader, read)
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-list-runs-as-runs
 def as_runs(runs: Any) -> list[Run]:
     "One run or many, given as `Run` or as folder."
     given = [runs] if isinstance(runs, (Run, str, Path)) else list(runs)
@@ -241,7 +243,7 @@ def _images_worth(record: Mapping[str, Any]) -> float:
         return _number(budget.get("images"))
     return _number(record.get("labelled")) + _number(budget.get("val_images"))
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-round-table-round-table
 @guarded
 def round_table(
     run: Run | str | Path,  # a run or its folder
@@ -309,7 +311,7 @@ def metric_column(
     check_choice("metric", name, [c for c in table.columns if c.startswith(("test_", "val_"))])
     return name
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-summary-table-summary-table
 @guarded
 def summary_table(
     runs: Any,  # runs or folders, one or many
@@ -370,7 +372,7 @@ def recipe(config: Mapping[str, Any]) -> dict[str, Any]:
     skipped = ("seed", *FREE_SETTINGS, *ARM_SETTINGS)
     return {key: value for key, value in config.items() if key not in skipped and not key.startswith(_ARM_STARTS)}
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-series-group-runs
 def _key(settings: Mapping[str, Any]) -> str:
     "Settings as text that is equal where they are."
     return json.dumps(settings, sort_keys=True, default=str)
@@ -414,7 +416,7 @@ def _mean_curve(tables: Sequence[pd.DataFrame], column: str, against: str) -> pd
     curve["learnt"] = curve["share"] * grouped["trained"].mean() / curve.index
     return curve[curve["n"] == len(tables)]
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-learning-curve-draw-series
 def _draw_series(
     axes: Axes,
     name: str,  # for the legend
@@ -441,7 +443,7 @@ def _draw_pseudo(axes: Axes, helped: pd.DataFrame, color: str) -> None:
         label = "_" if text in known else text  # one entry is enough; matplotlib hides "_"
         axes.plot(helped["learnt"], helped["mean"], "|", color=color, markersize=8, label=label)
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-learning-curve-draw-full-supervision
 def _draw_full_supervision(
     axes: Axes, tables: Sequence[pd.DataFrame], column: str, text: str, style: dict[str, Any]
 ) -> None:
@@ -480,7 +482,7 @@ def _styles(place: int) -> dict[str, Any]:
     stroke = ("-", (0, (5, 1, 1, 1)), (0, (2, 1)))[cycle % 3]
     return {"color": COLORS[turn], "marker": MARKERS[(turn + cycle) % len(MARKERS)], "linestyle": stroke, "alpha": 1.0}
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-learning-curve-find-references
 @guarded
 def find_references(
     run: Run | str | Path,  # a finished run or its folder
@@ -496,7 +498,7 @@ def find_references(
             kinds["full supervision"] = other
     return list(kinds.values())
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-learning-curve-plot-learning-curve
 @guarded
 def plot_learning_curve(
     runs: Any,  # runs or folders, one or many; baseline runs become a level line
@@ -574,7 +576,7 @@ def _by_class(per_class: Any, names: Sequence[str]) -> list[float]:
         return [_number(per_class.get(name)) for name in names]
     return [_number(value) for value in per_class]
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-class-iou-plot-class-iou
 @guarded
 def plot_class_iou(
     run: Run | str | Path,  # a run or its folder
@@ -632,7 +634,7 @@ def gallery_items(
         items.append({**entry, **files})
     return items
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-gallery-read-read-rgb
 def _read_rgb(path: Path) -> Image.Image:
     "A picture in RGB; a missing or broken file is a `RunError` that names it."
     try:
@@ -658,7 +660,7 @@ def score_name(
     "What a judge's number is called: a probability only where it comes from the judge's own words or their odds."
     return "p(yes)" if answer.get("score_kind") in ("logprobs", "votes", "stated") else "score"
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-gallery-verdict-text
 def _verdict_text(item: Mapping[str, Any]) -> str:
     "Verdict, p_yes and IoU, as far as there are any."
     parts = []
@@ -670,7 +672,7 @@ def _verdict_text(item: Mapping[str, Any]) -> str:
         parts.append(f"IoU {item['iou']:.2f}")
     return ", ".join(parts)
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-gallery-draw-item
 def _draw_item(axes: Sequence[Axes], item: Mapping[str, Any], head: bool) -> dict[int, str]:
     "One row of the gallery; the classes it shows with their colours."
     image = np.array(_read_rgb(item["image"]))
@@ -704,7 +706,7 @@ def _draw_item(axes: Sequence[Axes], item: Mapping[str, Any], head: bool) -> dic
         for label in np.unique(classes).tolist()
     }
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-gallery-plot-gallery
 @guarded
 def plot_gallery(
     run: Run | str | Path,  # a run or its folder
@@ -745,7 +747,7 @@ def asked_items(
         found[int(path.parent.parent.name.removeprefix("round_"))] = entries
     return found
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-asked-plot-asked
 @guarded
 def plot_asked(
     run: Run | str | Path,  # a run or its folder
@@ -775,7 +777,7 @@ RATE_TEXT = {
     "agreement_rate": "right (flatters)",
 }
 
-
+# %% ../../nbs/experiment/06_report.ipynb #report-judge-plot-judge
 @guarded
 def plot_judge(
     run: Run | str | Path,  # a run of mode vlm, or its folder

@@ -77,7 +77,7 @@ def _flat_split(
     flat.update({f"{split}/iou/{name.replace('/', '-')}": float(value) for name, value in pairs if _finite(value)})
     return flat
 
-
+# %% ../../nbs/experiment/01_tracking.ipynb #tracking-flat-flatten-record
 def flatten_record(
     record: Mapping[str, Any],  # one line of rounds.jsonl
     names: Sequence[str] = (),  # class names, needed only where per-class IoUs come as a list
@@ -119,7 +119,7 @@ class Sample:
         parts += [f"IoU {self.iou:.2f}"] if _finite(self.iou) else []
         return " · ".join(p for p in parts if p)
 
-
+# %% ../../nbs/experiment/01_tracking.ipynb #tracking-gallery-read-gallery
 def read_gallery(
     round_dir: str | Path,  # a round's folder
     limit: int = 16,  # at most so many samples
@@ -285,7 +285,7 @@ def _pad(
     out[: picture.shape[0], : picture.shape[1]] = picture
     return out
 
-
+# %% ../../nbs/experiment/01_tracking.ipynb #tracking-pad-overlays
 def _overlays(
     samples: Sequence[Sample],  # one panel
     names: Sequence[str],  # class names in order
@@ -327,7 +327,7 @@ def _wandb_records(path: Path) -> list[Any]:
             collected = b""
     return records
 
-
+# %% ../../nbs/experiment/01_tracking.ipynb #tracking-written-wait-until-written
 def _wait_until_written(
     path: Path,  # a run-<id>.wandb file
     seconds: float = 10.0,  # at most
@@ -575,7 +575,7 @@ def register_tracker(
 
     return register
 
-
+# %% ../../nbs/experiment/01_tracking.ipynb #tracking-make-make-tracker
 register_tracker("none")(Tracker)
 register_tracker("wandb")(WandbTracker)
 register_tracker("tensorboard")(TensorboardTracker)

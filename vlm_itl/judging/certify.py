@@ -31,7 +31,7 @@ def _log_odds(p_yes: np.ndarray) -> np.ndarray:
     inside = np.clip(p_yes, _EDGE, 1 - _EDGE)
     return np.log(inside) - np.log1p(-inside)
 
-
+# %% ../../nbs/judging/02_certify.ipynb #certify-calibrate-calibrator
 @dataclass(frozen=True)
 class Calibrator:
     "A map from p_yes to P(good), as plain numbers."
@@ -76,7 +76,7 @@ def _labelled(p_yes: Sequence[float], good: Sequence[bool], what: str) -> tuple[
         raise DataError("p_yes must lie in [0, 1].")
     return scores, is_good
 
-
+# %% ../../nbs/judging/02_certify.ipynb #certify-fit-calibrate
 def calibrate(
     p_yes: Sequence[float],  # N scores in [0, 1] of labelled masks; None or nan: abstained, left out
     good: Sequence[bool],  # N: IoU >= tau
@@ -113,7 +113,7 @@ def clopper_pearson_upper(
     bound = np.where(k >= m, 1.0, stats.beta.ppf(1 - delta, k + 1, np.maximum(m - k, 1)))
     return bound.item() if bound.ndim == 0 else bound
 
-
+# %% ../../nbs/judging/02_certify.ipynb #certify-threshold-least-sample
 CERTIFY_GRID = 1 / (1 + np.exp(-np.linspace(10, -10, 401)))  # thresholds on p_yes, strict to lenient, even in log-odds
 
 
@@ -127,13 +127,13 @@ def least_sample(
         check_number(name, value, 1e-9, 1 if name == "left" else 1 - 1e-9)
     return max(1, math.ceil(math.log(delta) / math.log1p(-alpha * left) - 1e-9))
 
-
+# %% ../../nbs/judging/02_certify.ipynb #certify-threshold-above
 def _above(scores: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     "How many scores reach each threshold; nan reaches none."
     known = np.sort(scores[~np.isnan(scores)])
     return len(known) - np.searchsorted(known, thresholds)
 
-
+# %% ../../nbs/judging/02_certify.ipynb #certify-threshold-certify
 def certify(
     p_yes: Sequence[float],  # N scores in [0, 1] of calibration images; nan: abstained, never accepted
     good: Sequence[bool],  # N: IoU >= tau
@@ -182,7 +182,7 @@ def _shares_of(values: np.ndarray, level: float) -> tuple[float, float]:
     k, m, half = int(values.sum()), len(values), (1 - level) / 2
     return 1 - clopper_pearson_upper(m - k, m, half), clopper_pearson_upper(k, m, half)
 
-
+# %% ../../nbs/judging/02_certify.ipynb #certify-ppi-estimate-good-rate
 def estimate_good_rate(
     pool: Sequence[float],  # N scores of masks without truth, in [0, 1]; nan: abstained
     p_yes: Sequence[float],  # n scores of the labelled sample

@@ -34,7 +34,6 @@ from ..vlm.handler import JudgeQuery, background_of
 # %% ../../nbs/judging/03_corruption.ipynb #corruption-kinds
 Family = Callable[[float], np.ndarray]  # strength in (0, 1] -> spoilt mask, uint8 (H, W)
 Prepare = Callable[[np.ndarray, LabelSpace, np.random.Generator], Family | None]  # truth, labels, dice -> family
-
 ERROR_KINDS: Registry[Prepare] = Registry("kind of error")
 
 
@@ -51,7 +50,7 @@ def register_error(
 
     return register
 
-
+# %% ../../nbs/judging/03_corruption.ipynb #corruption-kinds-components
 def _background(labels: LabelSpace) -> int:
     "The class that a dropped object becomes; `ConfigError` where there is none."
     background = background_of(labels)
@@ -100,7 +99,7 @@ def erode(
 
     return spoil
 
-
+# %% ../../nbs/judging/03_corruption.ipynb #corruption-outline-dilate
 @register_error("dilate")
 def dilate(
     truth: np.ndarray,  # uint8 (H, W), 255 = void
@@ -159,7 +158,7 @@ def _other_class(truth: np.ndarray, own: int, labels: LabelSpace, rng: np.random
     pick = shown if shown and rng.random() < 0.5 else others
     return int(rng.choice(pick)) if pick else None
 
-
+# %% ../../nbs/judging/03_corruption.ipynb #corruption-swap-swap
 @register_error("swap")
 def swap(
     truth: np.ndarray,  # uint8 (H, W), 255 = void
@@ -205,7 +204,7 @@ def drop(
 
     return spoil
 
-
+# %% ../../nbs/judging/03_corruption.ipynb #corruption-drop-add
 @register_error("add")
 def add(
     truth: np.ndarray,  # uint8 (H, W), 255 = void
@@ -284,7 +283,7 @@ class Spoilt:
     changed: float  # share of the known pixels that differ from the truth
     mask: np.ndarray  # uint8 (H, W), void where the truth is void
 
-
+# %% ../../nbs/judging/03_corruption.ipynb #corruption-aim-spoil-mask
 def spoil_mask(
     truth: np.ndarray,  # uint8 (H, W), 255 = void
     kind: str,  # of `ERROR_KINDS`
@@ -337,7 +336,7 @@ def truth_reader(
 
     return truth
 
-
+# %% ../../nbs/judging/03_corruption.ipynb #corruption-queries-image-reader
 def _image_reader(images: Dataset, row: int) -> Callable[[], Image.Image]:
     "Load one image when asked."
     return lambda: images[row]["image"]
@@ -350,7 +349,7 @@ def _some(rows: Dataset, limit: int, seed: int) -> list[int]:
         return list(range(len(rows)))
     return sorted(make_rng(seed, "judged images").choice(len(rows), limit, replace=False).tolist())
 
-
+# %% ../../nbs/judging/03_corruption.ipynb #corruption-queries-corruption-queries
 def corruption_queries(
     rows: Dataset,  # columns id, image, mask
     labels: LabelSpace,  # what the masks mean
@@ -383,7 +382,7 @@ def corruption_queries(
             table.append({**known, **mask_groups(one.mask, truth, labels)})
     return queries, pd.DataFrame(table)
 
-
+# %% ../../nbs/judging/03_corruption.ipynb #corruption-queries-columns
 _COLUMNS = ("kind", "target", "strength", "iou", "changed")
 
 # %% ../../nbs/judging/03_corruption.ipynb #corruption-folder
@@ -420,7 +419,7 @@ def folder_queries(
         table.append({"id": name, "kind": "model", "iou": iou, **mask_groups(mask, truth, labels)})
     return queries, pd.DataFrame(table)
 
-
+# %% ../../nbs/judging/03_corruption.ipynb #corruption-folder-none-of
 def _none_of(labels: LabelSpace) -> int:
     "What an unlabelled pixel of a predicted mask claims: background."
     return background_of(labels) or 0

@@ -53,7 +53,7 @@ def _legend(axes: Axes, missing: str) -> None:
         raise DataError(f"{missing}: nothing to draw.")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=8.5)
 
-
+# %% ../../nbs/judging/05_judge_figures.ipynb #judge-figures-roc-plot-roc
 def plot_roc(
     judges: Judges,  # name -> N answers
     ious: Sequence[float],  # N true IoUs; nan: left out
@@ -78,7 +78,7 @@ def plot_roc(
     _legend(axes, "no judge gives scores, or the masks are of one kind only")
     return figure
 
-
+# %% ../../nbs/judging/05_judge_figures.ipynb #judge-figures-roc-plot-risk-coverage
 def plot_risk_coverage(
     judges: Judges,  # name -> N answers
     ious: Sequence[float],  # N true IoUs; nan: left out
@@ -115,7 +115,7 @@ def _exact(k: np.ndarray, n: np.ndarray, level: float = 0.95) -> tuple[np.ndarra
     high = np.where(k == n, 1.0, stats.beta.ppf(1 - half, k + 1, np.maximum(n - k, 1)))
     return low, high
 
-
+# %% ../../nbs/judging/05_judge_figures.ipynb #judge-figures-reliability-plot-reliability
 def plot_reliability(
     judges: Judges,  # name -> N answers
     ious: Sequence[float],  # N true IoUs; nan: left out
@@ -147,7 +147,7 @@ def plot_reliability(
 # %% ../../nbs/judging/05_judge_figures.ipynb #judge-figures-acceptance
 IOU_EDGES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
-
+# %% ../../nbs/judging/05_judge_figures.ipynb #judge-figures-acceptance-plot-acceptance
 def plot_acceptance(
     judges: Judges,  # name -> N answers
     ious: Sequence[float],  # N true IoUs; nan: left out
@@ -234,7 +234,7 @@ def worst_mistakes(
         taken += [queue.pop(0) for queue in queues if queue]
     return taken[:count]
 
-
+# %% ../../nbs/judging/05_judge_figures.ipynb #judge-figures-gallery-plot-mistakes
 def plot_mistakes(
     queries: Sequence[JudgeQuery],  # N, what was judged
     judgements: Sequence[Judgement],  # N
@@ -277,7 +277,7 @@ def plot_mistakes(
         one.set_title(title, fontsize=9)
     return figure
 
-
+# %% ../../nbs/judging/05_judge_figures.ipynb #judge-figures-gallery-class-text
 def _class_text(query: JudgeQuery, mask: np.ndarray) -> str:
     "The object classes of a mask."
     names = [query.labels.names[c] for c in JudgeQuery(query.id, None, mask, labels=query.labels).classes()]

@@ -33,7 +33,7 @@ def _ratio(part: float, whole: float) -> float | None:
     "A share; None where there is nothing to share."
     return float(part / whole) if whole else None
 
-
+# %% ../../nbs/judging/01_measures.ipynb #judge-metrics-verdict-metrics
 def verdict_metrics(
     judgements: Sequence[Judgement],  # N, or plain verdicts ("yes", "no", "abstain")
     ious: Sequence[float],  # N true IoUs in [0, 1]; nan: the truth is void, the image is left out
@@ -98,7 +98,7 @@ class Answers:
         numbers = np.unique(self.image[rows], return_inverse=True)[1]
         return Answers(self.judged[rows], self.yes[rows], self.p_yes[rows], self.iou[rows], self.good[rows], numbers)
 
-
+# %% ../../nbs/judging/01_measures.ipynb #judge-answers-gather-answers
 def gather_answers(
     judgements: Sequence[Judgement],  # N, or plain verdicts ("yes", "no", "abstain")
     ious: Sequence[float],  # N true IoUs in [0, 1]; nan: the row is left out
@@ -142,7 +142,7 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     part, whole = np.broadcast_arrays(part, whole)
     return np.divide(part, whole, out=np.full(part.shape, np.nan), where=whole > 0)
 
-
+# %% ../../nbs/judging/01_measures.ipynb #judge-rates-verdict-measures
 def verdict_measures(
     weights: np.ndarray,  # float (R, N)
     answers: Answers,  # N rows
@@ -197,7 +197,7 @@ def _correlation(weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarra
     spread = (weights * x * x).sum(axis=1) * (weights * y * y).sum(axis=1)
     return _share((weights * x * y).sum(axis=1), np.sqrt(np.where(spread > 1e-9, spread, 0.0)))
 
-
+# %% ../../nbs/judging/01_measures.ipynb #judge-score-measures-calibration-error
 def _calibration_error(mass: np.ndarray, good: np.ndarray, p_yes: np.ndarray, bins: int = ECE_BINS) -> np.ndarray:
     "ECE (R,) from the mass and the good mass (R, G) at each distinct p_yes (G,)."
     total = mass.sum(axis=1, keepdims=True)
@@ -207,7 +207,7 @@ def _calibration_error(mass: np.ndarray, good: np.ndarray, p_yes: np.ndarray, bi
     gap = np.bincount(flat, weights=(good - mass * p_yes).ravel(), minlength=bins * len(mass))
     return np.abs(gap.reshape(len(mass), bins)).sum(axis=1) / total[:, 0]
 
-
+# %% ../../nbs/judging/01_measures.ipynb #judge-score-measures-score-measures
 def score_measures(
     weights: np.ndarray,  # float (R, N), whole numbers
     answers: Answers,  # N rows; those without p_yes are left out
@@ -311,7 +311,7 @@ def _measure(name: str, value: float, values: np.ndarray, answers: Answers, leve
 
 _CELLS = 2_000_000  # weights at once: 16 MB
 
-
+# %% ../../nbs/judging/01_measures.ipynb #judge-interval-in-parts
 def _in_parts(resamples: int, rows: int) -> Iterator[int]:
     "How many samples to draw at a time."
     size = max(1, min(resamples, _CELLS // max(1, rows)))
@@ -353,7 +353,7 @@ def _members(column: Sequence[Any], rows: int, name: str) -> dict[str, np.ndarra
     groups = sorted({group for values in many for group in values}, key=lambda g: (isinstance(g, str), g))
     return {str(group): np.array([group in values for values in many]) for group in groups}
 
-
+# %% ../../nbs/judging/01_measures.ipynb #judge-card-report-card
 def report_card(
     judgements: Sequence[Judgement],  # N, or plain verdicts
     ious: Sequence[float],  # N true IoUs in [0, 1]; nan: the truth is void, the row is left out
@@ -462,7 +462,7 @@ def paired_difference(
     low, high = _interval(np.concatenate(drawn), level) or (None, None)
     return {"value": value, "low": low, "high": high, "n": len(one)}
 
-
+# %% ../../nbs/judging/01_measures.ipynb #judge-difference-images
 def _images(judgements: Sequence[Judgement]) -> list[str]:
     "The image of each row: the id, else a name of its own."
     return [getattr(j, "id", "") or f"row {row}" for row, j in enumerate(judgements)]
@@ -480,7 +480,7 @@ class Ranking:
     trusted: tuple[str, ...]  # judges that are better than it
     sentence: str  # the outcome in words
 
-
+# %% ../../nbs/judging/01_measures.ipynb #judge-rank-rank-judges
 def rank_judges(
     judges: Mapping[str, Sequence[Judgement]],  # name -> N answers about the same masks, in the same order
     ious: Sequence[float],  # N true IoUs; nan: left out
@@ -527,7 +527,7 @@ def rank_judges(
         free_text = f"the best of what is free is {best} (AUC {auc[best]:.3f})"
     return Ranking(table, best, tuple(trusted), _sentence(told, free_text, bool(trusted)))
 
-
+# %% ../../nbs/judging/01_measures.ipynb #judge-rank-ranked
 _RANKED = (
     "coverage", "acceptance", "sensitivity", "specificity", "balanced_accuracy", "kappa", "precision", "aurc", "roc_auc"
 )  # fmt: skip

@@ -34,7 +34,7 @@ def opposite_masks(
     other = next(c for c in range(len(labels)) if c != main) if background is None else background
     return right, np.where(right == main, other, main).astype(np.uint8), present
 
-
+# %% ../../nbs/judging/04_preflight.ipynb #preflight-opposite-preflight-queries
 def preflight_queries(
     rows: Any,  # a data set with columns id, image, mask: paid images
     labels: LabelSpace,  # their classes
@@ -77,7 +77,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known and len(known) == len(values) else None
 
-
+# %% ../../nbs/judging/04_preflight.ipynb #preflight-find-examined
 def examined(
     said: Sequence[Judgement],  # answers to `preflight_queries`, in order
     accepts: Callable[[Judgement], bool] = lambda judgement: judgement.verdict == "yes",  # what the run would take
@@ -138,7 +138,7 @@ def preflight(
     found["lost"] = handler.notes()
     return found
 
-
+# %% ../../nbs/judging/04_preflight.ipynb #preflight-ask-preflight-problem
 def preflight_problem(
     found: Mapping[str, Any],  # of `preflight`
 ) -> str | None:  # one line; None: the run may begin
@@ -183,7 +183,7 @@ def _sight_text(found: Mapping[str, Any]) -> str:
         return f"hardly: between a right mask and its opposite p_yes moves by {found['spread']:.2g} at most"
     return "yes" if found["sees"] == "yes" else "not known: it says the same word to right and opposite masks"
 
-
+# %% ../../nbs/judging/04_preflight.ipynb #preflight-table-preflight-table
 def preflight_table(
     found: Mapping[str, Any],  # of `preflight`
     still_to_ask: int = 0,  # questions that the run may ask at most; 0: unknown

@@ -34,6 +34,8 @@ from ..data.masks import DecodeRows, MaskStore, raw_rows, row_ids
 from ..data.sources import SegData, load_data, take_groups
 from .certify import certify
 from .corruption import corruption_queries, folder_queries, truth_reader
+
+# %% ../../nbs/judging/06_trial.ipynb #judging-imports-1
 from vlm_itl.judging.judge_figures import (
     plot_acceptance,
     plot_break_even,
@@ -136,7 +138,7 @@ class JudgeConfig:
         "All settings as plain types; plugins with what is in them, wherever they lie."
         return plain({**asdict(self), "plugins": described(self.plugins)})
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-config-make-judge-config
 def make_judge_config(
     settings: dict[str, Any] | None = None,  # name -> value; None values mean "the default"
     **more: Any,  # the same, as arguments
@@ -144,7 +146,7 @@ def make_judge_config(
     "A checked `JudgeConfig`; `ConfigError` for unknown names, with the closest known one."
     return JudgeConfig(**read_settings({**(settings or {}), **more}, asdict(JudgeConfig())))
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-config-judge-run-path
 def judge_run_path(
     config: JudgeConfig,  # the trial
 ) -> Path:  # absolute
@@ -171,7 +173,7 @@ def judged_rows(
         rows = rows.select(there) if there else rows
     return rows.with_transform(DecodeRows(data.labels, data.watch))
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-queries-trial-queries
 def trial_queries(
     rows: Dataset,  # of `judged_rows`
     data: SegData,  # for the classes
@@ -199,7 +201,7 @@ def trial_queries(
         score_pool(model, rows, config.view, masks=MaskStore(place, data.labels), desc="predicting masks")
     return folder_queries(rows, data.labels, place, seed=config.seed, limit=config.limit, question=config.question)
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-queries-trial-judges
 def trial_judges(
     config: JudgeConfig,  # the judge, and what adds free ones
 ) -> dict[str, VLMHandler]:  # name -> handler; the judge itself comes first, under its own name
@@ -248,7 +250,7 @@ def _sum_spent(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     found = {name: sum((part[name] or zero for part in parts), zero) for name, zero in _NOTHING.items()}
     return {**found, "usd": None if unknown else found["usd"]}
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-ask-account
 class Account:
     "What a trial has paid for each judge over all its starts; in its folder, and to the last answer in the cache."
 
@@ -302,7 +304,7 @@ class Account:
         told = {"done_without": self.done_without} if self.done_without else {}
         write_json(self.path, {"payer": self.payer, "judges": now, "earlier": self.earlier, **told})
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-ask-cost
 def _cost(said: Sequence[Judgement], paid: Mapping[str, Any]) -> dict[str, Any]:
     "What a judge's answers took: what this trial has paid over all its starts, and what others had paid before."
     calls, others = paid["calls"], [j.usd for j in said if j.cached]
@@ -344,7 +346,7 @@ class Trial:
     cards: dict[str, dict[str, Any]]  # judge -> report card
     figures: dict[str, Figure]  # as in figures/
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-run-try-judge
 def try_judge(
     config: JudgeConfig,  # the settings
 ) -> Trial:
@@ -365,7 +367,7 @@ def try_judge(
         finally:
             run.close()
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-run-try
 def _try(
     config: JudgeConfig, run: RunFolder, handlers: dict[str, VLMHandler], data: SegData, model: Segmenter | None
 ) -> Trial:
@@ -393,7 +395,7 @@ def _try(
     _write_answers(run.path, said, table)
     return _report(config, run, queries, table, said, cost, rows, handlers[config.handler].needs_truth, data.groups)
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-run-write-answers
 def _write_answers(folder: Path, said: dict[str, list[Judgement]], table: pd.DataFrame) -> None:
     "A line an answer."
     known = table.to_dict("records")
@@ -407,7 +409,7 @@ def _write_answers(folder: Path, said: dict[str, list[Judgement]], table: pd.Dat
 
 GROUPS = ("kind", "class", "size", "error")  # columns of the truth table
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-run-report
 def _report(
     config: JudgeConfig,
     run: RunFolder,
@@ -453,7 +455,7 @@ def _report(
     write_json(run.path / "report.json", report)
     return Trial(run.path, plain(report), ranking, cards, figures)
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-run-shown
 def _shown(judge: str, ranking: Ranking) -> list[str]:
     "Judges in the figures: the one tried, then the best of the others, five in all."
     return [judge, *[name for name in ranking.table.index if name != judge][:4]]
@@ -476,7 +478,7 @@ def _rates_of(said: dict[str, list[Judgement]], ious: Sequence[float], tau: floa
     found = {name: verdict_metrics(answers, ious, tau) for name, answers in said.items()}
     return {name: {"measures": {m: {"value": rates[m]} for m in names}} for name, rates in found.items()}
 
-
+# %% ../../nbs/judging/06_trial.ipynb #judging-run-figures
 def _figures(
     config: JudgeConfig,
     queries: Sequence[JudgeQuery],

@@ -66,7 +66,7 @@ class RunningLoss:
 EVERY_S = 120.0  # between two checkpoints
 _WHOLE = "whole.json"
 
-
+# %% ../../nbs/model/06_checkpoints.ipynb #checkpoints-class-checkpoints
 class Checkpoints(TrainerCallback):
     "Says when the `Trainer` writes a checkpoint, marks it when it is whole, and finds the one to go on from."
 

@@ -25,14 +25,14 @@ def plain_name(
     text = unicodedata.normalize("NFC", str(name)).casefold()
     return "".join(letter for letter in text if letter.isalnum() or unicodedata.category(letter)[0] == "M")
 
-
+# %% ../../nbs/model/03_heads.ipynb #heads-names-unnamed
 def unnamed(
     names: Sequence[str],  # of a head
 ) -> bool:
     "Do the names only count?"
     return all(re.fullmatch(r"(label|class)?\d+", plain_name(name)) or not str(name).strip() for name in names)
 
-
+# %% ../../nbs/model/03_heads.ipynb #heads-names-match-names
 def match_names(
     theirs: Sequence[str],  # names in a checkpoint
     ours: Sequence[str],  # names that we want

@@ -60,7 +60,7 @@ def seen_through(
         rows.append(one[:, one.shape[1] // 2, one.shape[2] // 2])
     return np.array(rows)
 
-
+# %% ../../nbs/model/02_pixels.ipynb #pixels-watch-explain
 def explain(
     seen: np.ndarray,  # (7, 3) of `seen_through`
 ) -> Normalisation | None:  # None: it is no shift and scale of single channels
@@ -85,7 +85,7 @@ def _declared(processor: Any, order: tuple[int, ...]) -> Normalisation:
     mean, std = (np.broadcast_to(getattr(processor, f"image_{part}"), 3).tolist() for part in ("mean", "std"))
     return Normalisation(tuple(m / scale for m in mean), tuple(s / scale for s in std), order)
 
-
+# %% ../../nbs/model/02_pixels.ipynb #pixels-declared-watch-processor
 def watch_processor(
     processor: Any,  # an image processor of transformers
     name: str,  # of the model, for the message
@@ -142,7 +142,7 @@ def _without_torchvision(name: str, given: dict[str, Any]) -> Any:
         raise ConfigError(f"model {name!r}: its {kind} cannot be used without torchvision: pip install torchvision.")
     return PilBackend(**{key: given[key] for key in needed}, do_resize=False)
 
-
+# %% ../../nbs/model/02_pixels.ipynb #pixels-find-processor-of
 def processor_of(
     name: str,  # local folder or Hub id
 ) -> Any:  # an image processor of transformers; None where the checkpoint brings none
@@ -161,7 +161,7 @@ def processor_of(
             reason = "it brings Python code of its own, which is never run for a segmenter"
         raise ConfigError(f"model {name!r}: its image processor cannot be built ({reason}).") from error
 
-
+# %% ../../nbs/model/02_pixels.ipynb #pixels-find-family-processor
 def family_processor(
     model_type: str,  # as config.json has it
 ) -> Any:  # an image processor with its own defaults; None where the family has none that works here
@@ -173,7 +173,7 @@ def family_processor(
     except ImportError:  # of torchvision
         return None
 
-
+# %% ../../nbs/model/02_pixels.ipynb #pixels-find-normalisation-of
 def normalisation_of(
     name: str,  # local folder or Hub id
 ) -> Normalisation | None:  # None where the checkpoint brings no processor settings
@@ -195,7 +195,7 @@ def check_writable(
         "so nobody could use what is saved."
     )
 
-
+# %% ../../nbs/model/02_pixels.ipynb #pixels-write-processor-settings
 def processor_settings(
     norm: Normalisation,  # of the model
     image_size: int | None,  # side in pixels that it was measured at; None: as the picture comes

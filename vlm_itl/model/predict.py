@@ -51,7 +51,7 @@ def pick_device(
         return torch.device("mps")
     return torch.device("cpu")
 
-
+# %% ../../nbs/model/05_predict.ipynb #train-device-autocast
 PRECISIONS = ("fp32", "bf16", "fp16")
 
 
@@ -78,12 +78,12 @@ def check_workers(
     most = max(16, 2 * (os.cpu_count() or 1))
     return int(check_number("num_workers (loader processes, on this machine)", number, low=0, high=most, integer=True))
 
-
+# %% ../../nbs/model/05_predict.ipynb #train-inference-memory-here
 def memory_here() -> int:
     "Bytes of memory of this machine."
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
-
+# %% ../../nbs/model/05_predict.ipynb #train-inference-check-batch
 def check_batch(
     name: str,  # the setting, for the message
     images: Any,  # at once
@@ -96,7 +96,7 @@ def check_batch(
         raise ConfigError(f"image_size={image_size}: this machine's memory does not hold one picture of that size.")
     return int(check_number(f"{name} (pictures of {image_size} px, on this machine)", images, 1, most, integer=True))
 
-
+# %% ../../nbs/model/05_predict.ipynb #train-inference-inference
 @dataclass(frozen=True)
 class Inference:
     "How images are shown to a network when it is not training."
@@ -134,7 +134,7 @@ class Inference:
             generator=torch.Generator().manual_seed(0),  # leaves torch's global generator alone
         )
 
-
+# %% ../../nbs/model/05_predict.ipynb #train-inference-predict-batches
 def predict_batches(
     model: Segmenter,  # will be put into evaluation mode
     images: datasets.Dataset,  # columns id, image and optionally mask
@@ -155,7 +155,7 @@ def predict_batches(
             yield batch, logits, feature_map
             bar.update(len(logits))
 
-
+# %% ../../nbs/model/05_predict.ipynb #train-inference-check-finite
 def _check_finite(logits: torch.Tensor, ids: Sequence[str]) -> None:
     "A broken prediction must not become a score: name the image."
     finite = torch.isfinite(logits).flatten(1).all(1).tolist()

@@ -119,7 +119,7 @@ class Probe(Protocol):
     def read(self, logits: torch.Tensor, valid: Callable[[Sequence[int]], torch.Tensor]) -> torch.Tensor:
         "After each forward pass: (B, G). `valid(shape)`: which cells of a (h, w) map lie inside the images, (B, h, w)."
 
-
+# %% ../../nbs/model/08_scoring.ipynb #train-score-write-masks
 def _image_scores(logits: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
     "The mean uncertainties that every pass reports."
     maps = uncertainty_maps(logits)
@@ -145,7 +145,7 @@ def write_masks(
         prediction = predicted_classes(one, box, image_size, native)
         masks.write(image_id, prediction.to(torch.uint8).cpu().numpy())
 
-
+# %% ../../nbs/model/08_scoring.ipynb #train-score-score-pool
 def score_pool(
     model: Segmenter,  # any segmenter
     images: datasets.Dataset,  # columns id, image; a mask column is not looked at

@@ -38,6 +38,8 @@ from ..core.seeds import seeded
 from ..data.labels import LabelSpace
 from ..data.masks import read_image
 from ..data.transforms import EvalTransform, predicted_classes
+
+# %% ../../nbs/model/04_segmenter.ipynb #model-imports-1
 from .heads import class_rows, match_names, take_rows, unnamed
 from vlm_itl.model.pixels import (
     Normalisation,
@@ -112,7 +114,7 @@ class Segmenter(nn.Module):
         ]
         return "\n".join(lines + [f"  {note}" for note in self.notes])
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-normalisation-cannot-show
 def _cannot_show(model: Segmenter, shape: torch.Size, error: Exception) -> VlmItlError:
     "What to say, and what to do, where a network fails on a batch (B, 3, H, W)."
     shown = f"a batch of {shape[0]} at {shape[2]} x {shape[3]} px"
@@ -151,7 +153,7 @@ def register_model(
 
     return add
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-registry-fan-in-init
 def fan_in_init(
     net: nn.Module,  # changed in place
 ) -> nn.Module:  # the same
@@ -163,7 +165,7 @@ def fan_in_init(
                 nn.init.zeros_(layer.bias)
     return net
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-registry-segformer-nano
 @register_model("segformer-nano")
 def segformer_nano(
     labels: LabelSpace,  # gives the number of classes and their names
@@ -263,7 +265,7 @@ def _check_numbers(name: str, raw: Any) -> bool:  # is any number suspiciously l
         wide = wide or abs(number) > _WIDE
     return wide
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-config-check-size
 def _check_size(name: str, config: Any) -> None:
     "`ConfigError` for a network that does not fit into this machine's memory."
     with torch.device("meta"):
@@ -276,7 +278,7 @@ def _check_size(name: str, config: Any) -> None:
             f"{there / 2**30:.0f}."
         )
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-config-checkpoint-config
 def _checkpoint_config(name: str) -> Any:
     "The checkpoint's configuration, or one clear line."
     local = Path(name).expanduser()
@@ -309,7 +311,7 @@ def _checkpoint_config(name: str) -> Any:
         raise ConfigError(f"model {name!r} takes pictures of {show(channels, 40)} channels; here they have 3 (RGB).")
     return config
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-config-their-names
 def _their_names(config: Any) -> list[str]:
     "The classes of the checkpoint's own head."
     return [str(config.id2label.get(index, "")) for index in range(config.num_labels)]
@@ -328,7 +330,7 @@ def _quiet() -> Iterator[None]:
         if shown:
             hf_logging.enable_progress_bar()
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-weights-from-pretrained
 def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[nn.Module, dict[str, Any], set[str]]:
     "The network, what transformers says of it, and the names of weights that the checkpoint did not give it."
     try:
@@ -349,7 +351,7 @@ def _from_pretrained(name: str, settings: dict[str, Any]) -> tuple[nn.Module, di
     mismatched = [m[0] if isinstance(m, (tuple, list)) else str(m) for m in info.get("mismatched_keys", [])]
     return net, info, {*info.get("missing_keys", []), *mismatched}
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-weights-check-weights
 def _check_weights(model: Segmenter, info: dict[str, Any], rows: list[str]) -> None:
     "`ConfigError` for an encoder that is not in the checkpoint or has another shape, and for weights that are none."
     encoder, known = {id(p) for p in model.encoder.parameters()}, dict(model.net.named_parameters())
@@ -373,7 +375,7 @@ def _check_weights(model: Segmenter, info: dict[str, Any], rows: list[str]) -> N
     if broken:
         raise ConfigError(f"model {model.name!r}: its weights are broken: {broken} is not finite (NaN or infinite).")
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-weights-loading-notes
 def _loading_notes(fresh: set[str]) -> list[str]:
     "What `from_pretrained` did not find, in words."
     if not fresh:
@@ -421,7 +423,7 @@ def _carry_head(
     said = f"of its head's {len(theirs)} classes ours are taken over by name: {_some(known)}"
     return [said + (f"; new: {_some(new)}" if new else "")]
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-head-some
 def _some(names: list[str]) -> str:
     "The first few names."
     return one_line(", ".join(names[:4]) + (", ..." if len(names) > 4 else ""), 120)
@@ -441,7 +443,7 @@ def _pixels_of(name: str, config: Any) -> tuple[Normalisation, list[str], bool]:
         notes.append("its processor shows blue first (BGR), and so do we")
     return norm, notes, bool(getattr(own, "do_reduce_labels", False))
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-load-checkpoint-load-checkpoint
 def _load_checkpoint(name: str, labels: LabelSpace, options: dict[str, Any]) -> Segmenter:
     "A Segmenter from a local folder or the Hub."
     config = _checkpoint_config(name)
@@ -476,7 +478,7 @@ def _load_checkpoint(name: str, labels: LabelSpace, options: dict[str, Any]) -> 
     _check_weights(model, info, class_rows(net.config) if info.get("mismatched_keys") else [])
     return model
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-load-checkpoint-parts-note
 def _parts_note(model: Segmenter) -> str:
     "How many parameters learn at which rate."
     if model.encoder is model.net:
@@ -535,6 +537,8 @@ mask = processor.post_process_semantic_segmentation(out, target_sizes=[picture.s
 {how}
 """
 _PADDED = "It was measured with the long side at {size} pixels and the rest of the square padded with grey. "
+
+# %% ../../nbs/model/04_segmenter.ipynb #model-save-how
 _HOW = {
     "none": "The size that it was measured at is not known: the processor leaves pictures as large as they are.",
     "stretch": "It was measured on pictures stretched to {size} x {size} pixels, and so the processor shows them: the "
@@ -549,7 +553,7 @@ _EXACT = (
     "`vlm_itl.model.predict.Inference(image_size={size}, resize={resize!r})`."
 )
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-save-alike
 def _alike(model: Segmenter, folder: Path, image_size: int, resize: str, pictures: Sequence[Any]) -> float:
     "The share of pixels on which our own masks and those through the saved processor agree."
     processor, own = AutoImageProcessor.from_pretrained(folder, backend="pil"), EvalTransform(image_size, resize)
@@ -571,7 +575,7 @@ def _alike(model: Segmenter, folder: Path, image_size: int, resize: str, picture
     model.train(was)
     return sum(same) / len(same)
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-save-write-card
 def _write_card(model: Segmenter, folder: Path, image_size: int | None, resize: str, pictures: Sequence[Any]) -> None:
     "How the network wants its pictures, for machines and for people."
     shown = how = resize
@@ -592,7 +596,7 @@ def _shapes(size: int) -> list[tuple[int, int]]:
     "What photographs of 4:3 and 2:3 become at this size."
     return [(max(1, round(size * 0.75)), size), (size, max(1, round(size * 0.667)))]
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-save-save-model
 def save_model(
     model: Segmenter,  # any segmenter
     folder: str | Path,  # will be created
@@ -615,7 +619,7 @@ def save_model(
     _write_card(model, folder, image_size, resize, pictures)
     return folder
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-save-load-weights
 def load_weights(
     model: Segmenter,  # of the same kind as the saved one; changed in place
     folder: str | Path,  # from `save_model`
@@ -652,7 +656,7 @@ def parameter_groups(
         for (in_head, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-groups-check-parts
 def _check_parts(model: Segmenter, setting: str) -> None:
     "`ConfigError` for a network in which encoder and head cannot be told apart."
     if model.encoder is model.net:
@@ -664,7 +668,7 @@ def _check_parts(model: Segmenter, setting: str) -> None:
 
 BATCHNORM_MODES = ("auto", "train", "freeze_encoder", "freeze")
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-groups-freeze-batchnorm
 def freeze_batchnorm(
     model: Segmenter,  # changed in place; call again after every `.train()`
     mode: str = "auto",  # auto: freeze_encoder if pretrained, else train
@@ -721,7 +725,7 @@ class LastLayer:
             )
         return self._seen[layer]
 
-
+# %% ../../nbs/model/04_segmenter.ipynb #model-last-watch-last-layer
 def _gives(output: torch.Tensor, logits: torch.Tensor) -> bool:
     "Is this the logits, or what they were upsampled from?"
     if output.dim() != 4 or output.shape[:2] != logits.shape[:2]:

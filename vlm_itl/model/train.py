@@ -29,6 +29,8 @@ from ..core.seeds import derive_seed, seed_everything, seeded, stable_hash
 from ..data.masks import row_ids, watch_of
 from ..data.transforms import TrainingSet, TrainTransform, collate
 from .checkpoints import Checkpoints, RunningLoss
+
+# %% ../../nbs/model/07_train.ipynb #train-imports-1
 from vlm_itl.model.predict import (
     PRECISIONS,
     Inference,
@@ -61,15 +63,13 @@ with environment(WANDB_MODE=None):  # or transformers prints "Running in WANDB o
 
 # %% ../../nbs/model/07_train.ipynb #train-settings
 SCHEDULERS = ("polynomial", "linear", "cosine", "constant", "constant_with_warmup")
-
-
 # a network from scratch has to learn what things look like at all, so it is shown less variety
 AUGMENT: dict[str, dict[str, Any]] = {
     "pretrained": {"scale": (0.5, 2.0), "jitter": 0.3, "flip": 0.5},
     "scratch": {"scale": (0.75, 1.5), "jitter": 0.1, "flip": 0.5},
 }
 
-
+# %% ../../nbs/model/07_train.ipynb #train-settings-trainsettings
 @dataclass(frozen=True)
 class TrainSettings:
     "How a network is trained. Zero means: choose what suits the model."
@@ -219,7 +219,7 @@ def _try_training(model: Segmenter, settings: TrainSettings, image_size: int, de
             f"the memory here holds {most} of them at most."
         )
 
-
+# %% ../../nbs/model/07_train.ipynb #train-tried-try-once
 def try_once(
     model: Segmenter,  # unchanged afterwards
     settings: TrainSettings,  # how it will be trained
@@ -292,7 +292,7 @@ class _SegTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-
+# %% ../../nbs/model/07_train.ipynb #train-trainer-watch
 class _Watch(TrainerCallback):
     "A progress bar, and a stop when the loss is no longer a number."
 
@@ -324,7 +324,7 @@ class FitResult:
     best_step: int | None = None  # the step whose weights were kept, with eval_every
     seconds: float = 0.0  # wall clock
 
-
+# %% ../../nbs/model/07_train.ipynb #train-fit-arguments
 def _arguments(
     model: Segmenter, settings: TrainSettings, steps: int, folder: str, seed: int, resumable: bool
 ) -> TrainingArguments:
@@ -365,7 +365,7 @@ def _arguments(
         seed=derive_seed(seed, "trainer") % 2**32,
     )
 
-
+# %% ../../nbs/model/07_train.ipynb #train-fit-in-fixed-order
 @contextmanager
 def _in_fixed_order(on: bool, device: torch.device) -> Iterator[None]:
     """On a GPU, sums in a fixed order (torch's deterministic algorithms), as they were set before afterwards.
@@ -390,7 +390,7 @@ def _in_fixed_order(on: bool, device: torch.device) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
 
-
+# %% ../../nbs/model/07_train.ipynb #train-fit-denormals-flushed
 @contextmanager
 def _denormals_flushed() -> Iterator[None]:
     "AdamW's tiny second moments are denormal numbers, which cost a CPU a tenth of a step; others may need theirs."
@@ -400,7 +400,7 @@ def _denormals_flushed() -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
 
-
+# %% ../../nbs/model/07_train.ipynb #train-fit-fit
 def fit(
     model: Segmenter,  # trained in place
     labelled: datasets.Dataset,  # columns id, image, mask; what to learn from
@@ -437,7 +437,7 @@ def fit(
     watch.end(asdict(result))
     return result
 
-
+# %% ../../nbs/model/07_train.ipynb #train-fit-fingerprint
 def _fingerprint(
     model: Segmenter, labelled: datasets.Dataset, settings: TrainSettings, view: Inference, seed: int
 ) -> str:
@@ -448,7 +448,7 @@ def _fingerprint(
     weights = [value.cpu().numpy() for value in model.state_dict().values()]
     return stable_hash(to_json({**how, **shown}), seed, row_ids(labelled), *weights).hex()
 
-
+# %% ../../nbs/model/07_train.ipynb #train-fit-fit-b
 def _fit(
     model: Segmenter,
     labelled: datasets.Dataset,

@@ -196,7 +196,7 @@ def _mask(layer: nn.Module, shape: Sequence[int], rate: float, seed: int) -> tor
     keep = torch.rand(size, generator=torch.Generator().manual_seed(seed)) >= rate
     return keep.float() / (1 - rate)
 
-
+# %% ../../nbs/model/09_uncertainty.ipynb #scores-mc-mc-passes
 @torch.inference_mode()
 def mc_passes(
     model: Segmenter,  # put into evaluation mode; no weight or statistic changes
@@ -293,7 +293,7 @@ def pixel_map(
         raise ConfigError(f"the score {name!r} returned {found}, not a tensor (B, h, w) = {wanted}.")
     return values
 
-
+# %% ../../nbs/model/09_uncertainty.ipynb #scores-scorers-split-key
 def split_key(
     key: str,  # "bald-topk"
 ) -> tuple[str, str]:  # score, aggregate
@@ -303,14 +303,14 @@ def split_key(
     check_choice(f"score key {key!r}: aggregate", aggregate, list(AGGREGATORS))
     return name, aggregate
 
-
+# %% ../../nbs/model/09_uncertainty.ipynb #scores-scorers-aggregate-options
 def aggregate_options(
     name: str,  # an aggregate
 ) -> dict[str, Any]:  # option -> default
     "What may be set of an aggregate: the arguments of its function beyond the first three."
     return {p.name: p.default for p in list(inspect.signature(AGGREGATORS[name]).parameters.values())[3:]}
 
-
+# %% ../../nbs/model/09_uncertainty.ipynb #scores-scorers-make-aggregator
 def make_aggregator(
     name: str,  # an aggregate
     options: Mapping[str, Any] | None = None,  # those that it has are taken
@@ -318,7 +318,7 @@ def make_aggregator(
     "An aggregate with its options."
     return partial(AGGREGATORS[name], **{k: v for k, v in (options or {}).items() if k in aggregate_options(name)})
 
-
+# %% ../../nbs/model/09_uncertainty.ipynb #scores-scorers-make-scorers
 def make_scorers(
     keys: Iterable[str],  # "entropy-topk", ...; scores of one look only
     options: Mapping[str, Any] | None = None,  # of the aggregates, e.g. {"share": 0.1}
@@ -337,7 +337,7 @@ def make_scorers(
 
     return {key: build(key) for key in keys}
 
-
+# %% ../../nbs/model/09_uncertainty.ipynb #scores-scorers-look-maps
 def look_maps(
     model: Segmenter,  # any segmenter
     pixel_values: torch.Tensor,  # (B, 3, H, W) uint8
@@ -359,7 +359,7 @@ def look_maps(
     maps = {name: values.masked_fill(broken[:, None, None], math.nan) for name, values in accumulator.maps().items()}
     return maps, accumulator.probability.argmax(1)
 
-
+# %% ../../nbs/model/09_uncertainty.ipynb #scores-scorers-make-second-look
 def make_second_look(
     keys: Iterable[str],  # "bald-mean", ...; scores of several looks only
     passes: int = 10,  # T looks through dropout
@@ -382,7 +382,7 @@ def make_second_look(
 
     return look
 
-
+# %% ../../nbs/model/09_uncertainty.ipynb #scores-scorers-scoring-options
 def scoring_options(
     keys: Iterable[str],  # what a strategy asks for, in any number
     passes: int = 10,  # T looks through dropout, where several are needed

@@ -72,7 +72,7 @@ class Cover:
             return np.bincount(self.parts.ravel(), minlength=len(self))
         return np.array([(bottom - top) * (right - left) for top, left, bottom, right in self.boxes])
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-cover-cover-of-parts
 def cover_of_parts(
     parts: np.ndarray,  # (H, W) whole numbers, one for each region, in any order
 ) -> Cover:
@@ -100,7 +100,7 @@ def register_regions(
 
     return add
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-kinds-slic-cover
 @register_regions("slic")
 def slic_cover(
     image: Image.Image,  # RGB
@@ -116,7 +116,7 @@ def slic_cover(
         return cover_of_parts(np.zeros(pixels.shape[:2], dtype=int))
     return cover_of_parts(slic(pixels, n_segments=count, compactness=compactness, start_label=0, channel_axis=-1))
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-kinds-window-cover
 @register_regions("window")
 def window_cover(
     image: Image.Image,  # only its size matters
@@ -142,7 +142,7 @@ def region_id(
         raise DataError(f"image id {image_id!r} holds a '#', which separates images from regions.")
     return f"{image_id}#{index:04d}"
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-ids-split-region
 def split_region(
     name: str,  # "2007_000032#0012"
 ) -> tuple[str, int]:  # image id, index
@@ -152,7 +152,7 @@ def split_region(
         raise DataError(f"{name!r} is not the name of a region, as in 'image#0012'.")
     return image_id, int(number)
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-ids-pack
 def _pack(parts: np.ndarray) -> bytes:
     "A map of regions in few bytes: most rows repeat the one above."
     steps = np.diff(parts, axis=0, prepend=np.zeros((1, parts.shape[1]), np.int32))
@@ -164,7 +164,7 @@ def _unpack(data: bytes) -> np.ndarray:
     numbers = np.frombuffer(zlib.decompress(data), np.int32)
     return numbers[2:].reshape(*numbers[:2]).cumsum(0, dtype=np.int32)
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-ids-regions
 class Regions:
     "The covers of the images of a pool, made when asked for."
 
@@ -265,7 +265,7 @@ def _region_rows(
     spread = (len(weights), *predicted.shape)
     return make_aggregator(aggregate, options)(maps[name].expand(spread), weights > 0, predicted.expand(spread))
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-score-score-regions
 def score_regions(
     model: Segmenter,  # any segmenter
     images: datasets.Dataset,  # columns id, image; a mask column is not looked at
@@ -319,7 +319,7 @@ def score_regions(
     scores = {} if key is None else {key: whole["score"]}
     return PoolScores(ids, scores, whole["embedding"], whole["class_hist"], masks, whole.get("gradient"))
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-score-name-regions
 def name_regions(
     images: datasets.Dataset,  # column id
     regions: Regions,  # of these images
@@ -328,7 +328,7 @@ def name_regions(
     ids = [region_id(image_id, index) for image_id in row_ids(images) for index in range(len(regions.areas(image_id)))]
     return PoolScores(ids, {}, np.zeros((len(ids), 0), np.float32), np.zeros((len(ids), 0), np.float32))
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-score-numpy
 def _numpy(values: torch.Tensor) -> np.ndarray:
     return values.float().cpu().numpy()
 
@@ -344,7 +344,7 @@ def _region_features(feature_map: torch.Tensor, cover: Cover, box: tuple[int, in
 # %% ../../nbs/sampler/03_regions.ipynb #regions-choose
 CHOICE_OPTIONS: dict[str, Any] = {"per_image": 0, "max_overlap": 0.0, "gap": False}
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-choose-chosen
 class _Chosen:
     "What is taken of each image, and whether another region may be."
 
@@ -384,7 +384,7 @@ class _Chosen:
         image_id, index = split_region(name)
         self.now.setdefault(image_id, []).append(index)
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-choose-check-choice-options
 def _overlap(one: Box, two: Box) -> float:
     "Shared pixels over those of the smaller box."
     sides = [max(0, min(one[i + 2], two[i + 2]) - max(one[i], two[i])) for i in (0, 1)]
@@ -403,7 +403,7 @@ def check_choice_options(
     if not isinstance(gap, bool):
         raise ConfigError(f"region_options: gap must be true or false, not {gap!r}.")
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-choose-touch
 def _touch(cover: Cover, one: int, two: int) -> bool:
     "Do two regions share an edge or a corner, or overlap?"
     a, b = cover.boxes[one], cover.boxes[two]
@@ -419,7 +419,7 @@ def _touch(cover: Cover, one: int, two: int) -> bool:
             near |= grown[y : y + near.shape[0], x : x + near.shape[1]]
     return bool((near & (around == two)).any())
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-choose-choose-regions
 def choose_regions(
     sampler: Sampler,  # the strategy
     scores: PoolScores,  # from `score_regions`
@@ -490,7 +490,7 @@ def region_label(
     counts[VOID] = 0
     return np.where(inside, counts.argmax() if counts.any() else VOID, VOID).astype(np.uint8)
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-partial-count-clicks
 def count_clicks(
     truth: np.ndarray,  # (H, W) uint8, the true mask
     inside: np.ndarray | None = None,  # (H, W) bool, what is asked; None: everything
@@ -505,7 +505,7 @@ def count_clicks(
     sizes = np.bincount(parts.ravel())[1:]
     return 1 + sum(_corners(parts == number) for number in np.flatnonzero(np.arange(len(sizes)) != sizes.argmax()) + 1)
 
-
+# %% ../../nbs/sampler/03_regions.ipynb #regions-partial-corners
 def _corners(segment: np.ndarray) -> int:
     "Corners of a segment's outline."
     rows, columns = np.nonzero(segment)

@@ -71,7 +71,7 @@ def gumbel_topk(
     noisy = _keys(kind, values) + rng.gumbel(size=len(values)) / beta
     return np.argsort(-noisy, kind="stable")[:k]
 
-
+# %% ../../nbs/sampler/02_selects.ipynb #selects-gumbel-drawn
 def _drawn(kind: str, view: PoolView, values: np.ndarray, k: int, score: str, beta: float) -> Picks:
     "Picks of `gumbel_topk` with reasons."
     picks = gumbel_topk(kind, values, k, beta, view.rng)
@@ -124,7 +124,7 @@ def cluster(
         return KMeans(count, n_init=1, random_state=seed, copy_x=not in_place).fit_predict(points)
     return MiniBatchKMeans(count, n_init=1, random_state=seed, batch_size=4096).fit_predict(points)
 
-
+# %% ../../nbs/sampler/02_selects.ipynb #selects-kmeans-neighbour-distance
 def neighbour_distance(
     points: np.ndarray,  # (N, D) one cluster
     neighbours: int,  # how many, at most; half the cluster in small ones
@@ -179,7 +179,7 @@ def _kept(view: PoolView, values: np.ndarray, k: int, score: str, prefilter: flo
     kept = shortlist(values, k, prefilter, score)
     return kept, "" if score == "none" else f", among the {len(kept)} highest in {score}"
 
-
+# %% ../../nbs/sampler/02_selects.ipynb #selects-typiclust-row-typiclust
 @register_select(
     "typiclust",
     "the most typical image of the least covered cluster",
@@ -226,7 +226,7 @@ def _inside(centres: np.ndarray, lifted: np.ndarray) -> np.ndarray:
     turned[:, -2], turned[:, -1] = 1, centres[:, -2]
     return turned @ lifted.T >= -1e-12 * np.abs(lifted[:, -2]).max()
 
-
+# %% ../../nbs/sampler/02_selects.ipynb #selects-probcover-probcover
 def probcover(
     points: np.ndarray,  # (N, D) candidates
     labelled: np.ndarray,  # (L, D) labelled images, may be empty
@@ -339,7 +339,7 @@ def kmeanspp(
         nearest_squared(centred, norms, centred[pick : pick + 1], best)
     return picks, distances
 
-
+# %% ../../nbs/sampler/02_selects.ipynb #selects-badge-badge
 @register_select(
     "badge",
     "k-means++ draws from the gradients of the last layer",

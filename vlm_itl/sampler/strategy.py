@@ -44,7 +44,7 @@ def _require_finite(
         )
     return values
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-view-poolview
 @dataclass(frozen=True)
 class PoolView:
     "The candidates of one choice, sorted by id; arrays are read and checked on demand."
@@ -115,7 +115,7 @@ def _rows_of(pool: ScoredPool, ids: Sequence[str], what: str) -> np.ndarray:
         raise DataError(f"{len(missing)} of {len(ids)} {what} were not scored, among them {missing[0]!r}.")
     return np.array([row[name] for name in ids], dtype=np.int64)
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-make-view-make-view
 def make_view(
     pool: ScoredPool | None,  # the scoring pass, where one was made
     candidates: Iterable[str],  # unlabelled ids, any order
@@ -150,10 +150,10 @@ class ScoreRow:
     needs: tuple[str, ...] = ()  # arrays of the scoring pass that the function reads, e.g. ("class_hist",)
     reason: str = ""  # wording of the reason with {value:.3f}; empty: the name and the value
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-score-rows-scores
 SCORES: Registry[ScoreRow] = Registry("score", *NO_DASH)
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-score-rows-register-score
 def register_score(
     name: str,  # the word in a strategy
     about: str,  # one line for tables
@@ -227,7 +227,7 @@ class SelectRow:
     needs_score: bool  # meaningless with the score `none`
     options: Mapping[str, Any]  # option -> default
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-select-rows-register-select
 SELECTS: Registry[SelectRow] = Registry("select", *NO_DASH)
 
 
@@ -340,7 +340,7 @@ def shortlist(
     keep = len(values) if score == "none" else min(len(values), max(k, round(prefilter * k)))
     return np.sort(np.argsort(-values, kind="stable")[:keep])
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-coreset-coreset
 @register_select(
     "coreset",
     "k-center greedy: the farthest from all that is chosen",
@@ -382,12 +382,12 @@ class Strategy:
         "The key of `PoolScores.scores` that the scoring pass has to deliver."
         return f"{self.score}-{self.aggregate}" if SCORES[self.score].per_pixel else None
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-strategy-aggregates
 def aggregates() -> list[str]:  # "none" and the rows of AGGREGATORS
     "The words that may stand in the middle of a strategy; `none` is for scores that are per image already."
     return ["none", *AGGREGATORS]
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-strategy-parts-of
 def _parts_of(strategy: Strategy) -> list[tuple[str, str, list[str]]]:
     "Kind, name and known names of each part."
     return [
@@ -414,7 +414,7 @@ def _check_fit(strategy: Strategy) -> Strategy:
         raise ConfigError(f"strategy {str(strategy)!r}: {wrong}")
     return strategy
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-strategy-parse-strategy
 def parse_strategy(
     text: "str | Strategy",  # "entropy", "entropy-mean-top"
 ) -> Strategy:  # its three parts
@@ -432,7 +432,7 @@ def parse_strategy(
         )
     return _check_fit(Strategy(*parts))
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-strategy-register-short
 def register_short(
     name: str,  # the short name
     strategy: str,  # what it stands for, "bald-mean-top"
@@ -441,7 +441,7 @@ def register_short(
     SHORT.check_word(name)
     SHORT.add(name, str(parse_strategy(strategy)), f"short for {strategy}")
 
-
+# %% ../../nbs/sampler/01_strategy.ipynb #sampler-strategy-5
 register_short("random", "random-none-top")
 register_short("entropy", "entropy-mean-top")
 register_short("margin", "margin-mean-top")

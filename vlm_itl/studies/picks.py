@@ -85,7 +85,7 @@ def plot_picks(
                 )
     return figure
 
-
+# %% ../../nbs/studies/01_picks.ipynb #picks-figures-plot-class-shares
 def plot_class_shares(
     shares: pd.DataFrame,  # from `class_shares`
 ) -> Figure:

@@ -58,7 +58,7 @@ def _spaces(found: re.Match[str]) -> str:
     "As many spaces as were found; lines stay lines."
     return re.sub(r"[^\n]", " ", found[0])
 
-
+# %% ../../nbs/vlm/01_answers.ipynb #answers-peel-peel
 def _peel(text: str) -> str | None:
     "The answer in small letters without thoughts and marks, each letter in its place; None: it is still thinking."
     text = text.translate(_AS_SMALL)
@@ -102,6 +102,8 @@ _PART = re.compile(
     r"|\bonly (?:partly|partially|part|half|some|most|the (?:head|body|top|upper|lower|left|right|front|back)"
     r"|an? \w+ part)\b"
 )
+
+# %% ../../nbs/vlm/01_answers.ipynb #answers-sense-strong
 _STRONG = re.compile(
     r"\b(?:complet\w+|perfect\w*|full\w*|accura\w+|correct\w*|exact\w*|entirely|precise\w*|(?<!as )well|nothing else"
     r"|all|every(?:thing)?|(?:is|are|looks?|seems?) (?:right|good|fine|ok|okay|tight))\b"
@@ -133,7 +135,7 @@ def _sense(clause: str) -> int:
         return (-1 if not _NEUTRAL.search(clause) else 0) if negated else 1
     return 0
 
-
+# %% ../../nbs/vlm/01_answers.ipynb #answers-sense-senses
 def _senses(text: str) -> list[tuple[str, int]]:
     "Every piece of a text with its sense."
     return [(piece, _sense(piece)) for piece in _CLAUSE.split(_NO_SENSE.sub(" ", text)) if piece.strip()]
@@ -162,7 +164,7 @@ _RESERVE = re.compile(
     r"|more or less|kind of|sort of|not (?:entirely|fully|completely|quite|perfectly|really))\b"
 )
 
-
+# %% ../../nbs/vlm/01_answers.ipynb #answers-doubt-speaks-against
 def _speaks_against(verdict: str, before: str, after: str) -> bool:
     "Does what stands around the word contradict it, or take half of it back?"
     senses = [*_senses(before), *_senses(after)]
@@ -201,6 +203,8 @@ _MARK = re.compile(
     rf"[\s:=,—-]*{_LABEL}(?:a (?:clear |definite |firm |resounding )?)?'?$"
 )
 _ITEM = re.compile(r"(?:^|[\n,;|])\s*(?:[-•+]\s*|\d+[.)]\s*)?(?P<label>[^\n.,;:!?|—]{1,60}?)\s*(?:[:|—]|\s-|->)\s*$")
+
+# %% ../../nbs/vlm/01_answers.ipynb #answers-places-edge
 _EDGE = re.compile(r"[.!?;:,\n—|、()]")
 _MOST_WORDS = 60  # yes and no in one answer; more is a stuck record
 
@@ -214,7 +218,7 @@ class _Place:
     end: int
     kind: str  # mark, lead, alone, trail: answers; item: of one class; aside: said on the way
 
-
+# %% ../../nbs/vlm/01_answers.ipynb #answers-places-kind
 def _kind(text: str, start: int, end: int) -> str:
     "What a word is where it stands; empty: no answer."
     near, after = text[max(0, start - 200) : start], text[end:]
@@ -245,7 +249,7 @@ def _kind(text: str, start: int, end: int) -> str:
     told = _START.match(sentence) and not re.search(r"[.!?]\s*\S|\n\s*\S", after) and any(s for _, s in _senses(after))
     return "trail" if last or told else "aside"
 
-
+# %% ../../nbs/vlm/01_answers.ipynb #answers-places-places
 def _places(text: str) -> list[_Place]:
     "All words of a peeled answer that may be its verdict."
     text = _CHOICE.sub(lambda found: " " * len(found[0]), text)
@@ -285,7 +289,7 @@ def _decide(text: str) -> Reading:
         return NOTHING
     return Reading(word.verdict, word.start, word.end)
 
-
+# %% ../../nbs/vlm/01_answers.ipynb #answers-decide-from-json
 def _from_json(text: str) -> str | None:
     "An answer in JSON as lines of text: the answer first, or a list of classes; None where it is no JSON."
     found: Any = None
@@ -308,7 +312,7 @@ def _from_dict(found: dict[str, Any]) -> str:
         return "\n".join(f"- {key}: {value}" for key, value in words.items())
     return "\n".join([*(words.get(key, "?") for key in known), *(v for key, v in words.items() if key not in known)])
 
-
+# %% ../../nbs/vlm/01_answers.ipynb #answers-decide-read-answer
 def read_answer(
     text: Any,  # what the judge wrote; anything but text is no answer
     cut_off: bool = False,  # the server says that the answer reached its length limit
@@ -332,7 +336,7 @@ def read_answer(
     there = [word.span() for word in _WORD.finditer(peeled) if VERDICT_WORDS[word["word"]] == reading.verdict]
     return Reading(reading.verdict, *(there[-1] if there else ()))
 
-
+# %% ../../nbs/vlm/01_answers.ipynb #answers-decide-parse-answer
 def parse_answer(
     text: Any,  # what the judge wrote; anything but text is no answer
     cut_off: bool = False,  # the server says that the answer reached its length limit

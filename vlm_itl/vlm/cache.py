@@ -91,7 +91,7 @@ def _whole_letters(value: Any) -> Any:
     "Half a letter in a reply cannot be stored; it is spelt out."
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
-
+# %% ../../nbs/vlm/06_cache.ipynb #cache-class-judgementcache
 class JudgementCache:
     "Judgements in one SQLite file, by key. Safe for several processes; `JudgeError` if the file cannot be used."
 

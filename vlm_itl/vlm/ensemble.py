@@ -95,7 +95,7 @@ def combine_answers(
         **known,
     )
 
-
+# %% ../../nbs/vlm/13_ensemble.ipynb #ensemble-both-inner
 def _inner(name: str, judge: str | VLMHandler, options: Mapping[str, Any] | None, seed: int, tau: float) -> VLMHandler:
     "A judge from its name and options, or as it is."
     if isinstance(judge, str):
@@ -104,7 +104,7 @@ def _inner(name: str, judge: str | VLMHandler, options: Mapping[str, Any] | None
         return judge
     raise ConfigError(f"judge {name!r}: a judge must be a name, with options, or a handler, without.")
 
-
+# %% ../../nbs/vlm/13_ensemble.ipynb #ensemble-both-bothhandler
 @register_handler("both")
 class BothHandler(VLMHandler):
     "Asks another judge two questions about each mask (or more), and combines the answers."
@@ -179,7 +179,7 @@ def log_odds(
     p_yes = probability_of(judgement)
     return None if p_yes is None else float(logit(np.clip(p_yes, _CLIP, 1 - _CLIP)))
 
-
+# %% ../../nbs/vlm/13_ensemble.ipynb #ensemble-fit-regression
 def _regression(features: np.ndarray, good: np.ndarray, whose: str) -> tuple[list[float], float]:
     "Coefficients (one a column) and intercept; `DataError` where there is nothing to learn from."
     if len(good) == 0 or good.all() or not good.any():
@@ -187,7 +187,7 @@ def _regression(features: np.ndarray, good: np.ndarray, whose: str) -> tuple[lis
     fitted = LogisticRegression(C=1.0, max_iter=1000).fit(features, good)
     return [float(value) for value in fitted.coef_[0]], float(fitted.intercept_[0])
 
-
+# %% ../../nbs/vlm/13_ensemble.ipynb #ensemble-fit-fit-ensemble
 def fit_ensemble(
     judgements: Sequence[Sequence[Judgement]],  # of each judge, N answers
     good: Sequence[bool],  # N: is the mask good?
@@ -234,7 +234,7 @@ def checked_weights(
         raise ConfigError(f"judge 'ensemble': the weights need {' and '.join(_KEYS[method])}, a number for each judge.")
     return found
 
-
+# %% ../../nbs/vlm/13_ensemble.ipynb #ensemble-handler-ensemblehandler
 @register_handler("ensemble")
 class EnsembleHandler(VLMHandler):
     "Asks several judges, and combines their answers into one."

@@ -48,7 +48,7 @@ def softmin(
     values = scores.double()
     return float((((1 - values) / temperature).softmax(0) * values).sum())
 
-
+# %% ../../nbs/vlm/12_free.ipynb #baselines-confidence-mask-confidence
 def mask_confidence(
     logits: torch.Tensor,  # (C, H, W), at the size of the mask
     mask: np.ndarray,  # uint8 (H, W), class indices, 255 = void
@@ -102,7 +102,7 @@ def mask_agreement(
     counts = count_pairs(other, np.where(void, VOID, mask).astype(np.uint8), num_classes)
     return mean_iou_of(class_iou(counts.cpu()).tolist(), class_ids or None)
 
-
+# %% ../../nbs/vlm/12_free.ipynb #baselines-agreement-tta-agreement
 def tta_agreement(
     model: Segmenter,  # that drew the masks
     pictures: Sequence[Image.Image],  # N, RGB
@@ -143,7 +143,7 @@ def _pictures(queries: Sequence[JudgeQuery]) -> tuple[dict[int, Image.Image], di
             failed[index] = abstain(f"{type(error).__name__}: {short_error(error)}", tokens=0, usd=0.0)
     return pictures, failed
 
-
+# %% ../../nbs/vlm/12_free.ipynb #baselines-handler-confidencehandler
 @register_handler("confidence")
 class ConfidenceHandler(VLMHandler):
     "Asks the segmenter how much it believes in the mask."
@@ -229,7 +229,7 @@ def checkpoint_classes(
         raise ConfigError(f"judge 'second_opinion': {name!r} ({', '.join(kinds)}) is no semantic segmenter.")
     return LabelSpace(tuple(config.id2label[index] for index in range(config.num_labels)))
 
-
+# %% ../../nbs/vlm/12_free.ipynb #baselines-classes-class-table
 def class_table(
     theirs: Sequence[str],  # class names of the second network
     labels: LabelSpace,  # ours
@@ -371,7 +371,7 @@ def mask_hash(
     "A name for a mask: one changed pixel, another name."
     return stable_hash(np.asarray(mask, dtype=np.uint8)).hex()[:32]
 
-
+# %% ../../nbs/vlm/12_free.ipynb #baselines-human-write-verdicts
 def _verdict_format(path: str | Path) -> str:
     "csv or jsonl, by the file's ending."
     return str(check_choice(f"format of {Path(path).name}", Path(path).suffix.lstrip(".").lower(), ("csv", "jsonl")))
@@ -396,7 +396,7 @@ def write_verdicts(
     writer.writerows(rows)
     return write_text(path, buffer.getvalue())
 
-
+# %% ../../nbs/vlm/12_free.ipynb #baselines-human-read-verdicts
 def read_verdicts(
     path: str | Path,  # a file as `write_verdicts` makes it; the column `mask` may be missing
 ) -> dict[str, dict[str, str]]:  # image id -> hash of the mask ("": any) -> verdict
@@ -421,7 +421,7 @@ def read_verdicts(
             raise DataError(f"{path}, line {number}: image {name!r} has another verdict for the same mask before.")
     return found
 
-
+# %% ../../nbs/vlm/12_free.ipynb #baselines-human-json-row
 def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
     "A line as a dictionary."
     try:
@@ -432,7 +432,7 @@ def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
         raise DataError(f"{path}, line {number}: a JSON object is needed.")
     return row
 
-
+# %% ../../nbs/vlm/12_free.ipynb #baselines-human-humanhandler
 @register_handler("human")
 class HumanHandler(VLMHandler):
     "Answers from a file of earlier human verdicts; what is not in it is an abstention, never a no."

@@ -60,7 +60,7 @@ QUESTIONS: dict[str, str] = {
 _VERDICT_MARK = re.compile(r"\bverdict\b[\s*_`\"']*:", re.IGNORECASE)
 _PLACEHOLDERS = ("class_names", "label_name", "all_class_names", "legend")
 
-
+# %% ../../nbs/vlm/02_handler.ipynb #vlm-questions-check-question
 def check_question(
     question: str,  # the name of a template, or a template
 ) -> str:  # the template
@@ -84,7 +84,7 @@ def check_question(
             )
     return question
 
-
+# %% ../../nbs/vlm/02_handler.ipynb #vlm-questions-format-question
 def format_question(
     template: str,  # the name of a template, or a template
     class_names: Sequence[str],  # classes in the mask, background left out; may be empty
@@ -109,7 +109,7 @@ def background_of(
     "The class that is not an object: the one named background."
     return labels.names.index("background") if "background" in labels.names else None
 
-
+# %% ../../nbs/vlm/02_handler.ipynb #vlm-query-judgequery
 @dataclass
 class JudgeQuery:
     "One mask to be judged."
@@ -170,7 +170,7 @@ def color_name(
     }
     return min(distance, key=lambda name: distance[name])
 
-
+# %% ../../nbs/vlm/02_handler.ipynb #vlm-legend-legend-text
 def legend_text(
     class_ids: Iterable[int],  # classes in the picture
     labels: LabelSpace,  # names and colours
@@ -186,7 +186,7 @@ def legend_text(
 VERDICTS = ("yes", "no", "abstain")
 SCORE_KINDS = ("none", "hard", "logprobs", "votes", "stated", "score")
 
-
+# %% ../../nbs/vlm/02_handler.ipynb #vlm-judgement-judgement
 @dataclass(frozen=True)
 class Judgement:
     "What a judge said about one mask."
@@ -221,7 +221,7 @@ class Judgement:
         "Plain types, for a line of `judgements.jsonl`."
         return asdict(self)
 
-
+# %% ../../nbs/vlm/02_handler.ipynb #vlm-judgement-abstain
 def abstain(
     error: str,  # why, one line
     **known: Any,  # other fields of `Judgement`
@@ -551,7 +551,7 @@ def register_handler(
 
     return register
 
-
+# %% ../../nbs/vlm/02_handler.ipynb #vlm-registry-handler-options
 def _bring_judges() -> None:
     "Load the rooms that bring judges, each of which makes its own known: only when one is asked for by name."
     for room in ("simulated", "free", "ensemble", "cache", "server", "local"):
@@ -569,7 +569,7 @@ def handler_options(
     empty = inspect.Parameter.empty
     return {p.name: None if p.default is empty else p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
 
-
+# %% ../../nbs/vlm/02_handler.ipynb #vlm-registry-make-handler
 def make_handler(
     name: str,  # a registered handler
     seed: int = 0,  # the seed of the run, for simulated judges

@@ -60,7 +60,7 @@ def _row_by_row(value: Any, size: int) -> bool:
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else []
     return all(_row_by_row(part, size) for part in inside)
 
-
+# %% ../../nbs/vlm/05_local.ipynb #hf-share-share-image-features
 def share_image_features(
     net: nn.Module,  # a vision-language model; its vision tower is wrapped in place
 ) -> bool:  # was there a tower to wrap?
@@ -103,7 +103,7 @@ def common_prefix(
     differs = (stacked != stacked[0]).any(0).nonzero()
     return int(differs[0]) if len(differs) else shortest
 
-
+# %% ../../nbs/vlm/05_local.ipynb #hf-prefix-padded
 def padded(
     rows: Sequence[torch.Tensor],  # token ids, each (T,)
     side: str,  # "left", "right"
@@ -115,7 +115,7 @@ def padded(
         nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], True, 0, side),
     )
 
-
+# %% ../../nbs/vlm/05_local.ipynb #hf-prefix-by-length
 def by_length(
     lengths: Sequence[int],  # of rows
     worth: int = 128,  # padding tokens that must be saved by one more pass
@@ -133,7 +133,7 @@ def by_length(
 # %% ../../nbs/vlm/05_local.ipynb #hf-prefix-class
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")  # the others show the picture
 
-
+# %% ../../nbs/vlm/05_local.ipynb #hf-prefix-class-sharedprefix
 class SharedPrefix:
     "Answers several questions about one picture from one reading of it, as long as that changes nothing."
 
@@ -246,7 +246,7 @@ class SharedPrefix:
                 found.update(zip(rows, out[torch.arange(len(rows)), column.to(out.device)].float().cpu(), strict=True))
         return torch.stack([found[row] for row in range(len(tails))])
 
-
+# %% ../../nbs/vlm/05_local.ipynb #hf-prefix-class-subset
 def _subset(inputs: dict[str, Any], size: int, rows: list[int]) -> dict[str, Any]:
     "Chosen rows of all inputs."
     return {key: _rows(value, size, rows) for key, value in inputs.items()}
@@ -264,7 +264,7 @@ def _braces(prompt: str) -> set[str]:
     except ValueError:  # one that is never closed
         return set()
 
-
+# %% ../../nbs/vlm/05_local.ipynb #hf-handler-hfjudge
 @register_handler("hf")
 class HFJudge(PictureJudge):
     "A vision-language model on this machine: P(yes) from one batched forward pass."

@@ -97,7 +97,7 @@ class LoadedVLM:
         parts = (self.net.config, self.net.config.get_text_config())
         return self.is_blip or any(getattr(part, "is_encoder_decoder", False) for part in parts)
 
-
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-load-is-path
 def _is_path(name: str) -> bool:
     "Is a folder meant, not a name on the Hub?"
     return Path(name).expanduser().is_dir() or name.startswith(("/", ".", "~")) or name.count("/") > 1
@@ -113,7 +113,7 @@ def _place(name: str) -> str:
         raise ConfigError(f"judge 'hf': the model folder {name!r} {found}.")
     return str(place) if _is_path(name) else name
 
-
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-load-checkpoint
 def _checkpoint(name: str, what: str, load: Callable[[], Any]) -> Any:
     "Load a part of a checkpoint; one clear line if that fails."
     try:
@@ -134,7 +134,7 @@ def _checkpoint(name: str, what: str, load: Callable[[], Any]) -> Any:
         wrong = where if isinstance(error, OSError) else ""
         raise JudgeError(f"judge 'hf': cannot load the {what} of {name!r}{wrong} ({short_error(error)})") from error
 
-
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-load-model-class
 def _model_class(config: Any, name: str) -> Any:
     "The class that loads a checkpoint; `ConfigError` if it takes no images."
     architectures = getattr(config, "architectures", None) or []
@@ -218,7 +218,7 @@ def _processor_class(place: str, name: str, config: Any, revision: str) -> type:
         raise ConfigError(f"judge 'hf': transformers has no processor of images and text for {name!r}.")
     return still_pictures(without_torchvision(kind))
 
-
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-processor-load-processor
 def load_processor(
     place: str,  # local folder or Hub id
     name: str,  # what to call it in messages
@@ -267,7 +267,7 @@ def _count_tokens(vlm: LoadedVLM) -> None:
             seen = vlm.net.get_image_features(blank.to(vlm.net.device, vlm.net.dtype))
         vlm.processor.num_image_tokens = seen.pooler_output.shape[1]
 
-
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-net-load-vlm
 def load_vlm(
     name: str,  # local folder or Hub id
     *,
@@ -372,6 +372,8 @@ PROMPTS = {  # by model type, for checkpoints without a chat template
     "mistral3": "[INST]{question}{image}[/INST]",
 }
 PLAIN_PROMPT = "{image}\n{question}\nAnswer:"
+
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-forms-chat-template
 _UNMARKED = ("blip", "blip-2", "instructblip", "florence2", "kosmos-2", "git")  # their processors put the picture in
 
 
@@ -421,7 +423,7 @@ def plain_words(
             text = text.replace(mark, f"{mark[0]} {mark[1:]}")
     return text
 
-
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-written-written
 def written(
     vlm: LoadedVLM,  # who is asked
     text: str,  # a question
@@ -449,7 +451,7 @@ def positions_of_first(
     where = [seen.setdefault(key, len(seen)) for key in keys]
     return [where.index(number) for number in range(len(seen))], where
 
-
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-once-prepared-once
 @contextmanager
 def _prepared_once(image_processor: Any) -> Iterator[None]:
     "While this is open, equal pictures of a call are prepared once."
@@ -540,7 +542,7 @@ def move_inputs(
         if isinstance(value, torch.Tensor)
     }
 
-
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-forward-first-logits
 def _generated(vlm: LoadedVLM, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     "The logits from which the model's own `generate` takes the first word of the answer, (B, vocabulary)."
     told, start = vlm.net.generation_config, {}
@@ -569,7 +571,7 @@ def first_logits(
         out = net(**moved, use_cache=False, **fewer)
     return out.logits[:, -1].float().cpu()  # (B, vocabulary)
 
-
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-forward-same-answers
 def same_answers(
     vlm: LoadedVLM,  # whose numbers they are
     one: torch.Tensor,  # logits, (B, vocabulary)
@@ -604,7 +606,7 @@ def _same(vlm: LoadedVLM, wanted: torch.Tensor, compute: Callable[[], torch.Tens
     one, other = (yes_no(logits, vlm.yes, vlm.no)[0] for logits in (found, wanted))
     return f"P(yes) differs by up to {float((one - other).abs().max()):.2g}"
 
-
+# %% ../../nbs/vlm/04_local_model.ipynb #hf-try-try-vlm
 def try_vlm(
     vlm: LoadedVLM,  # just loaded; `by_generate` and `alone` are set
     name: str,  # what to call it in messages

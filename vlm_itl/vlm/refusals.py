@@ -30,7 +30,7 @@ class Provider:
     host: str = ""  # where it is
     path: str = "/v1"  # what a base_url ends in
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-providers-providers
 PROVIDERS = (
     Provider("OpenAI", host="api.openai.com"),
     Provider(
@@ -66,7 +66,7 @@ PROVIDERS = (
     Provider("Zhipu, MiniMax", words="msg status_msg", code="status_code code"),
 )
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-providers-names
 def _names(column: str) -> frozenset[str]:
     "All keys of one column, without case and marks."
     return frozenset(_plain(key) for row in PROVIDERS for key in getattr(row, column).split())
@@ -105,7 +105,7 @@ def _opened(text: str) -> Any:
             return found
     return None
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-walk-walk
 def _walk(body: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     "Every leaf of a body with the key it stands at; bodies inside texts are opened, what we sent is left out."
     if depth > _DEPTH:
@@ -157,7 +157,7 @@ def _field_of(slot: Any) -> str | None:
     inner = [_CALLED[_plain(word)] for word in words if _plain(word) in _CALLED]
     return inner[0] if inner else ""
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-fields-fields-in
 def _fields_in(words: str) -> tuple[str, ...]:
     "Our fields that a text names and refuses."
     found = []
@@ -179,7 +179,7 @@ class Cause:
     only: tuple[int, ...] = ()  # statuses with which the words count; empty: all
     passing: bool = False  # may go better if asked again
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-causes-causes
 CAUSES = (
     Cause(
         "context",
@@ -263,7 +263,7 @@ class Refusal:
     passing: bool  # may go better if asked again
     wait_s: float | None = None  # how long to wait, where the body says so
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-read-status-words
 _STATUS_WORDS = {
     "ratelimit": 429, "resourceexhausted": 429, "toomanyrequests": 429, "overloaded": 503, "unavailable": 503,
     "timeout": 504, "deadlineexceeded": 504, "insufficientquota": 402, "billing": 402, "invalidapikey": 401,
@@ -290,7 +290,7 @@ def _status_of(outer: int, leaves: list[tuple[str, Any]]) -> int:
     known = [(cause.status or (400,))[0] for cause in CAUSES if re.search(cause.words, told)]
     return known[0] if known else 502
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-read-wait-of
 def _wait_of(leaves: list[tuple[str, Any]], words: str) -> float | None:
     "Seconds to wait, in whatever way the body says it."
     for key, value in leaves:
@@ -301,7 +301,7 @@ def _wait_of(leaves: list[tuple[str, Any]], words: str) -> float | None:
     found = re.search(r"(?:try again|retry) (?:in|after) (\d{1,5}(?:\.\d{1,6})?) ?(ms|s|seconds?)\b", words)
     return None if found is None else float(found[1]) / (1000 if found[2] == "ms" else 1)
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-read-read-refusal
 def read_refusal(
     status: int,  # of HTTP
     body: Any,  # JSON, or text
@@ -323,7 +323,7 @@ def read_refusal(
     cause, passing = _cause_of(meant, f"{low} {codes}", fields, wait)
     return Refusal(meant, words, fields if cause == "field" else (), cause, passing, wait)
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-read-error-inside
 def _cause_of(status: int, said: str, fields: tuple[str, ...], wait: float | None) -> tuple[str, bool]:
     "The first row that fits; a field that is named comes before everything but a full context and a busy server."
     for cause in CAUSES:
@@ -376,7 +376,7 @@ _ABOVE = re.compile(
 )
 _OVER = re.compile(rf"{_NUMBER} ?> ?{_NUMBER}")
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-limits-bounds
 @dataclass(frozen=True)
 class Bounds:
     "What a server allows a field to be; an edge may be out of reach itself."
@@ -396,7 +396,7 @@ class Bounds:
         high = self.high - step if self.below else self.high
         return None if low > high else min(max(value, low), high)
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-limits-bounds-in
 def bounds_in(
     words: str,  # of a server
 ) -> Bounds:
@@ -441,7 +441,7 @@ def weaker(
         named[0], request, refusal, bounds
     )
 
-
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-weaken-fewer
 def _fewer(name: str, request: Mapping[str, Any], refusal: Refusal, bounds: Bounds) -> dict[str, Any]:
     "Fewer alternatives: as many as are allowed, five, one, none."
     asked = request[name]

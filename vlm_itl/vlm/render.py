@@ -27,7 +27,7 @@ def line_width(
     "A width that survives resizing: one pixel for each 160 of the shorter side."
     return max(1, round(min(image.size) / 160))
 
-
+# %% ../../nbs/vlm/03_render.ipynb #render-contour-inner-border
 def inner_border(
     region: np.ndarray,  # bool (H, W), where a class is
     width: int = 1,  # pixels
@@ -36,7 +36,7 @@ def inner_border(
     shrunk = Image.fromarray(region.astype(np.uint8)).filter(ImageFilter.MinFilter(2 * width + 1))
     return region & (np.asarray(shrunk) == 0)
 
-
+# %% ../../nbs/vlm/03_render.ipynb #render-contour-paint
 def _paint(
     image: Image.Image,  # what is drawn on
     mask: np.ndarray,  # uint8 (H, W)
@@ -125,7 +125,7 @@ class Style:
     note: str  # how to read the picture, one sentence
     legend: Legend = legend_text  # (class_ids, labels) -> "maroon = aeroplane"
 
-
+# %% ../../nbs/vlm/03_render.ipynb #render-styles-register-style
 STYLES: Registry[Style] = Registry("style")
 
 
@@ -144,7 +144,7 @@ def register_style(
 
     return register
 
-
+# %% ../../nbs/vlm/03_render.ipynb #render-styles-draw-overlay
 @register_style("overlay", "Coloured regions are the mask.")
 def draw_overlay(
     image: Image.Image,  # RGB
@@ -155,7 +155,7 @@ def draw_overlay(
     "Half colour, half photograph."
     return render_overlay(image, mask, labels, 0.5, class_ids)
 
-
+# %% ../../nbs/vlm/03_render.ipynb #render-styles-draw-contour
 @register_style("contour", "Coloured lines are the borders of the mask; the regions inside them are meant.")
 def draw_contour(
     image: Image.Image,  # RGB
@@ -166,7 +166,7 @@ def draw_contour(
     "The border alone: texture stays as it is."
     return _paint(image, mask, labels, _borders(mask, class_ids, line_width(image)))
 
-
+# %% ../../nbs/vlm/03_render.ipynb #render-styles-draw-contour-tint
 @register_style("contour_tint", "Tinted regions with a coloured border are the mask.")
 def draw_contour_tint(
     image: Image.Image,  # RGB
@@ -178,7 +178,7 @@ def draw_contour_tint(
     tinted = render_overlay(image, mask, labels, 0.25, class_ids)
     return _paint(tinted, mask, labels, _borders(mask, class_ids, line_width(image)))
 
-
+# %% ../../nbs/vlm/03_render.ipynb #render-styles-draw-crop
 @register_style(
     "crop", "The picture is cut to the mask and its surroundings; tinted regions with a border are the mask."
 )
@@ -191,7 +191,7 @@ def draw_crop(
     "The box of the mask with a quarter of context: small objects keep their pixels."
     return draw_contour_tint(image, mask, labels, class_ids).crop(window_of(mask, class_ids))
 
-
+# %% ../../nbs/vlm/03_render.ipynb #render-styles-draw-blur
 @register_style("blur", "Coloured lines are the borders of the mask; what the mask leaves out is blurred.")
 def draw_blur(
     image: Image.Image,  # RGB
@@ -205,7 +205,7 @@ def draw_blur(
     drawn = np.where(outside[..., None], np.asarray(blurred), np.asarray(image))
     return _paint(Image.fromarray(drawn), mask, labels, _borders(mask, class_ids, line_width(image)))
 
-
+# %% ../../nbs/vlm/03_render.ipynb #render-styles-draw-side-by-side
 @register_style("side_by_side", "Left the photograph, right the same photograph with the mask as coloured regions.")
 def draw_side_by_side(
     image: Image.Image,  # RGB
@@ -220,7 +220,7 @@ def draw_side_by_side(
     drawn.paste(draw_overlay(image, mask, labels, class_ids), (image.width + gap, 0))
     return drawn
 
-
+# %% ../../nbs/vlm/03_render.ipynb #render-styles-draw-marks
 @register_style("marks", "Each region of the mask has a coloured border and a number.", marks_legend)
 def draw_marks(
     image: Image.Image,  # RGB

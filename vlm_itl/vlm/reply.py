@@ -65,7 +65,7 @@ def aligned(
         left, start = left[: len(left) - len(piece)], start - 1
     return None if left else list(tokens[start:])
 
-
+# %% ../../nbs/vlm/08_reply.ipynb #reply-align-tokens-at
 def tokens_at(
     tokens: Sequence[Any],  # of `aligned`
     text: str,  # what they spell
@@ -98,7 +98,7 @@ def _means(word: str) -> str:
     "yes, no or nothing: a word, or how one begins."
     return VERDICT_WORDS.get(word) or ("yes" if word in ("y", "ye") else "no" if word == "n" else "")
 
-
+# %% ../../nbs/vlm/08_reply.ipynb #reply-share-share-at
 def share_at(
     word: Sequence[Any],  # the tokens of the verdict's word; the first carries the alternatives
 ) -> tuple[float | None, float | None]:  # p_yes (None: neither word was in sight), p_mass
@@ -122,7 +122,7 @@ def share_at(
     yes, no = mass["yes"] or left, mass["no"] or left
     return min(max(yes / (yes + no), SURE), 1 - SURE), both
 
-
+# %% ../../nbs/vlm/08_reply.ipynb #reply-share-yes-share
 def yes_share(
     tokens: Sequence[Any],  # items with `token`, `logprob`, `top_logprobs`
     verdict: str,  # what the text was read as: the word to look for
@@ -135,7 +135,7 @@ def yes_share(
     first = not places or _word(field_of(spoken[0], "token")) in ("yes", "no")
     return share_at([spoken[0] if first else places[-1]])
 
-
+# %% ../../nbs/vlm/08_reply.ipynb #reply-share-answer-share
 def answer_share(
     tokens: Sequence[Any],  # `choice.logprobs.content`
     text: str,  # what the message says

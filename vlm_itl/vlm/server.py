@@ -35,6 +35,8 @@ from vlm_itl.vlm.handler import (
 )
 from .refusals import Refusal, likely_address, weaker
 from .render import PictureJudge
+
+# %% ../../nbs/vlm/10_server.ipynb #openai-imports-1
 from .reply import answer_share, field_of, text_of, thought_of, yes_share  # noqa: F401
 from .transport import certificates as _certificates
 from .transport import read_address, refusal_of, run_to_end, understand
@@ -49,7 +51,7 @@ class Price:
     as_of: str  # year and month in which this was the price
     source: str  # where it is from
 
-
+# %% ../../nbs/vlm/10_server.ipynb #openai-price-price-of
 _LISTED = ("2025-07", "list price, from memory: check before a large run")
 PRICES: dict[str, Price] = {
     "gpt-4o": Price(2.50, 10.00, *_LISTED),
@@ -68,7 +70,7 @@ def price_of(
     "The list price of a model."
     return PRICES.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model)) if base_url == OPENAI_URL else None
 
-
+# %% ../../nbs/vlm/10_server.ipynb #openai-price-given-price
 def given_price(
     price: Any,  # two numbers, USD for a million tokens read and written; None: not given
 ) -> Price | None:
@@ -469,7 +471,7 @@ _HINTS = {
     "image": "; the model takes no pictures, or is served without what it sees with",
 }
 
-
+# %% ../../nbs/vlm/10_server.ipynb #openai-trouble-trouble
 class _Trouble(_Ladder):
     "What a failure means for the question, and for all that follow."
 

@@ -78,7 +78,7 @@ def _confusion(given: dict[str, Any]) -> dict[str, float]:
     rates = given if any(both) else {"accuracy": given.get("accuracy", 0.9)}
     return {name: check_number(f"judge 'mock': {name}", value, 0, 1) for name, value in rates.items()}
 
-
+# %% ../../nbs/vlm/11_simulated.ipynb #simulated-handler-settings
 def _settings(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     "The options of a kind, checked and filled in."
     for name in given:
@@ -99,7 +99,7 @@ def _normal(*parts: Any) -> float:
     "One normal number that is a pure function of its arguments."
     return float(ndtri(min(max(stable_uniform(*parts), 2.0**-53), 1 - 2.0**-53)))
 
-
+# %% ../../nbs/vlm/11_simulated.ipynb #simulated-handler-mockhandler
 @register_handler("mock")
 class MockHandler(VLMHandler):
     "A simulated judge of known quality: a pure function of (seed, judge, id, mask bytes, question)."

@@ -38,7 +38,7 @@ class Address:
         own = str(urlsplit(self.base).hostname).endswith(".azure.com") or "/openai/deployments/" in self.base
         return bool(self.query) or own
 
-
+# %% ../../nbs/vlm/09_transport.ipynb #transport-address-read-address
 def read_address(
     base_url: str,  # "http://host:port/v1", or the full path of an endpoint; Azure's with ?api-version=...
 ) -> Address:
@@ -131,7 +131,7 @@ def certificates() -> ssl.SSLContext:
     library = sys.modules[openai.DefaultAsyncHttpxClient.__mro__[1].__module__.partition(".")[0]]  # its httpx
     return library.create_ssl_context()
 
-
+# %% ../../nbs/vlm/09_transport.ipynb #transport-run-run-to-end
 def run_to_end(
     work: Coroutine[Any, Any, Any],  # not started yet
 ) -> Any:  # what it returns
