@@ -243,7 +243,7 @@ class Loop:
         handler: VLMHandler | None = None,  # the judge (mode vlm)
         annotator: Oracle | None = None,  # the reader of human masks; None: the masks of the data set, at their price
         tracker: Tracker | None = None,  # None: the one that the settings ask for
-        draw: Callable[[Path], list[Path]] = save_figures,  # draws the figures of a finished run folder
+        draw: Callable[[Path], list[Path]] | None = None,  # the figures of a finished run folder; None: `save_figures`
     ):
         if data.watch is not None:
             data.watch.patient = True  # it is asked when the masks of the start are paid for
@@ -343,7 +343,7 @@ class Loop:
                 yield record
             summary = finish(self)
             with protected(self.folder.path, "drawing the figures"):
-                tracker.finish(summary, self._draw(self.folder.path))
+                tracker.finish(summary, (self._draw or save_figures)(self.folder.path))
                 write_text(self.folder.path / DRAWN, "")
 
 # %% ../../nbs/experiment/12_loop.ipynb #experiment-run
