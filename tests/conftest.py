@@ -28,6 +28,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a test that looks at no figure draw none: a quarter of the time of a tiny run. `drawn` marks exceptions."""
+    if request.node.get_closest_marker("drawn") is None:
+        monkeypatch.setattr("vlm_itl.experiment.loop.save_figures", lambda folder: [])
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder() -> Iterator[Path]:
     """One cache for the session (env VLM_ITL_CACHE; kept if set), so that generated scenes are written once."""

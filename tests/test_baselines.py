@@ -45,6 +45,8 @@ from vlm_itl.vlm.free import (
 from vlm_itl.vlm.handler import JudgeQuery, VLMHandler, make_handler
 from vlm_itl.vlm.local_model import fingerprint
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VOC = LabelSpace.voc()
 COLORS = LabelSpace(("background", "red", "blue"))
 PAINT = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255]], np.uint8)

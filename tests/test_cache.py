@@ -26,6 +26,8 @@ from vlm_itl.vlm.cache import CachedHandler, JudgementCache, handler_identity, i
 from vlm_itl.vlm.handler import Judgement, JudgeQuery, JudgeStopped, VLMHandler, abstain, make_handler
 from vlm_itl.vlm.simulated import MockHandler
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VOC = LabelSpace.voc()
 MASK = np.zeros((6, 6), np.uint8)
 MASK[:3] = 8

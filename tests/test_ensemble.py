@@ -37,6 +37,8 @@ from vlm_itl.vlm.handler import Judgement, JudgeQuery, JudgeStopped, VLMHandler,
 from vlm_itl.vlm.local import HFJudge
 from vlm_itl.vlm.simulated import MockHandler
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VOC = LabelSpace.voc()
 TRUTH = np.zeros((6, 6), np.uint8)
 TRUTH[:3] = 8

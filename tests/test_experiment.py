@@ -32,6 +32,8 @@ from vlm_itl.model.segmenter import MODELS, load_model
 from vlm_itl.model.train import TrainSettings, fit
 from vlm_itl.sampler.strategy import Sampler
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = {
     "steps": 6,
     "batch_size": 4,
@@ -270,6 +272,7 @@ def test_16_triage_is_not_pseudo():
     assert pick("triage", p_yes) == ["i11", "i10", "i08"]  # the surest rejections
 
 
+@pytest.mark.drawn
 def test_vlm_rounds_hold_every_measure(scenes, tmp_path):
     rounds = run(scenes, tmp_path / "r", mode="vlm", policy="observe", judge_options={"accuracy": 0.9}, tau=0.2)
     wanted = {"agreement_rate", "balanced_accuracy", "sensitivity", "specificity", "kappa", "coverage"}

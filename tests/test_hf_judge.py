@@ -35,6 +35,8 @@ from vlm_itl.vlm.local import HFJudge, by_length, common_prefix, padded, share_i
 from vlm_itl.vlm.local_model import LoadedVLM, answer_tokens, first_logits, load_vlm, move_inputs, vlm_inputs, yes_no
 from vlm_itl.vlm.render import instruct, render
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VOC = LabelSpace.voc()
 CHATS = ["llava", "idefics3", "paligemma"]
 

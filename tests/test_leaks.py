@@ -52,6 +52,8 @@ from vlm_itl.model.predict import Inference, evaluate
 from vlm_itl.model.train import TrainSettings, fit
 from vlm_itl.sampler.strategy import Sampler
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = {
     "steps": 2,
     "batch_size": 2,

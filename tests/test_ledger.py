@@ -455,10 +455,9 @@ def trial(folder: Path, **more: Any) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures take most of the time of a tiny run or trial."""
+def no_figures(undrawn: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures take most of the time of a tiny trial, too."""
     monkeypatch.setattr(vlm_itl.judging.trial, "_figures", lambda *_: {})
-    monkeypatch.setattr(vlm_itl.experiment.loop, "save_figures", lambda *_: {})
 
 
 def cost(folder: Path) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.masks import read_mask, row_ids
 from vlm_itl.data.sources import SegData, check_data, load_data
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 Save = Callable[[np.ndarray], Image.Image]
 SIZE = (24, 20)
 COLOURS = np.array([(0, 0, 0), (250, 50, 83), (51, 221, 255), (255, 204, 51)], np.uint8)

@@ -56,6 +56,8 @@ from vlm_itl.model.segmenter import (
     watch_last_layer,
 )
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VOC = LabelSpace.voc()
 SEVEN = LabelSpace(tuple("abcdefg"))
 BATCH = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

@@ -35,7 +35,10 @@ from vlm_itl.vlm.reply import yes_share
 from vlm_itl.vlm.server import PRICES, OpenAIHandler, price_of
 
 pytest.importorskip("openai")
-pytestmark = pytest.mark.filterwarnings("ignore:judge 'openai':RuntimeWarning")  # what was lost is said
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:judge 'openai':RuntimeWarning"),  # what was lost is said
+    pytest.mark.usefixtures("undrawn"),
+]
 
 VOC = LabelSpace.voc()
 MASK = np.zeros((6, 6), np.uint8)

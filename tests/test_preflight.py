@@ -15,6 +15,8 @@ from vlm_itl.core.checks import ConfigError, JudgeError
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.vlm.handler import HANDLERS, Judgement, JudgeQuery, VLMHandler, abstain, make_handler
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 LABELS = LabelSpace(("background", "cat", "dog"))
 
 

@@ -431,12 +431,6 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_scenes(tmp_path_factory.mktemp("scenes") / "voc", n_train=24, n_test=3, seed=3)
 
 
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of which only the records matter."""
-    monkeypatch.setattr("vlm_itl.experiment.report.save_figures", lambda folder: [])
-
-
 def run(folder: Path, out: Path, **settings: Any) -> list[Any]:
     return list(run_al(make_config({**TINY, "dataset": str(folder), "output_dir": str(out), **settings})))
 
@@ -481,7 +475,7 @@ def test_a_run_resumes_and_spends_its_budget(scenes: Path, tmp_path: Path, setti
     assert (tmp_path / "whole" / "figures" / "asked.png").is_file()
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("undrawn")
 def test_budgets_out_of_reach_are_not_claimed(scenes: Path, tmp_path: Path):
     """One region an image a round: `labelled` says what was paid, and figures count it in images and clicks."""
     options = {"count": 20, "per_image": 1}
@@ -503,7 +497,7 @@ def test_budgets_out_of_reach_are_not_claimed(scenes: Path, tmp_path: Path):
         plot_learning_curve(tmp_path / "r", against="clicks")
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("undrawn")
 def test_images_paid_for_whole_are_not_judged(scenes: Path, tmp_path: Path):
     """Everything is bought in the end; the judge is asked about less and less."""
     settings = {"mode": "vlm", "judge": "always_yes", "region_options": {"count": 2}, "increment": 8}
@@ -513,7 +507,7 @@ def test_images_paid_for_whole_are_not_judged(scenes: Path, tmp_path: Path):
     assert records[-1].labelled_share == 1 and records[-1].labelled == 20 and records[-1].pseudo == 0
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_older_than_a_setting_goes_on(scenes: Path, tmp_path: Path):
     settings = {"unit": "image", "region_options": {}, "max_labelled": 6}
     whole = run(scenes, tmp_path / "whole", **settings)
@@ -529,7 +523,7 @@ def test_a_run_older_than_a_setting_goes_on(scenes: Path, tmp_path: Path):
         next(run_al(make_config({**config.to_dict(), "unit": "region"})))
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -586,7 +580,7 @@ def test_pseudo_labels_carry_the_humans_regions(scenes: Path, tmp_path: Path):
     assert image_iou(mask, truth, len(data.labels)) >= 0
 
 
-@pytest.mark.usefixtures("no_figures")
+@pytest.mark.usefixtures("undrawn")
 def test_real_photographs(voc: Path, tmp_path: Path):
     settings = {"data_options": {"max_train": 14, "max_test": 2}, "image_size": 64, "val_share": 2, "initial": 3}
     records = run(voc, tmp_path / "run", **settings, increment=1, max_labelled=5, region_options={"count": 60})

@@ -37,6 +37,8 @@ from vlm_itl.sampler.selects import (
 )
 from vlm_itl.sampler.strategy import SCORES, SELECTS, SHORT, Sampler, aggregates, kcenter_greedy, parse_strategy
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STRATEGIES = known_strategies()
 LABELS = LabelSpace(("background", "red", "blue"))
 DRAWN = ("power", "softmax", "softrank")  # selects that draw

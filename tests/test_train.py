@@ -35,6 +35,8 @@ from vlm_itl.model.scoring import PoolScores, masked_mean, score_pool, uncertain
 from vlm_itl.model.segmenter import Segmenter, load_model
 from vlm_itl.model.train import TrainSettings, fit, pixel_loss
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VOC = LabelSpace.voc()
 SEVEN = LabelSpace(tuple("abcdefg"))
 SIZES = [(64, 64), (40, 64), (64, 33), (90, 61), (50, 120), (17, 160)]  # (H, W)
