@@ -32,6 +32,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 VERDICT_COLORS = {"yes": COLORS[0], "no": COLORS[1], "abstain": "#767676"}
 ABSENT = "#d0d0d0"  # classes that were not there
 VOID_COLOR = (224, 224, 192)  # pixels nobody is asked about; VOC's own (grey is its colour of cars)
+
+# %% ../../nbs/core/10_figures.ipynb #figures-fonts
 # fonts that hold the scripts which matplotlib's own lacks
 _WIDE_FONTS = re.compile("Noto Sans|Source Han|WenQuanYi|Microsoft YaHei|PingFang|Hiragino|Malgun|Arial Unicode")
 
@@ -41,7 +43,21 @@ def _wide_fonts() -> list[str]:
     "Those of them that are installed."
     return sorted({font.name for font in fontManager.ttflist if _WIDE_FONTS.match(font.name)})
 
+# %% ../../nbs/core/10_figures.ipynb #report-style-make-figure
+@contextmanager
+def _glyphs_told_once() -> Iterator[None]:
+    "One line for all characters that no font has, in place of one for each."
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    glyphs = [one for one in caught if str(one.message).startswith("Glyph ")]
+    for one in caught:
+        if one not in glyphs:
+            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if glyphs:
+        warnings.warn("figures show boxes: no installed font has all the letters of these names", stacklevel=2)
 
+# %% ../../nbs/core/10_figures.ipynb #figures-plain
 class PlainFigure(Figure):
     "A figure in which every text is drawn as it is: a class called `$x_` starts no formula, and may be in any script."
 
@@ -54,21 +70,7 @@ class PlainFigure(Figure):
         with plt.rc_context({"text.parse_math": False}), _glyphs_told_once():  # for tick labels made while drawing
             super().draw(renderer)
 
-# %% ../../nbs/core/10_figures.ipynb #report-style-make-figure
-@contextmanager
-def _glyphs_told_once() -> Iterator[None]:
-    "One line for all letters that no font has, in place of one for each."
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        yield
-    lost = [one for one in said if str(one.message).startswith("Glyph ")]
-    for one in said:
-        if one not in lost:
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    if lost:
-        warnings.warn("figures show boxes: no installed font has all the letters of these names", stacklevel=2)
-
-
+# %% ../../nbs/core/10_figures.ipynb #figures-make
 def make_figure(
     width: float,  # inches
     height: float,  # inches
@@ -106,7 +108,7 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
 def save_png(
     figure: Figure,  # from one of the functions above
     path: str | Path,  # where to; the folder must exist
-    dpi: int = 120,  # pixels an inch
+    dpi: int = 120,  # pixels per inch
 ) -> Path:  # the path
     "Write a figure as PNG, whole or not at all."
     buffer = BytesIO()
