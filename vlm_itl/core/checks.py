@@ -40,7 +40,7 @@ def show(
     try:
         return one_line(repr(value), limit)
     except Exception:
-        return f"a {type(value).__name__} that cannot be printed"
+        return f"something of type {type(value).__name__} that cannot be printed"
 
 # %% ../../nbs/core/01_checks.ipynb #core-errors-vlmitlerror
 class VlmItlError(Exception):

@@ -41,7 +41,7 @@ def resolve_path(
         if path.is_absolute() or path.exists():
             return path.absolute()
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # too long, an unknown ~user, no text at all
-        raise ConfigError(f"{show(path)} cannot be a path: {error}.") from None
+        raise ConfigError(f"{show(path)} cannot be a path: {str(error).rstrip('.')}.") from None
     return project_root() / path
 
 # %% ../../nbs/core/04_files.ipynb #core-atomic

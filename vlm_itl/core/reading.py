@@ -17,10 +17,10 @@ import yaml
 from .checks import ConfigError, one_line, show
 
 # %% ../../nbs/core/05_reading.ipynb #reading-unclear
-_EITHER = "is a number in some YAML and a text in other"
+_EITHER = "is a number in some YAML and text in others"
 _UNCLEAR = (
-    (r"yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF", "is a flag in some YAML and a text in other: write true or false"),
-    (r"[-+]?0[0-9_]+", "is counted in eights by some YAML and in tens by other: write it without the leading zero"),
+    (r"yes|Yes|YES|no|No|NO|on|On|ON|off|Off|OFF", "is a flag in some YAML and text in others: write true or false"),
+    (r"[-+]?0[0-9_]+", "is counted in eights by some YAML and in tens by others: write it without the leading zero"),
     (r"[-+]?(?:0o[0-7_]+|0b[01_]+)", f"{_EITHER}: write it in tens"),
     (r"[-+]?[0-9][0-9_]*(?::[0-5]?[0-9])+(?:\.[0-9_]*)?", "is counted in sixties by some YAML: write a plain number"),
     (r"[-+]?(?:[0-9]+_[0-9_]*|0x[0-9a-fA-F]*_[0-9a-fA-F_]*)", f"{_EITHER}: write it without _"),
