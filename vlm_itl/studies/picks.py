@@ -58,9 +58,9 @@ def class_shares(
 def plot_picks(
     picks: Mapping[str, tuple[Sequence[str], Sequence[str]]],  # from `pick_with`
     images: datasets.Dataset,  # columns id, image
-    width: float = 0.85,  # inches a picture
+    width: float = 0.85,  # inches per picture
 ) -> Figure:
-    "A row a strategy: its pictures in order of choice; a picture that several strategies chose carries their number."
+    "One row per strategy: its pictures in order of choice; one that several strategies chose carries their number."
     if not picks:
         raise ConfigError("there is nothing to show: no strategy was asked.")
     where = {image_id: i for i, image_id in enumerate(row_ids(images))}
