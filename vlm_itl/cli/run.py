@@ -59,7 +59,7 @@ def find_notebook(
 ) -> Path:  # absolute, exists
     "Find a notebook from here, from the project's root or in the package; `ConfigError` that names what there is."
     names = [path.stem for path in run_notebooks()]
-    there = f" There are: {', '.join(names)}." if names else ""
+    listed = f" There are: {', '.join(names)}." if names else ""
     try:
         name = Path(name).expanduser()
         full = name if name.suffix == ".ipynb" else name.with_name(f"{name.name}.ipynb")
@@ -69,8 +69,8 @@ def find_notebook(
             if candidate.is_file():
                 return candidate.absolute()
     except (OSError, RuntimeError, ValueError):  # too long, no user of this name, no name at all: "/", "."
-        raise ConfigError(f"{show(str(name), 100)} cannot be a notebook.{there}") from None
-    raise ConfigError(f"there is no notebook {str(name)!r}.{closest(full.stem, names)}{there}")
+        raise ConfigError(f"{show(str(name), 100)} cannot be a notebook.{listed}") from None
+    raise ConfigError(f"there is no notebook {str(name)!r}.{closest(full.stem, names)}{listed}")
 
 # %% ../../nbs/cli/01_run.ipynb #run-init
 def copy_shipped(

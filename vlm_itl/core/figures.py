@@ -50,12 +50,12 @@ def _glyphs_told_once() -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    glyphs = [one for one in caught if str(one.message).startswith("Glyph ")]
-    for one in caught:
-        if one not in glyphs:
-            warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-    if glyphs:
-        warnings.warn("figures show boxes: no installed font has all the letters of these names", stacklevel=2)
+    lost = [warning for warning in caught if str(warning.message).startswith("Glyph ")]
+    for warning in caught:
+        if warning not in lost:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    if lost:
+        warnings.warn("figures show boxes: no installed font has all characters of these names", stacklevel=2)
 
 # %% ../../nbs/core/10_figures.ipynb #figures-plain
 class PlainFigure(Figure):
@@ -75,7 +75,7 @@ def _legend_below(figure: Figure, axes: Axes) -> None:
     "The legend under the axes, where it hides nothing, in as many columns as fit."
     handles, names = axes.get_legend_handles_labels()
     if handles:
-        widest = 0.55 + 0.078 * max(map(len, names))  # inches: line and gap, then letters
+        widest = 0.55 + 0.078 * max(map(len, names))  # inches: line and gap, then characters
         columns = max(1, min(3, len(handles), int(figure.get_figwidth() / widest)))
         figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(handles) / columns))
         figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)

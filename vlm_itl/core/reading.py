@@ -100,18 +100,18 @@ def check_plain(
     "`ConfigError` unless a value is made of dictionaries, lists, text, numbers and nothing else, and is not endless."
     seen, waiting = 0, [(value, 0)]
     while waiting:
-        one, depth = waiting.pop()
+        item, depth = waiting.pop()
         seen += 1
         if depth > _DEEPEST or seen > _LONGEST:
             raise ConfigError(f"{name}: more than {_LONGEST} values, or more than {_DEEPEST} levels deep.")
-        if isinstance(one, dict):
-            waiting += [(inner, depth + 1) for pair in one.items() for inner in pair]
-        elif isinstance(one, (list, tuple)):
-            waiting += [(inner, depth + 1) for inner in one]
-        elif isinstance(one, int) and not isinstance(one, bool) and abs(one) >= 2**63:
-            raise ConfigError(f"{name}: {show(one)} is too large a number.")
-        elif not isinstance(one, (bool, int, float, str, type(None), np.generic, np.ndarray, Path)):
-            raise ConfigError(f"{name}: {show(one)} is neither text nor number.")
+        if isinstance(item, dict):
+            waiting += [(inner, depth + 1) for pair in item.items() for inner in pair]
+        elif isinstance(item, (list, tuple)):
+            waiting += [(inner, depth + 1) for inner in item]
+        elif isinstance(item, int) and not isinstance(item, bool) and abs(item) >= 2**63:
+            raise ConfigError(f"{name}: {show(item)} is too large a number.")
+        elif not isinstance(item, (bool, int, float, str, type(None), np.generic, np.ndarray, Path)):
+            raise ConfigError(f"{name}: {show(item)} is neither text nor number.")
     return value
 
 # %% ../../nbs/core/05_reading.ipynb #reading-yaml-parse-yaml

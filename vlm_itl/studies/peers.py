@@ -7,7 +7,7 @@ __all__ = ['read_peers', 'peers_table']
 
 # %% ../../nbs/studies/02_peers.ipynb #peers-imports
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -26,7 +26,7 @@ _COLUMNS = {"library": "library", "part": "what", "input": "input", "peer": "the
 
 
 def peers_table(
-    kind: str = "defect",  # "defect" or "agreement"
+    kind: Literal["defect", "agreement"] = "defect",  # which rows
     path: str | Path | None = None,  # None: results/peers_samplers.json of the project
 ) -> pd.DataFrame:  # one row per input: library, what, input, theirs, ours, how
     "What other libraries do on arrays that ours was given too."
