@@ -14,12 +14,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Set on import, before a test module imports transformers, wandb or matplotlib, which read them once.
+# Set on import, before a test module imports torch, transformers, wandb or matplotlib, which read them once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("VLM_ITL_PROGRESS", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the run notebooks: threads that wait burn no time
 
 
 def pytest_collection_finish() -> None:

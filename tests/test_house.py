@@ -88,6 +88,58 @@ def test_importing_a_part_imports_nothing_heavy(part: str):
     assert not imported(f"import vlm_itl.{part}") & {"torch", "transformers", "datasets", "wandb", "matplotlib"}
 
 
+def others() -> list[str]:
+    """What the rooms import from other packages when they are themselves imported, as statements."""
+    lines: set[str] = set()
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8")) for path in modules()]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import) or (
+            isinstance(node, ast.ImportFrom) and not node.level and not (node.module or "").startswith("vlm_itl")
+        ):
+            lines.add(ast.unparse(node))
+        elif not isinstance(node, ast.FunctionDef | ast.Lambda):  # these are not run yet
+            waiting += ast.iter_child_nodes(node)
+    return sorted(lines - {"from __future__ import annotations", "import vlm_itl"})
+
+
+PROCESS = """
+def process():  # what a library could change of the process that imports it, by name
+    import gc, locale, logging, multiprocessing, os, random, signal, socket, sys, warnings
+    import matplotlib, numpy, pandas, PIL.Image, PIL.ImageFile, torch, transformers
+
+    loggers = [logging.getLogger(name) for name in [None, *logging.Logger.manager.loggerDict]]
+    told = {f"logger {log.name}": (log.level, log.disabled, len(log.handlers)) for log in loggers}
+    return {
+        **{f"environment {name}": value for name, value in os.environ.items()},
+        **{f"warnings {line}": True for line in warnings.filters},
+        **{f"matplotlib {name}": str(value) for name, value in matplotlib.rcParams.items()},
+        **{name: state for name, state in told.items() if state != (0, False, 0)},
+        "PIL": (PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES),
+        "generators": (random.getstate(), str(numpy.random.get_state()), torch.get_rng_state().tolist()),
+        "transformers": transformers.logging.get_verbosity(),
+        "torch": (torch.get_num_threads(), torch.get_default_dtype(), torch.is_grad_enabled(),
+                  torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark),
+        "numpy": (numpy.geterr(), numpy.get_printoptions()),
+        "pandas": pandas.get_option("display.max_rows"),
+        "signals": [str(signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)],
+        "python": (os.getcwd(), list(sys.path), str(sys.excepthook), sys.getrecursionlimit(), gc.get_threshold(),
+                   socket.getdefaulttimeout(), locale.setlocale(locale.LC_ALL), multiprocessing.get_start_method(True)),
+    }
+"""
+
+
+def test_importing_the_library_leaves_the_process_as_it_was():
+    """Of everything that can be changed for others; what the packages below ours do is theirs, and comes first."""
+    ours = ", ".join(f"vlm_itl.{path.parent.name}.{path.stem}" for path in modules())
+    code = [*others(), PROCESS, "before = process()", f"import {ours}", "after = process()"]
+    code += ["names = [name for name in before | after if before.get(name) != after.get(name)]"]
+    code += ["print('CHANGED', {name: str((before.get(name), after.get(name)))[:200] for name in names})"]
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "CHANGED {}"
+
+
 def public() -> list[tuple[str, str]]:
     """(part, name) of everything public."""
     return [(part, name) for part in PARTS for name in importlib.import_module(f"vlm_itl.{part}").__all__]

@@ -129,20 +129,20 @@ def refuse_secrets(
     waiting: list[Any] = [value]
     seen: dict[int, Any] = {}  # YAML may hold a list that holds itself, or one list a million times
     while waiting:
-        one = waiting.pop()
-        if id(one) in seen:
+        item = waiting.pop()
+        if id(item) in seen:
             continue
-        if isinstance(one, (Mapping, list, tuple, set)):
-            seen[id(one)] = one
-        if isinstance(one, Mapping):
-            for key, inner in one.items():
+        if isinstance(item, (Mapping, list, tuple, set)):
+            seen[id(item)] = item
+        if isinstance(item, Mapping):
+            for key, inner in item.items():
                 _refuse_name(name, show(key) if isinstance(key, int) else str(key), inner)
                 waiting += [inner, key]
-        elif isinstance(one, (list, tuple, set)):
-            waiting += one
-        elif isinstance(one, str):
-            waiting += _written_in(one)
-            _refuse_form(name, one)
+        elif isinstance(item, (list, tuple, set)):
+            waiting += item
+        elif isinstance(item, str):
+            waiting += _written_in(item)
+            _refuse_form(name, item)
 
 # %% ../../nbs/core/06_guards.ipynb #guards-refuse-refuse-name
 def _refuse_name(name: str, key: str, inner: Any) -> None:

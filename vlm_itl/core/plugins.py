@@ -87,7 +87,7 @@ def _blame(error: BaseException, files: Sequence[Path]) -> str:
     lines = [f"{f.filename}, line {f.lineno}" for f in traceback.extract_tb(error.__traceback__) if f.filename in own]
     return lines[-1] if lines else str(files[0])
 
-
+# %% ../../nbs/core/08_plugins.ipynb #plugins-whole
 @contextmanager
 def _whole(module: str, files: Sequence[Path]) -> Iterator[None]:
     "What is registered inside the block replaces what the module had registered; all of it or nothing."
@@ -103,8 +103,8 @@ def _whole(module: str, files: Sequence[Path]) -> Iterator[None]:
             restore()
         if before is None:
             sys.modules.pop(module, None)
-        said = str(error) if isinstance(error, VlmItlError) else f"{type(error).__name__}: {one_line(str(error), 300)}"
-        raise ConfigError(f"plugin {_blame(error, files)}: {said}") from error
+        fault = str(error) if isinstance(error, VlmItlError) else f"{type(error).__name__}: {one_line(str(error), 300)}"
+        raise ConfigError(f"plugin {_blame(error, files)}: {fault}") from error
     finally:
         Registry.loading = ""
 
@@ -123,21 +123,41 @@ class _ReadAlready(importlib.abc.SourceLoader):
             raise OSError("nothing is cached")
         return self.data
 
-
+# %% ../../nbs/core/08_plugins.ipynb #plugins-run
 def _run(name: str, module: str, files: Sequence[tuple[Path, bytes]]) -> None:
     "Run a plugin's code, the very bytes that were fingerprinted where it is one file."
     with _whole(module, [path for path, _ in files]):
         if not _is_file(name):
-            known = sys.modules.get(module)
-            importlib.import_module(module) if known is None else importlib.reload(known)
+            loaded = sys.modules.get(module)
+            importlib.import_module(module) if loaded is None else importlib.reload(loaded)
             return
         loader = _ReadAlready(*files[0])
         spec = importlib.util.spec_from_loader(module, loader, origin=loader.path)
         assert spec is not None
-        sys.modules[module] = made = importlib.util.module_from_spec(spec)  # where pickle looks for what it defines
-        loader.exec_module(made)
+        sys.modules[module] = fresh = importlib.util.module_from_spec(spec)  # where pickle looks for what it defines
+        loader.exec_module(fresh)
 
 # %% ../../nbs/core/08_plugins.ipynb #plugins-load-load-plugins
+def _load(
+    plugin: Any,  # as in `load_plugins`
+) -> str:  # "NAME sha256:FINGERPRINT"
+    "Make the parts of one plugin known."
+    name, wanted = _split(plugin)
+    if wanted and wanted in _LOADED.values():  # from a config.json, which does not say where the file lies
+        return f"{name} sha256:{wanted}"
+    files = _read(name)
+    mark = _fingerprint([(path.name, data) for path, data in files])
+    if wanted not in ("", mark):
+        raise ConfigError(f"plugin {show(name)} is another one by now: sha256:{mark}, not sha256:{wanted}.")
+    place = hashlib.sha256(str(files[0][0]).encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    module = f"_vlm_itl_plugin_{place}_{re.sub(r'[^0-9A-Za-z]', '_', files[0][0].stem)}" if _is_file(name) else name
+    if _LOADED.get(module) != mark:
+        _LOADED.pop(module, None)
+        _run(name, module, files)
+        _LOADED[module] = mark
+    return f"{name} sha256:{mark}"
+
+# %% ../../nbs/core/08_plugins.ipynb #plugins-load-all
 def load_plugins(
     plugins: Sequence[Any],  # names of files or modules, each perhaps with its "sha256:..."
 ) -> list[str]:  # each as "NAME sha256:FINGERPRINT", which is never read again in this process
@@ -146,24 +166,7 @@ def load_plugins(
         raise ConfigError(
             f"plugins must be a list of Python files or modules, e.g. ['my_parts.py'], not {show(plugins)}."
         )
-    found = []
-    for plugin in plugins:
-        name, wanted = _split(plugin)
-        if wanted and wanted in _LOADED.values():  # from a config.json, which does not say where the file lies
-            found.append(f"{name} sha256:{wanted}")
-            continue
-        files = _read(name)
-        mark = _fingerprint([(path.name, data) for path, data in files])
-        if wanted not in ("", mark):
-            raise ConfigError(f"plugin {show(name)} is another one by now: sha256:{mark}, not sha256:{wanted}.")
-        place = hashlib.sha256(str(files[0][0]).encode("utf-8", "surrogatepass")).hexdigest()[:8]
-        module = f"_vlm_itl_plugin_{place}_{re.sub(r'[^0-9A-Za-z]', '_', files[0][0].stem)}" if _is_file(name) else name
-        if _LOADED.get(module) != mark:
-            _LOADED.pop(module, None)
-            _run(name, module, files)
-            _LOADED[module] = mark
-        found.append(f"{name} sha256:{mark}")
-    return found
+    return [_load(plugin) for plugin in plugins]
 
 # %% ../../nbs/core/08_plugins.ipynb #plugins-load-described
 def described(

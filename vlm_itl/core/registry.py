@@ -15,48 +15,32 @@ import sys
 import traceback
 from collections import UserDict
 from collections.abc import Callable
-from types import FrameType
+from dataclasses import dataclass
+from types import CodeType, FrameType
 from typing import Any, TypeVar
 
 from .checks import ConfigError, VlmItlError, show
 
 # %% ../../nbs/core/02_registry.ipynb #core-registry
-Part = TypeVar("Part")
-
-
-def _home(
-    part: Any,  # a function, a class, a text
-) -> tuple[str, str]:  # module and name: the same after loading the module anew; where it is, for people
+@dataclass(frozen=True)
+class _Home:
     "Where a part was defined."
-    inner = inspect.unwrap(part) if callable(part) else part
-    code = getattr(inner, "__code__", None)
-    if callable(part):
-        module = str(getattr(inner, "__module__", None) or type(inner).__module__)
-        name = str(getattr(inner, "__qualname__", None) or show(inner))
-    else:
-        module, name = _calling_module(), f"<text> {show(part)}"
-    if "<lambda>" in name and code is not None:  # all of them have one name
-        name += f" {hashlib.sha256(code.co_code).hexdigest()} {show(code.co_consts)} {code.co_names}"
-    file = getattr(code, "co_filename", None) or getattr(sys.modules.get(module), "__file__", None)
+
+    module: str  # that which holds it; "__main__" is a notebook or script
+    name: str  # inside the module; all lambdas have one name, and a text has none: theirs says what is in them
+    place: str  # file and line, for people
+
+
+def _place(module: str, code: CodeType | None) -> str:
+    "How a message says where a part is."
     if module == "__main__":
-        return f"{module} {name}", "this notebook or script"
+        return "this notebook or script"
+    file = getattr(code, "co_filename", None) or getattr(sys.modules.get(module), "__file__", None)
     if module.split(".")[0] == "vlm_itl" or not file:
-        return f"{module} {name}", module
-    return f"{module} {name}", f"{file}, line {code.co_firstlineno}" if code else str(file)
+        return module
+    return f"{file}, line {code.co_firstlineno}" if code else str(file)
 
 # %% ../../nbs/core/02_registry.ipynb #core-registry-same
-def _same(
-    one: str,  # as `_home` says who a part is
-    other: str,  # likewise
-) -> bool:
-    "Whether a part is another one come again."
-    (module, name), (module_2, name_2) = one.split(" ", 1), other.split(" ", 1)
-    if module == module_2 == "__main__" and hasattr(builtins, "get_ipython"):  # a cell that was changed and run again
-        return re.sub("(<lambda>|<text>).*", r"\1", name) == re.sub("(<lambda>|<text>).*", r"\1", name_2)
-    chapter = "__main__" in (module, module_2) and "vlm_itl" in (module.split(".")[0], module_2.split(".")[0])
-    return name == name_2 and (module == module_2 or chapter)  # a chapter of the book defines what it exports
-
-
 def _calling_module() -> str:
     "The module or notebook whose own line led here."
     frame: FrameType | None = sys._getframe(1)
@@ -64,7 +48,41 @@ def _calling_module() -> str:
         frame = frame.f_back
     return str(frame.f_globals.get("__name__")) if frame is not None else ""
 
+
+def _home(
+    part: Any,  # a function, a class, a text
+) -> _Home:
+    "Where a part was defined; of a text: where it is registered."
+    inner = inspect.unwrap(part) if callable(part) else part
+    code = getattr(inner, "__code__", None)
+    if callable(part):
+        module = str(getattr(inner, "__module__", None) or type(inner).__module__)
+        name = str(getattr(inner, "__qualname__", None) or show(inner))
+    else:
+        module, name = _calling_module(), f"<text> {show(part)}"
+    if "<lambda>" in name and code is not None:
+        name += f" {hashlib.sha256(code.co_code).hexdigest()} {show(code.co_consts)} {code.co_names}"
+    return _Home(module, name, _place(module, code))
+
+# %% ../../nbs/core/02_registry.ipynb #registry-same
+def _same(
+    one: _Home,
+    other: _Home,
+) -> bool:
+    "Whether a part is another one come again."
+    if one.module == other.module == "__main__" and hasattr(builtins, "get_ipython"):  # a cell changed and run again
+        return re.sub("(<lambda>|<text>).*", r"\1", one.name) == re.sub("(<lambda>|<text>).*", r"\1", other.name)
+    modules = one.module, other.module
+    chapter = "__main__" in modules and "vlm_itl" in [module.split(".")[0] for module in modules]
+    return one.name == other.name and (one.module == other.module or chapter)  # a chapter defines what it exports
+
 # %% ../../nbs/core/02_registry.ipynb #core-registry-blamed
+_FAULTS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError),
+    *(NameError, RuntimeError, TypeError, ValueError),
+)
+
+
 def _blamed(what: str, function: Any) -> Any:
     "A function whose faults are told in one line with its own file and line."
 
@@ -74,22 +92,10 @@ def _blamed(what: str, function: Any) -> Any:
             return function(*arguments, **named)
         except VlmItlError:
             raise
-        except (
-            ArithmeticError,
-            AssertionError,
-            AttributeError,
-            LookupError,
-            NameError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:
-            frames = [
-                f for f in traceback.extract_tb(error.__traceback__) if f.filename == function.__code__.co_filename
-            ]
-            if (
-                "memory" in str(error).lower() or not frames
-            ):  # the machine's fault; or ours, and then all of it is shown
+        except _FAULTS as error:
+            file = function.__code__.co_filename
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+            if "memory" in str(error).lower() or not frames:  # the machine's fault; or ours, and all of it is shown
                 raise
             told = f"{type(error).__name__}: {error} ({frames[-1].filename}, line {frames[-1].lineno})"
             raise ConfigError(f"{what} failed: {told}") from error
@@ -117,6 +123,9 @@ def checked_part(
     return function if own or not hasattr(function, "__code__") else _blamed(what, function)
 
 # %% ../../nbs/core/02_registry.ipynb #core-registry-registry
+Part = TypeVar("Part")
+
+
 class Registry(UserDict[str, Part]):
     "What a word in a setting stands for. A word that is taken is refused."
 
@@ -131,7 +140,7 @@ class Registry(UserDict[str, Part]):
     ):
         self.kind, self.words, self.rule = kind, words, rule
         self.about: dict[str, str] = {}  # word -> one line
-        self._homes: dict[str, tuple[str, str]] = {}
+        self._homes: dict[str, _Home] = {}
         super().__init__()
         Registry.all.append(self)
 
@@ -151,17 +160,17 @@ class Registry(UserDict[str, Part]):
         function: Any = None,  # where the part is a row of a table: what was written for it
     ) -> Part:  # the part
         "Make a word known; `ConfigError` if it is taken by another part."
-        home = _home(part if function is None else function)
+        written = part if function is None else function
+        home = _home(written)
         self.check_word(name)
-        anew = bool(Registry.loading) and home[0].startswith(f"{Registry.loading} ")
-        if name in self.data and (anew or not _same(self._homes[name][0], home[0])):
+        anew = bool(Registry.loading) and home.module == Registry.loading
+        if name in self.data and (anew or not _same(self._homes[name], home)):
             raise ConfigError(
-                f"the {self.kind} {name!r} exists already ({self._homes[name][1]}) and is not replaced by that of "
-                f"{home[1]}: choose another name."
+                f"the {self.kind} {name!r} exists already ({self._homes[name].place}) and is not replaced by that of "
+                f"{home.place}: choose another name."
             )
-        lines = (inspect.getdoc(part if function is None else function) or "").splitlines()
         self.data[name], self._homes[name] = part, home
-        self.about[name] = about or (lines[0] if lines else "")
+        self.about[name] = about or (inspect.getdoc(written) or "").partition("\n")[0]
         return part
 
     def __setitem__(self, name: str, part: Part) -> None:
@@ -172,7 +181,7 @@ class Registry(UserDict[str, Part]):
 
     def forget(self, module: str) -> None:
         "Take out what a module has registered, before it is loaded anew."
-        for name in [name for name, home in self._homes.items() if home[0].startswith(f"{module} ")]:
+        for name in [name for name, home in self._homes.items() if home.module == module]:
             del self[name]
 
     def keep(self) -> Callable[[], None]:

@@ -34,7 +34,7 @@ def stable_hash(
         elif isinstance(part, (float, np.floating)):
             kind, data = "float", float(part).hex().encode()
         elif isinstance(part, str):
-            kind, data = "str", part.encode("utf-8", "surrogatepass")  # half a letter, from a file name or a reply
+            kind, data = "str", part.encode("utf-8", "surrogatepass")  # half a character, from a file name or a reply
         else:
             raise TypeError(f"stable_hash cannot hash a {type(part).__name__}: give bytes, text, numbers or arrays.")
         digest.update(f"{kind}:{len(data)}:".encode())
@@ -49,7 +49,7 @@ def derive_seed(
     "A seed of its own for each purpose."
     return int.from_bytes(stable_hash("vlm_itl", seed, *purpose)[:8], "big") >> 1
 
-
+# %% ../../nbs/core/03_seeds.ipynb #seeds-rng
 def make_rng(
     seed: int,  # the seed of the run
     *purpose: Any,  # what the numbers are for, e.g. "select", 3
@@ -57,7 +57,7 @@ def make_rng(
     "A numpy generator of its own for each purpose."
     return np.random.default_rng(derive_seed(seed, *purpose))
 
-
+# %% ../../nbs/core/03_seeds.ipynb #seeds-uniform
 def stable_uniform(
     *parts: Any,  # as for `stable_hash`
 ) -> float:  # in [0, 1)
@@ -77,7 +77,7 @@ def seed_everything(
     np.random.seed(derived % 2**32)
     torch.manual_seed(derived)
 
-
+# %% ../../nbs/core/03_seeds.ipynb #seeds-seeded
 @contextmanager
 def seeded(
     seed: int,  # the seed of the run

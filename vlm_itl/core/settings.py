@@ -24,6 +24,11 @@ def _text(name: str, value: Any) -> str:
             return shown
     raise ConfigError(f"{name} must be a text, not {show(value)}.")
 
+# %% ../../nbs/core/07_settings.ipynb #settings-list
+def _list_of(text: str, name: str) -> Any:
+    "A list that was typed as [a, b]; anything else is its only entry."
+    return (parse_yaml(text, name) if text.lstrip().startswith("[") else [text]) if text.strip() else []
+
 # %% ../../nbs/core/07_settings.ipynb #settings-read-typed
 def _typed(name: str, value: Any, default: Any) -> Any:
     "Bring a value from a command line or YAML to the type of the default; JSON or YAML text becomes a dictionary."
@@ -47,11 +52,6 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     check_plain(name, value)
     whole = isinstance(default, int) and isinstance(value, float) and value.is_integer()
     return int(value) if whole else value
-
-
-def _list_of(text: str, name: str) -> Any:
-    "A list that was typed as [a, b]; anything else is its only entry."
-    return (parse_yaml(text, name) if text.lstrip().startswith("[") else [text]) if text.strip() else []
 
 # %% ../../nbs/core/07_settings.ipynb #settings-read-read-settings
 def read_settings(

@@ -45,22 +45,22 @@ def class_shares(
     histogram = histogram / histogram.sum(1, keepdims=True)  # each image counts the same
     row = {image_id: i for i, image_id in enumerate(scores.ids)}
     pool = histogram.mean(0)
-    there = pool > 0
-    table = {"pool": pool[there]}
+    present = pool > 0
+    table = {"pool": pool[present]}
     for name, (ids, _) in picks.items():
         missing = [i for i in ids if i not in row]
         if missing:
             raise DataError(f"{missing[0]!r}, picked by {name}, is not in the pool.")
-        table[name] = histogram[[row[i] for i in ids]].mean(0)[there] / pool[there]
-    return pd.DataFrame(table, index=[n for n, shown in zip(names, there, strict=True) if shown]).T
+        table[name] = histogram[[row[i] for i in ids]].mean(0)[present] / pool[present]
+    return pd.DataFrame(table, index=[n for n, shown in zip(names, present, strict=True) if shown]).T
 
 # %% ../../nbs/studies/01_picks.ipynb #picks-figures
 def plot_picks(
     picks: Mapping[str, tuple[Sequence[str], Sequence[str]]],  # from `pick_with`
     images: datasets.Dataset,  # columns id, image
-    width: float = 0.85,  # inches a picture
+    width: float = 0.85,  # inches per picture
 ) -> Figure:
-    "A row a strategy: its pictures in order of choice; a picture that several strategies chose carries their number."
+    "One row per strategy: its pictures in order of choice; one that several strategies chose carries their number."
     if not picks:
         raise ConfigError("there is nothing to show: no strategy was asked.")
     where = {image_id: i for i, image_id in enumerate(row_ids(images))}
