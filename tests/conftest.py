@@ -31,7 +31,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of a test that looks at no figure draw none: a quarter of the time of a tiny run. `drawn` marks exceptions."""
+    """Runs of a test that looks at no figure draw none, a quarter of their time. `drawn` marks exceptions."""
     if request.node.get_closest_marker("drawn") is None:
         monkeypatch.setattr("vlm_itl.experiment.loop.save_figures", lambda folder: [])
 
