@@ -42,7 +42,7 @@ from vlm_itl.data.layouts import (
 )
 from .leaks import LEAKS, check_leaks, together
 from .masks import DecodeRows, Survey, check_headers, make_rows, raw_rows, row_ids, short_error
-from .meaning import LABEL_OPTIONS, Meaning, Said, decide, describe, read_said
+from .meaning import LABEL_OPTIONS, MaskSpec, Meaning, decide, describe, read_spec
 from .prints import LOOK, look_at
 from .scenes import make_scenes
 
@@ -104,7 +104,7 @@ def toy_images(
 class Splits:
     "What a source returns: raw rows, not checked yet."
 
-    labels: LabelSpace | Said  # what masks mean; or what is said of them, to be decided by `load_data`
+    labels: LabelSpace | MaskSpec  # what masks mean; or what is said of them, to be decided by `load_data`
     train: Dataset
     test: Dataset | None = None  # None: carved from train, 20 %
     val: Dataset | None = None  # None: carved from train
@@ -134,7 +134,7 @@ _ALIASES = {"training": "train", "validation": "val", "valid": "val", "dev": "va
 
 def _arrange(
     named: Mapping[str, Any],  # split name -> Dataset
-    labels: Said,
+    labels: MaskSpec,
     source: str,  # for messages
 ) -> Splits:
     "train + val: val is the test, as in VOC. train + val + test: as named. One split: left whole, to be carved."
@@ -218,7 +218,7 @@ def _voc_source(
     named = {}
     for split, path in _voc_lists(root / _VOC_PARTS[2], options).items():
         named[split] = _pair(read_list(path), images, masks, str(path))
-    splits = _arrange(_with_ids(named), _voc_said(root, options), str(root))
+    splits = _arrange(_with_ids(named), _voc_spec(root, options), str(root))
     splits.clips = _clips(root)
     return splits
 
@@ -236,12 +236,12 @@ def _voc_lists(folder: Path, options: Mapping[str, Any]) -> dict[str, Path]:
     return {"all": paths[0]} if names[0] == names[1] else {"train": paths[0], "val": paths[1]}
 
 
-def _voc_said(root: Path, options: Mapping[str, Any]) -> Said:
+def _voc_spec(root: Path, options: Mapping[str, Any]) -> MaskSpec:
     "What is said of the masks; generated scenes are VOC's, and so may be a folder of that name."
-    said = read_said(options, [root])
-    if said.names is None and (root / "scenes.json").is_file():
-        said = read_said({**options, "classes": "voc"}, [root])
-    return replace(said, voc=any(_VOC_NAME.fullmatch(path.name) is not None for path in (root, root.parent)))
+    spec = read_spec(options, [root])
+    if spec.names is None and (root / "scenes.json").is_file():
+        spec = read_spec({**options, "classes": "voc"}, [root])
+    return replace(spec, voc=any(_VOC_NAME.fullmatch(path.name) is not None for path in (root, root.parent)))
 
 
 def _clips(root: Path) -> dict[str, str]:
@@ -263,10 +263,10 @@ def _folder_source(
     pairs = find_pairs(root, options)
     splits = pairs.splits or split_names(root, list(pairs.images), _ALIASES)
     named = {split: _pair(names, pairs.images, pairs.masks, str(root)) for split, names in splits.items()}
-    said = read_said(options, [root, *split_folders(root)])
+    spec = read_spec(options, [root, *split_folders(root)])
     if pairs.note:
         print(f"{root.name}: {pairs.note}")
-    return _arrange(_with_ids(named), said, str(root))
+    return _arrange(_with_ids(named), spec, str(root))
 
 # %% ../../nbs/data/10_sources.ipynb #data-hub-fetch
 _IMAGE_COLUMNS = ("image", "img", "pixel_values")
@@ -365,7 +365,7 @@ def _hub_source(
             numbers = [f"{split}-{index:05d}" for index in range(len(rows))]
             named[split] = rows.remove_columns("id").add_column("id", numbers).select_columns(["id", "image", "mask"])
     folder = resolve_path(source)
-    return _arrange(named, read_said(options, [folder] if folder.is_dir() else []), source)
+    return _arrange(named, read_spec(options, [folder] if folder.is_dir() else []), source)
 
 # %% ../../nbs/data/10_sources.ipynb #data-kind
 def _kind(source: str) -> str:
@@ -436,9 +436,9 @@ def _divide(
     return parts, looks, {**named, **groups}
 
 # %% ../../nbs/data/10_sources.ipynb #data-load-meaning
-def _meaning(labels: LabelSpace | Said, survey: Survey, source: str) -> Meaning:
+def _meaning(labels: LabelSpace | MaskSpec, survey: Survey, source: str) -> Meaning:
     "What masks mean: as the source has decided, or as it follows from what is said and what headers show."
-    if isinstance(labels, Said):
+    if isinstance(labels, MaskSpec):
         return decide(labels, survey, source)
     line = describe(labels, survey)
     return Meaning(labels, line, True, {"line": line, "names from": "the source"})
@@ -484,7 +484,7 @@ def load_data(
     watch = MaskWatch(labels, meaning.settled)
     decoded = {split: rows.with_transform(DecodeRows(labels, watch)) for split, rows in parts.items()}
     name = resolve_path(source).name if resolve_path(source).is_dir() and source not in SOURCES else source
-    if isinstance(splits.labels, Said) and source not in SOURCES:
+    if isinstance(splits.labels, MaskSpec) and source not in SOURCES:
         print(f"{name}: {meaning.line}")
     return SegData(
         **decoded, labels=labels, name=name, binary=binary, meaning=meaning.record, watch=watch, groups=groups
