@@ -119,7 +119,7 @@ def stem(
 
 # %% ../../nbs/data/05_layouts.ipynb #layouts-files-read-list
 def read_list(
-    path: Path,  # one name a line
+    path: Path,  # one name per line
 ) -> list[str]:
     "The names in a list file; `DataError` if it is missing, empty or repeats a name."
     if not path.is_file():

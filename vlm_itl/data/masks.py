@@ -70,7 +70,7 @@ class _Pillow:
             self.readers -= 1
             if not self.readers:
                 Image.MAX_IMAGE_PIXELS = self.limit
-                self.quiet.__exit__()
+                self.quiet.__exit__(None, None, None)
 
 
 _PILLOW = _Pillow()
@@ -204,7 +204,7 @@ def read_image(
     if image.mode.startswith("I"):
         levels = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
-            raise DataError(f"{where}: 32-bit image; save it with 8 bits a channel")
+            raise DataError(f"{where}: 32-bit image; save it with 8 bits per channel")
         return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr"):
         return (image.convert(f"{image.mode[:-1]}A") if image.mode in ("La", "RGBa") else image).convert("RGB")
@@ -470,11 +470,11 @@ def read_indices(
     cell: Any,  # {"path", "bytes"}, a path, or a PIL image
     name: str = "",  # the row's id, for messages
 ) -> np.ndarray:  # uint8 (H, W), as stored
-    "A mask that this library wrote: one byte a pixel, palette or grey. `DataError` for anything else."
+    "A mask that this library wrote: one byte per pixel, palette or grey. `DataError` for anything else."
     where = _where(cell, name)
     image = _load(open_image(cell, name), where)
     if image.mode not in ("P", "L"):
-        raise DataError(f"{where}: pixel format {image.mode!r} is not one byte a pixel, so it is no mask of a run")
+        raise DataError(f"{where}: pixel format {image.mode!r} is not one byte per pixel, so it is no mask of a run")
     return np.array(image)
 
 # %% ../../nbs/data/02_masks.ipynb #train-masks-store

@@ -123,7 +123,7 @@ def class_file(
     if path.name != "classes.txt":
         lines = [line for line in lines if not line.startswith("#")]
     if not lines:
-        raise DataError(f"{path}: the file is empty; it should hold one class name a line, class 0 first")
+        raise DataError(f"{path}: the file is empty; it should hold one class name per line, class 0 first")
     for form, pattern in _FORMS.items():
         matches = [match for line in lines if (match := pattern.fullmatch(line))]
         if len(matches) == len(lines):
@@ -158,7 +158,7 @@ def _named(given: Any) -> MaskSpec:
         return MaskSpec(given)
     path = resolve_path(given)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; it should hold one class name a line, class 0 first")
+        raise DataError(f"{path}: no such file; it should hold one class name per line, class 0 first")
     return class_file(path)
 
 
@@ -179,7 +179,7 @@ def _beside(folders: Sequence[Path]) -> MaskSpec:
     files: list[tuple[Path, MaskSpec]] = []
     for path in (folder / name for folder in folders for name in _CLASS_FILES):
         if path.is_dir() and path.suffix:
-            raise DataError(f"{path}: is a folder; it should be a file with one class name a line, class 0 first")
+            raise DataError(f"{path}: is a folder; it should be a file with one class name per line, class 0 first")
         if path.is_file():
             files.append((path, class_file(path)))
     for path, other in files[1:]:
@@ -239,7 +239,7 @@ def describe(
 
 # %% ../../nbs/data/04_meaning.ipynb #meaning-decide-nameless
 _NAMELESS = (
-    "nobody says what the classes are called. Put a file classes.txt there, one name a line, class 0 first; or say "
+    "nobody says what the classes are called. Put a file classes.txt there, one name per line, class 0 first; or say "
     "data_options={'classes': ['background', 'crack']}, {'classes': 4} for numbered ones, {'classes': 'voc'} for VOC's"
 )
 

@@ -28,7 +28,7 @@ from .stamps import file_cells
 
 # %% ../../nbs/data/07_prints.ipynb #leaks-view
 _SIDE = 24  # of the grey thumbnail, pixels
-_PATCHES = 8  # of the colour thumbnail, a side; also how many waves a side are kept
+_PATCHES = 8  # of the colour thumbnail, per side; also how many waves per side are kept
 VIEW = np.dtype(
     [
         ("bits", "u1", (8,)),  # signs of the 64 lowest waves
@@ -131,7 +131,7 @@ _PASS = np.hypot(*np.meshgrid(np.arange(_PATCHES), np.arange(_PATCHES))).astype(
 def wave_signs(
     bits: np.ndarray,  # (N, 8) uint8, of VIEW
 ) -> np.ndarray:  # (N, 8, 8) float32, -1 or 1
-    "The hashes, a bit a wave."
+    "The hashes, one bit per wave."
     return 2 * np.unpackbits(bits, axis=1).astype(np.float32).reshape(-1, _PATCHES, _PATCHES) - 1
 
 

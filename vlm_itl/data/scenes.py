@@ -179,7 +179,7 @@ def _pattern(
     phase: float,  # shifts the pattern, radians
 ) -> np.ndarray:  # float (n,) in [0, 1]
     "How dark the pattern `kind` is at each point."
-    wave = 9.0  # radians a unit: about three periods across the object
+    wave = 9.0  # radians per unit: about three periods across the object
     if kind == "stripes":
         value = np.sin(wave * y + phase)
     elif kind == "bars":

@@ -72,7 +72,7 @@ def content_hash(
         return ""
 
 # %% ../../nbs/data/06_stamps.ipynb #stamps-take
-_COLUMNS = ("image", "mask")
+_COLUMNS: tuple[Literal["image", "mask"], ...] = ("image", "mask")
 _TABLE = ("size", "written", "changed", "hash")
 
 

@@ -8,7 +8,7 @@ __all__ = ['TrainTransform', 'TrainingSet', 'EvalTransform', 'collate', 'unpad_o
 # %% ../../nbs/data/11_transforms.ipynb #transforms-imports
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from .masks import raw_rows, read_image, read_mask, same_size
 def _window(
     length: int,  # original pixels along this side
     size: int,  # output pixels along this side
-    factor: float,  # output pixels to an original pixel
+    factor: float,  # output pixels for each original pixel
     place: float,  # in [0, 1): where the window, or the image in the padding, lies
 ) -> tuple[float, float, int, int]:  # start and stop in the original; start and stop in the output
     "Which part of the original is shown where in the output, along one side."
@@ -154,11 +154,11 @@ class TrainTransform:
             self.watch.see(mask)
         same_size(row["id"], image.size, mask.shape[::-1])
         mirror = rng.uniform() < self.flip
-        factors = (1 + self.jitter * rng.uniform(-1, 1, size=4)).tolist()
+        brightness, contrast, saturation, hue = (1 + self.jitter * rng.uniform(-1, 1, size=4)).tolist()
         box, place, seen = _cut(Image.fromarray(mask), self.size, self.scale, rng)
         image = image.resize(seen.shape[::-1], Image.Resampling.BILINEAR, box=box, reducing_gap=2.0)
         if self.jitter:
-            image = image.convert("RGB", _color_matrix(*factors[:3], math.radians(30) * (factors[3] - 1)))
+            image = image.convert("RGB", _color_matrix(brightness, contrast, saturation, math.radians(30) * (hue - 1)))
         return _on_square(self.size, np.asarray(image), seen, place, mirror)
 
 # %% ../../nbs/data/11_transforms.ipynb #transforms-set
@@ -188,7 +188,7 @@ class TrainingSet(Dataset):
         self,
         index: int,  # draw
     ) -> int:  # row
-        "Which row is drawn. Every row once an epoch."
+        "Which row is drawn. Every row once per epoch."
         epoch, place = divmod(index, len(self.rows))
         if self._order[0] != epoch:
             self._order = (epoch, make_rng(self.seed, "order", epoch).permutation(len(self.rows)))
@@ -209,7 +209,7 @@ class EvalTransform:
     def __init__(
         self,
         size: int,  # side of the square, pixels
-        resize: Literal["keep", "stretch"] = "keep",  # "keep" the aspect and pad, or "stretch" to the square
+        resize: str = "keep",  # "keep" the aspect and pad, or "stretch" to the square
         labels: LabelSpace | None = None,  # decode masks too; None = masks are not touched
     ) -> None:
         self.size = int(check_number("size", size, low=8, integer=True))
@@ -277,7 +277,7 @@ def predicted_classes(
     size: int,  # side of the square
     native: tuple[int, int],  # rows and columns of the original
 ) -> torch.Tensor:  # (H, W) whole numbers, the class with the largest logit
-    "`unpad_one(...).argmax(0)`; a large image takes 20 bytes a pixel instead of four for each class."
+    "`unpad_one(...).argmax(0)`; a large image takes 20 bytes per pixel instead of four for each class."
     if native[0] * native[1] < _LARGE:
         return unpad_one(logits, box, size, native).argmax(0)
     best = unpad_one(logits[:1], box, size, native)[0]
