@@ -44,20 +44,20 @@ def _listed(path: Path) -> dict[str, str]:
 # %% ../../nbs/data/09_groups.ipynb #leaks-groups-by-list
 def _by_list(listed: Mapping[str, str], names: Mapping[str, str]) -> dict[str, str]:
     "The groups of images that are listed by id, or by the name of their file."
-    found, missing = {}, []
+    groups, missing = {}, []
     for name, path in names.items():
         keys = (name, path, Path(path).name, Path(path).stem)
         key = next((key for key in keys if key in listed), None)
         if key is None:
             missing.append(name)
         else:
-            found[name] = str(listed[key])
+            groups[name] = str(listed[key])
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise ConfigError(
             f"groups: {missing[0]!r}{more} has no group; list every image, a lonely one under a group of its own"
         )
-    return found
+    return groups
 
 # %% ../../nbs/data/09_groups.ipynb #groups-by-pattern
 _FRAME = re.compile(r"(.*?)[\W_]*\d+\D*")  # what stands before the last number, and before what divides the two

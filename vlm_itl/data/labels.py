@@ -252,11 +252,11 @@ def other_order(
 @lru_cache(maxsize=64)
 def _palette_classes(palette: bytes, colors: bytes) -> np.ndarray:
     "The class that each colour of a file's palette has, -1 = none."
-    known = {colors[3 * index : 3 * index + 3]: index for index in range(len(colors) // 3)}
-    known.setdefault(bytes(BORDER_COLOR), VOID)
+    class_of = {colors[3 * index : 3 * index + 3]: index for index in range(len(colors) // 3)}
+    class_of.setdefault(bytes(BORDER_COLOR), VOID)
     meant = np.full(256, -1)
     for place in range(len(palette) // 3 if speaks(palette) else 0):
-        meant[place] = known.get(palette[3 * place : 3 * place + 3], -1)
+        meant[place] = class_of.get(palette[3 * place : 3 * place + 3], -1)
     return meant
 
 

@@ -303,9 +303,9 @@ def _list_files(root: Path) -> dict[str, Path]:
 def _two_paths(line: str, root: Path) -> tuple[Path, Path] | None:
     "The image and the mask that a line names; None if it does not name two files."
     for gap in re.finditer(r"[\s,;]+", line):
-        one, two = line[: gap.start()].strip("\"',;"), line[gap.end() :].strip("\"',;")
-        if one and two and one.lower().endswith(_SUFFIXES) and two.lower().endswith(_SUFFIXES):
-            files = [root / name.lstrip("/") if not Path(name).is_file() else Path(name) for name in (one, two)]
+        first, second = line[: gap.start()].strip("\"',;"), line[gap.end() :].strip("\"',;")
+        if first and second and first.lower().endswith(_SUFFIXES) and second.lower().endswith(_SUFFIXES):
+            files = [root / name.lstrip("/") if not Path(name).is_file() else Path(name) for name in (first, second)]
             if all(file.is_file() for file in files):
                 return files[0], files[1]
     return None
@@ -433,12 +433,12 @@ def is_pair_folder(
 # %% ../../nbs/data/05_layouts.ipynb #layouts-find-whole
 def _whole(root: Path, options: Mapping[str, Any]) -> tuple[dict[str, Path], dict[str, Path]]:
     "Images and masks of one folder that is not cut into splits."
-    found = _two_folders(root, options)
-    if found is None:
+    both = _two_folders(root, options)
+    if both is None:
         raise DataError(
             f"{root / str(options.get('masks', 'masks'))}: no such folder, and no masks beside the images. {hint(root)}"
         )
-    images, masks = found
+    images, masks = both
     at = _one_of(root, _IMAGE_FOLDERS, options.get("images"), "images")
     if not images:
         raise DataError(f"{at or root}: no image files ({', '.join(_SUFFIXES)})")

@@ -64,26 +64,26 @@ class _Views:
 _BACK = (0, 1, 2, 3, 4, 6, 5, 7)  # the turn that undoes a turn
 
 
-def _candidates(one: _Views, other: _Views) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _candidates(few: _Views, many: _Views) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     "Views of one, of the other, and turns, a block of rows at a time; of a row the likeliest first."
-    rows, flat = max(1, _BLOCK // max(1, len(other))), 64  # waves of a view
-    shapes, signs = wave_shapes(other.view["grey"]).reshape(-1, flat), wave_signs(other.view["bits"]).reshape(-1, flat)
-    for start in range(0, len(one), rows):
+    rows, flat = max(1, _BLOCK // max(1, len(many))), 64  # waves of a view
+    shapes, signs = wave_shapes(many.view["grey"]).reshape(-1, flat), wave_signs(many.view["bits"]).reshape(-1, flat)
+    for start in range(0, len(few), rows):
         block, parts = slice(start, start + rows), []
         for how, back in enumerate(_BACK):  # the few are turned, not the many
-            mine = turn_waves(wave_shapes(one.view["grey"][block]), back).reshape(-1, flat)
+            mine = turn_waves(wave_shapes(few.view["grey"][block]), back).reshape(-1, flat)
             likely = mine @ shapes.T
             left, right = np.nonzero(likely >= _STRONG)
             likely = likely[left, right]
-            bits = turn_waves(wave_signs(one.view["bits"][block]), back).reshape(-1, flat)
+            bits = turn_waves(wave_signs(few.view["bits"][block]), back).reshape(-1, flat)
             near = (bits[left] * signs[right]).sum(1) >= flat - 2 * _NEAR_BITS
-            kept = (near | (likely >= _ALIKE)) & ((one is not other) | (left + start < right))
+            kept = (near | (likely >= _ALIKE)) & ((few is not many) | (left + start < right))
             parts.append((left[kept], right[kept], np.full(kept.sum(), how), likely[kept]))
         left, right, hows, likely = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = np.lexsort((-likely, left))
         left, right, hows = left[order], right[order], hows[order]
-        few = np.arange(len(left)) - np.searchsorted(left, left) < _MOST
-        yield left[few] + start, right[few], hows[few]
+        likeliest = np.arange(len(left)) - np.searchsorted(left, left) < _MOST
+        yield left[likeliest] + start, right[likeliest], hows[likeliest]
 
 # %% ../../nbs/data/08_leaks.ipynb #leaks-twins-equal
 def _equal(
@@ -99,19 +99,19 @@ def _equal(
 
 
 def _rounds(
-    one: _Views,
-    other: _Views,
+    few: _Views,
+    many: _Views,
     open_pairs: Callable[[np.ndarray, np.ndarray], np.ndarray],  # owners, owners -> which pairs are still of interest
 ) -> Iterator[tuple[int, int, int, float]]:  # owners, turn, how far apart
     "The pairs that are the same picture; eight of a row are looked at before it is asked what is still open."
-    for left, right, how in _candidates(one, other):
+    for left, right, how in _candidates(few, many):
         rank = np.arange(len(left)) - np.searchsorted(left, left)
         for start in range(0, _MOST, 8):
             due = np.flatnonzero((rank >= start) & (rank < start + 8))
             for some in np.array_split(due, 1 + len(due) // 512):
-                some = some[open_pairs(one.owner[left[some]], other.owner[right[some]])]
-                apart, same = pictures_apart(one.view[left[some]], other.view[right[some]], how[some])
-                owners = one.owner[left[some]], other.owner[right[some]]
+                some = some[open_pairs(few.owner[left[some]], many.owner[right[some]])]
+                apart, same = pictures_apart(few.view[left[some]], many.view[right[some]], how[some])
+                owners = few.owner[left[some]], many.owner[right[some]]
                 yield from zip(*(x[same].tolist() for x in (*owners, how[some], apart)), strict=True)
 
 # %% ../../nbs/data/08_leaks.ipynb #leaks-twins
@@ -126,14 +126,14 @@ class Twin:
 
 # %% ../../nbs/data/08_leaks.ipynb #leaks-find
 def find_twins(
-    one: tuple[Sequence[str], np.ndarray],  # ids and looks (N,) of one split
-    other: tuple[Sequence[str], np.ndarray],  # of the other, (M,)
+    few: tuple[Sequence[str], np.ndarray],  # ids and looks (N,) of one split, the larger or the smaller
+    many: tuple[Sequence[str], np.ndarray],  # of the other, (M,)
     clips: Mapping[str, str] | None = None,  # image -> clip, for frames of one scene
 ) -> list[Twin]:  # at most one for each image of the smaller split
     "The pictures that two splits share. Equal files and equal pixels are always found, the others by their looks."
-    if len(one[0]) > len(other[0]):
-        return [Twin(twin.second, twin.first, twin.how, twin.apart) for twin in find_twins(other, one, clips)]
-    (ids, looks), (other_ids, other_looks), clips = one, other, clips or {}
+    if len(few[0]) > len(many[0]):
+        return [Twin(twin.second, twin.first, twin.how, twin.apart) for twin in find_twins(many, few, clips)]
+    (ids, looks), (other_ids, other_looks), clips = few, many, clips or {}
     best: dict[int, Twin] = {}
     for field, how in (("content", "the same file"), ("pixels", "the same pixels")):
         there = _equal(other_looks, field)
@@ -162,15 +162,15 @@ class _Joined:
 
     def of(self, places: np.ndarray) -> np.ndarray:
         "The first member of each one's group."
-        found = self.parent[places]
-        while (above := self.parent[found]).tolist() != found.tolist():
-            found = above
-        self.parent[places] = found
-        return found
+        roots = self.parent[places]
+        while (above := self.parent[roots]).tolist() != roots.tolist():
+            roots = above
+        self.parent[places] = roots
+        return roots
 
-    def join(self, one: int, other: int) -> None:
+    def join(self, place: int, another: int) -> None:
         "Put two groups together."
-        low, high = sorted(self.of(np.array([one, other])).tolist())
+        low, high = sorted(self.of(np.array([place, another])).tolist())
         self.parent[high] = low
 
 # %% ../../nbs/data/08_leaks.ipynb #leaks-join-together
@@ -201,9 +201,9 @@ def together(
     return {name: ids[place] for name, place in zip(ids, joined.of(np.arange(len(ids))), strict=True)}
 
 # %% ../../nbs/data/08_leaks.ipynb #leaks-check-said
-def _told(source: str, one: str, other: str, sizes: Mapping[str, int], twins: Sequence[Twin]) -> str:
+def _told(source: str, here: str, there: str, sizes: Mapping[str, int], twins: Sequence[Twin]) -> str:
     "What to say of the twins of two splits."
-    small, large = sorted((one, other), key=lambda split: sizes[split])
+    small, large = sorted((here, there), key=lambda split: sizes[split])
     if len(twins) == sizes[small] > 1:
         same = "the same data" if sizes[small] == sizes[large] else "data of one split under two names"
         return (
@@ -211,27 +211,27 @@ def _told(source: str, one: str, other: str, sizes: Mapping[str, int], twins: Se
             f"Take another revision of the data set, or name other splits."
         )
     first = min(twins, key=lambda twin: twin.apart)
-    more = f" (and {len(twins) - 1} more pairs of {one} and {other})" if len(twins) > 1 else ""
+    more = f" (and {len(twins) - 1} more pairs of {here} and {there})" if len(twins) > 1 else ""
     how = first.how if first.how.startswith("the same") else f"the same picture, {first.how}"
     return (
-        f"{source}: {first.first!r} in {one} and {first.second!r} in {other} are {how}, "
+        f"{source}: {first.first!r} in {here} and {first.second!r} in {there} are {how}, "
         f"difference {first.apart:.3f}{more}. Remove one of the two, or put both into one split."
     )
 
 # %% ../../nbs/data/08_leaks.ipynb #leaks-check-torn
 def _torn(
-    source: str, one: tuple[str, Sequence[str]], other: tuple[str, Sequence[str]], groups: Mapping[str, str]
+    source: str, here: tuple[str, Sequence[str]], there: tuple[str, Sequence[str]], groups: Mapping[str, str]
 ) -> str | None:
     "What to say of groups that are in two splits."
-    first = {groups[name]: name for name in one[1] if name in groups}
-    torn = [name for name in other[1] if groups.get(name) in first]
+    first = {groups[name]: name for name in here[1] if name in groups}
+    torn = [name for name in there[1] if groups.get(name) in first]
     if not torn:
         return None
     group = groups[torn[0]]
     count = len({groups[name] for name in torn})
     more = f" (and {count - 1} more groups)" if count > 1 else ""
     return (
-        f"{source}: group {group!r}{more} is in {one[0]} ({first[group]!r}) and in {other[0]} ({torn[0]!r}). "
+        f"{source}: group {group!r}{more} is in {here[0]} ({first[group]!r}) and in {there[0]} ({torn[0]!r}). "
         "Move it into one split, or change the option groups."
     )
 
@@ -255,13 +255,13 @@ def check_leaks(
     looks = look_at(splits, cache_dir) if looks is None else looks
     ids = {split: row_ids(rows) for split, rows in splits.items()}
     names, faults, twins = list(splits), [], []
-    for place, one in enumerate(names):
-        for other in names[place + 1 :]:
-            shared = find_twins((ids[one], looks[one]), (ids[other], looks[other]), clips)
+    for place, here in enumerate(names):
+        for there in names[place + 1 :]:
+            shared = find_twins((ids[here], looks[here]), (ids[there], looks[there]), clips)
             if shared:
-                faults.append(_told(source, one, other, {split: len(ids[split]) for split in (one, other)}, shared))
+                faults.append(_told(source, here, there, {split: len(ids[split]) for split in (here, there)}, shared))
                 twins += shared
-            if torn := _torn(source, (one, ids[one]), (other, ids[other]), groups or {}):
+            if torn := _torn(source, (here, ids[here]), (there, ids[there]), groups or {}):
                 faults.append(torn)
     if faults and leaks == "refuse":
         raise LeakError(f"{' '.join(faults)} leaks='warn' goes on all the same.")
@@ -283,14 +283,14 @@ def seal(
     table = concat_tables([kept.data, InMemoryTable(pa.table({name: cells for name in columns}))], axis=1)
     info = kept.info.copy()
     info.features = Features({**kept.features, **{name: kind for name in columns}})
-    found = Dataset(
+    sealed = Dataset(
         update_metadata_with_features(table, info.features),
         info=info,
         split=kept.split,
         indices_table=kept._indices,
         fingerprint=hashlib.sha256(f"{kept._fingerprint}{columns}{why}".encode()).hexdigest()[:16],
     )
-    return found.select_columns(rows.column_names).with_format(**rows.format)
+    return sealed.select_columns(rows.column_names).with_format(**rows.format)
 
 # %% ../../nbs/data/08_leaks.ipynb #leaks-seal-check-apart
 def check_apart(

@@ -151,22 +151,22 @@ def contrast(
 
 # %% ../../nbs/data/07_prints.ipynb #leaks-measure-difference
 def _difference(
-    one: np.ndarray,  # (..., 24, 24), grey thumbnails
-    other: np.ndarray,  # the same shape
+    first: np.ndarray,  # (..., 24, 24), grey thumbnails
+    second: np.ndarray,  # the same shape
 ) -> np.ndarray:  # (...), 0 = equal, about 1 = unrelated
     "Root mean square difference of thumbnails, in units of their contrast."
-    a, b = one.astype(np.float32), other.astype(np.float32)
+    a, b = first.astype(np.float32), second.astype(np.float32)
     apart = np.sqrt(np.square(a - b).mean(axis=(-2, -1)))
-    return apart / np.maximum(np.hypot(contrast(one), contrast(other)) / np.sqrt(2), 8)
+    return apart / np.maximum(np.hypot(contrast(first), contrast(second)) / np.sqrt(2), 8)
 
 # %% ../../nbs/data/07_prints.ipynb #leaks-measure-other-colours
 def _other_colours(
-    one: np.ndarray,  # (N, 8, 8, 2) of VIEW's colour
-    other: np.ndarray,  # the same shape
+    first: np.ndarray,  # (N, 8, 8, 2) of VIEW's colour
+    second: np.ndarray,  # the same shape
     grey: bool = True,  # a picture without colours has those of any other
 ) -> np.ndarray:  # (N,), levels
     "Root mean square difference of colours, brightness aside."
-    a, b = one.astype(np.float32), other.astype(np.float32)
+    a, b = first.astype(np.float32), second.astype(np.float32)
     apart = np.sqrt(np.square(a - b).mean(axis=(1, 2, 3)))
     dull = np.minimum(np.abs(a).max(axis=(1, 2, 3)), np.abs(b).max(axis=(1, 2, 3))) <= 3
     return np.where(dull & grey, 0, apart)
@@ -207,28 +207,28 @@ def _warp(
 
 # %% ../../nbs/data/07_prints.ipynb #leaks-align-align
 def _align(
-    one: np.ndarray,  # (N, S, S) float32
-    other: np.ndarray,  # the same shape
+    first: np.ndarray,  # (N, S, S) float32
+    second: np.ndarray,  # the same shape
     fit: np.ndarray,  # (N, 4) to begin with
     steps: int = 3,
-) -> tuple[np.ndarray, np.ndarray]:  # the fit of `other` to `one`; their correlation (N,) where both are seen
+) -> tuple[np.ndarray, np.ndarray]:  # the fit of `second` to `first`; their correlation (N,) where both are seen
     "Gauss-Newton on brightness-free thumbnails (the method of Lucas and Kanade); the best step counts."
-    side = one.shape[-1]
+    side = first.shape[-1]
     line = ((np.arange(side) + 0.5) / side * 2 - 1).astype(np.float32)
-    best, kept = np.full(len(one), -2, np.float32), fit.copy()
+    best, kept = np.full(len(first), -2, np.float32), fit.copy()
     for step in range(steps + 1):
-        moved, seen = _warp(other, fit)
-        a, b = _standard(one, seen), _standard(moved, seen)
-        found = (a * b).sum((1, 2)) / seen.sum((1, 2))
-        better = found > best
-        best[better], kept[better] = found[better], fit[better]
+        moved, seen = _warp(second, fit)
+        a, b = _standard(first, seen), _standard(moved, seen)
+        correlation = (a * b).sum((1, 2)) / seen.sum((1, 2))
+        better = correlation > best
+        best[better], kept[better] = correlation[better], fit[better]
         if step == steps:
             break
         down, across = (slope * seen for slope in np.gradient(b, 2 / side, axis=(1, 2)))
-        slopes = np.stack([across * line, across, down * line[:, None], down], 1).reshape(len(one), 4, side * side)
+        slopes = np.stack([across * line, across, down * line[:, None], down], 1).reshape(len(first), 4, side * side)
         square = slopes @ slopes.transpose(0, 2, 1)
         square += (1e-3 * np.trace(square, axis1=1, axis2=2) + 1e-3)[:, None, None] * np.eye(4, dtype=np.float32)
-        move = np.linalg.solve(square, slopes @ (a - b).reshape(len(one), side * side, 1))[..., 0]
+        move = np.linalg.solve(square, slopes @ (a - b).reshape(len(first), side * side, 1))[..., 0]
         fit = (fit + move.clip(-0.1, 0.1)).clip(-_FAR, _FAR)
     return kept, best
 
@@ -255,25 +255,25 @@ def _window_moments(
 
 
 def _agreement(
-    one: np.ndarray,  # (N, 24, 24) float32
-    other: np.ndarray,  # aligned with it
+    first: np.ndarray,  # (N, 24, 24) float32
+    second: np.ndarray,  # aligned with it
     seen: np.ndarray,  # 1 where both are seen
 ) -> np.ndarray:  # (N,), 0..1
     "The share of the texture that is in windows where the two correlate by more than 0.7."
-    square_a, square_b, both = _window_moments(_standard(one, seen), _standard(other, seen), seen)
+    square_a, square_b, both = _window_moments(_standard(first, seen), _standard(second, seen), seen)
     local = both / np.sqrt((square_a + 1e-3) * (square_b + 1e-3))
     weight = np.minimum(np.sqrt(np.maximum(square_a, square_b)), _TEXTURE) * seen
     return ((local > 0.7) * weight).sum((1, 2)) / np.maximum(weight.sum((1, 2)), 1e-6)
 
 # %% ../../nbs/data/07_prints.ipynb #leaks-agree-fine-correlation
 def _fine_correlation(
-    one: np.ndarray,  # (N, 24, 24) float32
-    other: np.ndarray,  # aligned with it
+    first: np.ndarray,  # (N, 24, 24) float32
+    second: np.ndarray,  # aligned with it
     seen: np.ndarray,  # 1 where both are seen
 ) -> np.ndarray:  # (N,), -1..1
     "Correlation of what is finer than a mean of 3 x 3: pictures of one kind share the slopes only."
     weight = np.maximum(_CORE @ seen @ _CORE, 1e-3)
-    standard = [_standard(grey, seen) for grey in (one, other)]
+    standard = [_standard(grey, seen) for grey in (first, second)]
     a, b = (_standard(grey - _CORE @ (grey * seen) @ _CORE / weight, seen) for grey in standard)
     return (a * b).sum((1, 2)) / seen.sum((1, 2))
 
@@ -342,34 +342,34 @@ def _halved(grey: np.ndarray) -> np.ndarray:
     return grey.reshape(len(grey), half, 2, half, 2).mean((2, 4))
 
 
-def _photographs_apart(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+def _photographs_apart(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     "1 - the smaller of agreement and fine correlation of aligned thumbnails; 1 where they do not correlate."
-    apart = np.ones(len(one), np.float32)
-    fit, correlation = _align(_halved(one), _halved(other), np.zeros((len(one), 4), np.float32))
+    apart = np.ones(len(first), np.float32)
+    fit, correlation = _align(_halved(first), _halved(second), np.zeros((len(first), 4), np.float32))
     near = np.flatnonzero(correlation >= _FITTED - 0.1)
-    fit, correlation = _align(one[near], other[near], fit[near])
+    fit, correlation = _align(first[near], second[near], fit[near])
     near, fit = near[correlation >= _FITTED], fit[correlation >= _FITTED]
-    moved, seen = _warp(other[near], fit)
-    apart[near] = 1 - np.minimum(_agreement(one[near], moved, seen), _fine_correlation(one[near], moved, seen))
+    moved, seen = _warp(second[near], fit)
+    apart[near] = 1 - np.minimum(_agreement(first[near], moved, seen), _fine_correlation(first[near], moved, seen))
     return apart
 
 # %% ../../nbs/data/07_prints.ipynb #leaks-same-pictures-apart
 def pictures_apart(
-    one: np.ndarray,  # (N,) of VIEW
-    other: np.ndarray,  # (N,), the pictures to compare with
+    first: np.ndarray,  # (N,) of VIEW
+    second: np.ndarray,  # (N,), the pictures to compare with
     how: np.ndarray,  # (N,), the turn of each
 ) -> tuple[np.ndarray, np.ndarray]:  # (N,) 0 = equal, about 1 = unrelated; (N,) is it the same picture?
     "The judgement on pairs: photographs by what is in them, drawings of a few shapes by their pixels."
-    grey, colour = other["grey"].astype(np.float32), other["colour"].copy()
+    grey, colour = second["grey"].astype(np.float32), second["colour"].copy()
     for kind in np.unique(how):
-        grey[how == kind] = turn(other["grey"][how == kind], kind)
-        colour[how == kind] = turn(other["colour"][how == kind], kind)
-    mine = one["grey"].astype(np.float32)
+        grey[how == kind] = turn(second["grey"][how == kind], kind)
+        colour[how == kind] = turn(second["colour"][how == kind], kind)
+    mine = first["grey"].astype(np.float32)
     rich = np.minimum(_detail(mine), _detail(grey)) >= _DETAIL
     apart = _difference(mine, grey)
-    same = ~rich & (how < 2) & (apart <= _SAME) & (_other_colours(one["colour"], colour, False) <= _COLOUR)
+    same = ~rich & (how < 2) & (apart <= _SAME) & (_other_colours(first["colour"], colour, False) <= _COLOUR)
     apart[rich] = _photographs_apart(mine[rich], grey[rich])
-    same |= rich & (apart <= 1 - _AGREE) & (_other_colours(one["colour"], colour) <= _COLOUR)
+    same |= rich & (apart <= 1 - _AGREE) & (_other_colours(first["colour"], colour) <= _COLOUR)
     return apart, same & (np.minimum(contrast(mine), contrast(grey)) >= FLAT)
 
 # %% ../../nbs/data/07_prints.ipynb #leaks-memory
@@ -382,9 +382,9 @@ def looks_file(
 # %% ../../nbs/data/07_prints.ipynb #leaks-memory-recall
 def _recall(path: Path, first: Mapping[bytes, int], looks: np.ndarray) -> set[bytes]:
     "Put the looks that are on disk into their rows; whose they were."
-    found: set[bytes] = set()
+    recalled: set[bytes] = set()
     if not os.path.isfile(path):  # also where one may not look
-        return found
+        return recalled
     keys = list(first)
     try:
         with closing(sqlite3.connect(path, timeout=10)) as base:
@@ -394,10 +394,10 @@ def _recall(path: Path, first: Mapping[bytes, int], looks: np.ndarray) -> set[by
                 for key, blob in base.execute(f"select key, look from looks where key in ({marks})", some):
                     if isinstance(blob, bytes) and len(blob) == LOOK.itemsize:
                         looks[first[key]] = np.frombuffer(blob, LOOK)[0]
-                        found.add(key)
+                        recalled.add(key)
     except sqlite3.Error as error:
         warnings.warn(f"{path}: looks at pictures are not readable ({error}); delete the file.", stacklevel=2)
-    return found
+    return recalled
 
 # %% ../../nbs/data/07_prints.ipynb #leaks-memory-remember
 def _remember(path: Path, looks: Iterable[tuple[bytes, np.ndarray]]) -> None:
@@ -441,17 +441,17 @@ def look_over(
         if key:
             first.setdefault(key, row)
     looks = np.zeros(len(keys), LOOK)  # the only place where looks are kept: there may be many
-    known, fresh = _recall(path, first, looks), []
-    missing = sum(key not in known for key in keys)
+    recalled, fresh = _recall(path, first, looks), []
+    missing = sum(key not in recalled for key in keys)
     cells = file_cells(rows, "image") if missing else iter([(None, None)] * len(keys))
     with progress(desc=f"looking for copies ({what})", total=missing, unit="image") as bar:
         for row, (key, (place, data)) in enumerate(zip(keys, cells, strict=True)):
-            if key in known:
+            if key in recalled:
                 looks[row] = looks[first[key]]
             elif key:
                 looks[row] = take_look(Path(place or "").read_bytes() if data is None else data.to_pybytes())
                 if looks[row]["readable"]:
-                    known.add(key)
+                    recalled.add(key)
                     fresh.append(row)
                 bar.update()
     if fresh:

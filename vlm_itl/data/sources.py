@@ -138,14 +138,14 @@ def _arrange(
     source: str,  # for messages
 ) -> Splits:
     "train + val: val is the test, as in VOC. train + val + test: as named. One split: left whole, to be carved."
-    known = {_ALIASES.get(name.casefold(), name.casefold()): rows for name, rows in named.items()}
+    by_name = {_ALIASES.get(name.casefold(), name.casefold()): rows for name, rows in named.items()}
     if len(named) == 1:
         return Splits(labels, next(iter(named.values())))
-    if "train" not in known or not {"val", "test"} & set(known):
+    if "train" not in by_name or not {"val", "test"} & set(by_name):
         raise DataError(f"{source}: found the splits {sorted(named)}, needed train and val or test")
-    if "test" in known:
-        return Splits(labels, known["train"], known["test"], known.get("val"))
-    return Splits(labels, known["train"], known["val"])
+    if "test" in by_name:
+        return Splits(labels, by_name["train"], by_name["test"], by_name.get("val"))
+    return Splits(labels, by_name["train"], by_name["val"])
 
 # %% ../../nbs/data/10_sources.ipynb #data-sources-made
 @register_source("toy")
@@ -195,11 +195,11 @@ def _with_ids(named: Mapping[str, Dataset]) -> dict[str, Dataset]:
     "Splits whose names have become ids."
     names = [name for rows in named.values() for name in row_ids(rows)]
     ids = dict(zip(names, safe_ids(list(dict.fromkeys(names))), strict=False)) if len(set(names)) == len(names) else {}
-    found: dict[str, Dataset] = {}
+    renamed: dict[str, Dataset] = {}
     for split, rows in named.items():
         mine = [ids.get(name, name) for name in row_ids(rows)]
-        found[split] = rows.remove_columns("id").add_column("id", mine).select_columns(["id", "image", "mask"])
-    return found
+        renamed[split] = rows.remove_columns("id").add_column("id", mine).select_columns(["id", "image", "mask"])
+    return renamed
 
 # %% ../../nbs/data/10_sources.ipynb #data-sources-voc
 @register_source("voc")
@@ -350,12 +350,12 @@ def _hub_source(
     allowed = ["splits", "image_column", "mask_column", "config", "revision", *LABEL_OPTIONS]
     for name in options:
         check_choice("option of a `datasets` source", name, allowed)
-    found = _fetch(source, cache_dir, options)
-    wanted = options.get("splits") or {name: name for name in found}
+    fetched = _fetch(source, cache_dir, options)
+    wanted = options.get("splits") or {name: name for name in fetched}
     for name in wanted.values():
-        check_choice("split", name, list(found))
+        check_choice("split", name, list(fetched))
     try:
-        named = {split: _hub_rows(found[name], name, options) for split, name in wanted.items()}
+        named = {split: _hub_rows(fetched[name], name, options) for split, name in wanted.items()}
     except DataError as error:
         more = f". {hint(resolve_path(source))}" if resolve_path(source).is_dir() else ""
         raise DataError(f"{source}: {error}{more}") from None
@@ -424,7 +424,7 @@ def _divide(
     free = ["train", "test"] if once else ["train"] if splits.val is None else []
     groups = _whole_groups(parts, looks, free, named, splits.clips)
     rows_of = {s: dict(zip(row_ids(rows), looks[s], strict=True)) for s, rows in parts.items() if s in looks}
-    seen = {name: look for known in rows_of.values() for name, look in known.items()}
+    seen = {name: look for by_id in rows_of.values() for name, look in by_id.items()}
     if once:
         names, kept = row_ids(whole), {*row_ids(train), *row_ids(test)}
         order = [place for place in draw_order(whole, seed, "test") if names[place] in kept]
