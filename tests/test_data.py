@@ -15,9 +15,10 @@ from PIL import Image
 
 from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.core.seeds import stable_hash
+from vlm_itl.data.groups import carve
 from vlm_itl.data.labels import VOID, LabelSpace
 from vlm_itl.data.masks import raw_rows, row_ids
-from vlm_itl.data.sources import SOURCES, SegData, carve, check_data, load_data, register_source, toy_images
+from vlm_itl.data.sources import SOURCES, SegData, check_data, load_data, register_source, toy_images
 
 VOC = LabelSpace.voc()
 AS_VOC = {"classes": "voc"}

@@ -38,7 +38,7 @@ from vlm_itl.data.masks import (
     read_mask,
 )
 from vlm_itl.data.sources import check_data, load_data
-from vlm_itl.data.transforms import LARGE, EvalTransform, TrainTransform, predicted_classes, unpad_one
+from vlm_itl.data.transforms import _LARGE, EvalTransform, TrainTransform, predicted_classes, unpad_one
 from vlm_itl.experiment.annotator import mask_pixels
 from vlm_itl.vlm.handler import JudgeQuery
 from vlm_itl.vlm.render import render
@@ -476,7 +476,7 @@ def test_wide_pictures(tmp_path: Path, record_property: Record) -> None:
 def test_one_class_at_a_time_is_the_same() -> None:
     """Large images are predicted class by class, to the bit as small ones are."""
     logits = torch.randn(5, 24, 24, generator=torch.Generator().manual_seed(0))
-    native = (1500, LARGE // 1500 + 7)
+    native = (1500, _LARGE // 1500 + 7)
     box = (round(96 * native[0] / native[1]), 96)
     whole = unpad_one(logits, box, 96, native).argmax(0)
     assert (predicted_classes(logits, box, 96, native) == whole).all()

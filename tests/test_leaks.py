@@ -22,23 +22,14 @@ from datasets import Image as ImageColumn
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 from torch.utils.data import DataLoader
 
-import vlm_itl.data.leaks as leaks_module
 from vlm_itl.core.checks import ConfigError, DataError, LeakError, VlmItlError
-from vlm_itl.data.leaks import (
-    TURNS,
-    check_apart,
-    check_leaks,
-    find_twins,
-    inner_box,
-    look_over,
-    looks_file,
-    name_groups,
-    seal,
-    take_look,
-    together,
-    turn,
-)
+from vlm_itl.data import leaks as leaks_module
+from vlm_itl.data import prints as prints_module
+from vlm_itl.data.groups import name_groups
+from vlm_itl.data.leaks import check_apart, check_leaks, find_twins, seal, together
 from vlm_itl.data.masks import DecodeRows, make_rows, raw_rows, read_image, row_ids
+from vlm_itl.data.prints import LOOK, TURNS, inner_box, look_over, looks_file, take_look, turn, turn_waves
+from vlm_itl.data.prints import wave_shapes as shapes_of
 from vlm_itl.data.scenes import SceneOptions, draw_scene, make_scenes
 from vlm_itl.data.sources import check_data, load_data
 from vlm_itl.data.transforms import EvalTransform, TrainingSet, TrainTransform
@@ -239,7 +230,7 @@ def test_f06_exact_copies_of_what_cannot_be_recognised() -> None:
     for file in (flat, pixel, broken, b"", b"no picture"):
         assert is_twin(take_look(file), take_look(file)), file[:8]
     assert not is_twin(take_look(flat), take_look(pixel)) and not is_twin(take_look(b""), take_look(broken))
-    missing = np.zeros((), leaks_module.LOOK)
+    missing = np.zeros((), LOOK)
     assert not is_twin(missing, missing) and len(set(together(["a", "b"], np.array([missing] * 2)).values())) == 2
 
 
@@ -257,9 +248,9 @@ def test_f37_each_of_the_eight_turns(place: int, scene_looks: np.ndarray, scene_
     if way is not None:
         pillow = np.asarray(Image.fromarray(grid[0].astype(np.uint8)).transpose(Image.Transpose(way)))
         assert np.array_equal(pillow, turn(grid, place)[0])
-    waves = leaks_module.waves(np.arange(24 * 24).reshape(1, 24, 24) % 37)
-    again = leaks_module.waves(turn(np.arange(24 * 24).reshape(1, 24, 24) % 37, place))
-    assert np.allclose(leaks_module.turn_waves(waves, place), again, atol=0.1)
+    waves = prints_module.waves(np.arange(24 * 24).reshape(1, 24, 24) % 37)
+    again = prints_module.waves(turn(np.arange(24 * 24).reshape(1, 24, 24) % 37, place))
+    assert np.allclose(turn_waves(waves, place), again, atol=0.1)
 
 
 CHANGES: dict[str, Callable[[Image.Image], bytes]] = {
@@ -331,19 +322,20 @@ def test_limits_decide(monkeypatch: pytest.MonkeyPatch, scene_files: list[bytes]
     picture = read_image({"bytes": scene_files[1], "path": None})
     one, other = take_look(scene_files[1]), take_look(encoded(ImageEnhance.Color(picture).enhance(1.3), quality=80))
     assert is_twin(one, other)
-    for name, closed in {"STRONG": 1.1, "FITTED": 1.1, "AGREE": 1.1, "COLOUR": 0, "FLAT": 200, "DETAIL": 1.1}.items():
+    limits = {"_STRONG": 1.1, "_FITTED": 1.1, "_AGREE": 1.1, "_COLOUR": 0, "FLAT": 200, "_DETAIL": 1.1}
+    for name, closed in limits.items():
         with monkeypatch.context() as patch:
-            patch.setattr(leaks_module, name, closed)
-            patch.setattr(leaks_module, "SAME", 0)
+            patch.setattr(leaks_module if name == "_STRONG" else prints_module, name, closed)
+            patch.setattr(prints_module, "_SAME", 0)
             assert not is_twin(one, other), name
 
 
 def test_limits_of_what_is_looked_at_closely() -> None:
     """Waves alike and hashes near, or waves so much alike that hashes do not count: each limit to one step."""
     one, other = (np.kron(np.random.default_rng(s).integers(0, 256, (8, 8)), np.ones((3, 3))) for s in (0, 1))
-    looks = np.zeros(41, leaks_module.LOOK)
+    looks = np.zeros(41, LOOK)
     looks["readable"], looks["grey"] = True, [(1 - t) * one + t * other for t in np.linspace(0, 1, 41)]
-    shapes = leaks_module._Views(looks).shapes().reshape(41, -1)
+    shapes = shapes_of(looks["grey"]).reshape(41, -1)
     assert (shapes @ shapes[0])[[11, 12, 20, 21]] == pytest.approx([0.919, 0.897, 0.578, 0.522], abs=0.001)
 
     def kept(step: int, apart: int) -> bool:
@@ -912,7 +904,4 @@ def test_leaks_setting_reaches_the_data(scenes: list[bytes], tmp_path: Path) -> 
 
 def test_version_of_looks_is_in_the_name() -> None:
     """Looks of another kind must not be read: whoever changes `LOOK` changes the file's name."""
-    assert (
-        leaks_module.LOOK.itemsize == 64 + 2 + 2 * (8 + 24 * 24 + 8 * 8 * 2)
-        and looks_file("x").name == "looks-2.sqlite"
-    )
+    assert LOOK.itemsize == 64 + 2 + 2 * (8 + 24 * 24 + 8 * 8 * 2) and looks_file("x").name == "looks-2.sqlite"

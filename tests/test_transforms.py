@@ -19,7 +19,7 @@ from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.labels import VOID, LabelSpace
 from vlm_itl.data.masks import make_rows, raw_rows
 from vlm_itl.data.sources import SegData, load_data, toy_images
-from vlm_itl.data.transforms import EvalTransform, TrainingSet, TrainTransform, collate, unpad_logits, unpad_one
+from vlm_itl.data.transforms import EvalTransform, TrainingSet, TrainTransform, collate, unpad_one
 
 TOY = toy_images()
 LABELS = LabelSpace(tuple(f"class {index}" for index in range(200)))
@@ -231,8 +231,8 @@ def test_real_voc_goes_there_and_back(voc: Path) -> None:
         small = np.asarray(Image.fromarray(row["mask"]).resize((width, height), Image.Resampling.NEAREST))
         square = torch.zeros(256, 256, dtype=torch.long)
         square[:height, :width] = torch.from_numpy(np.where(small == VOID, 0, small).astype(np.int64))
-        logits = F.one_hot(square, 21).permute(2, 0, 1)[None].float()
-        back = unpad_logits(logits, [shown["box"]], 256, [shown["native"]])[0].argmax(0).numpy()
+        logits = F.one_hot(square, 21).permute(2, 0, 1).float()
+        back = unpad_one(logits, shown["box"], 256, shown["native"]).argmax(0).numpy()
         labelled = row["mask"] != VOID
         agree.append((back == row["mask"])[labelled].mean())
     assert np.mean(agree) > 0.985

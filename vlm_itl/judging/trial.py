@@ -28,10 +28,11 @@ from ..core.plugins import described, load_plugins
 from ..core.runfolder import FREE_SETTINGS, RunFolder, protected
 from ..core.seeds import make_rng
 from ..core.settings import named_run, read_settings
+from ..data.groups import take_groups
 from ..data.labels import MeaningError
 from ..data.leaks import LEAKS
 from ..data.masks import DecodeRows, MaskStore, raw_rows, row_ids
-from ..data.sources import SegData, load_data, take_groups
+from ..data.sources import SegData, load_data
 from .certify import certify
 from .corruption import corruption_queries, folder_queries, truth_reader
 
