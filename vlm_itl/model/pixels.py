@@ -221,7 +221,7 @@ def pixels_of(
     name: str,  # local folder or Hub id
     model_type: str,  # its family, as config.json has it
 ) -> Pixels:
-    "What the checkpoint's own processor does, or its family's. `ConfigError` for one that cannot be used or written down."
+    "What the checkpoint's own processor does, or its family's; `ConfigError` where that cannot be used or saved."
     own = processor_of(name)
     processor = family_processor(model_type) if own is None else own
     norm = Normalisation() if processor is None else check_writable(watch_processor(processor, name), name)
