@@ -28,8 +28,7 @@ class RunningLoss:
     "The mean loss since the last report, and over the whole training."
 
     def __init__(self) -> None:
-        self.sums = torch.zeros(2, dtype=torch.float64)  # since the last report, in total
-        self.steps = [0, 0]
+        self.sums, self.steps = torch.zeros(2, dtype=torch.float64), [0, 0]  # since the last report, in total
 
     def add(
         self,
