@@ -57,8 +57,8 @@ def _refuse_values(
     if what == "truth":
         wrong &= wide != ignore_index
         allowed += f" or {ignore_index} (void)"
-    found = torch.unique(wide[wrong]).tolist()
-    listed = ", ".join(map(str, found[:5])) + (", ..." if len(found) > 5 else "")
+    strange = torch.unique(wide[wrong]).tolist()
+    listed = ", ".join(map(str, strange[:5])) + (", ..." if len(strange) > 5 else "")
     raise DataError(f"{what} holds {listed} in {int(wrong.sum())} pixels; allowed are {allowed}.")
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-tables

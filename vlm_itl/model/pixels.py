@@ -153,8 +153,8 @@ def processor_of(
     try:
         return AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
     except Exception as error:  # settings of any kind, read by code of any kind
-        known = [kinds.get("torchvision") for kinds in IMAGE_PROCESSOR_MAPPING_NAMES.values()]
-        if given.get("image_processor_type") in known and not is_torchvision_available():
+        need_torchvision = [kinds.get("torchvision") for kinds in IMAGE_PROCESSOR_MAPPING_NAMES.values()]
+        if given.get("image_processor_type") in need_torchvision and not is_torchvision_available():
             return _without_torchvision(name, given)
         reason = one_line(str(error) or type(error).__name__, 200)
         if "trust_remote_code" in reason:

@@ -292,13 +292,13 @@ def _some(names: list[str]) -> str:
 def _taken_note(
     theirs: list[str],  # classes of the checkpoint's head
     ours: tuple[str, ...],  # the classes that are wanted
-    known: list[str],  # those of ours that it has
+    shared: list[str],  # those of ours that it has
 ) -> str:
     "What was taken over, in words."
-    if len(known) == len(ours) == len(theirs):
+    if len(shared) == len(ours) == len(theirs):
         return f"its head's classes ({_some(theirs)}) are put into our order by name"
-    new = [name for name in ours if name not in known]
-    taken = f"of its head's {len(theirs)} classes ours are taken over by name: {_some(known)}"
+    new = [name for name in ours if name not in shared]
+    taken = f"of its head's {len(theirs)} classes ours are taken over by name: {_some(shared)}"
     return taken + (f"; new: {_some(new)}" if new else "")
 
 # %% ../../nbs/model/04_pretrained.ipynb #model-head
@@ -320,8 +320,8 @@ def _carry_head(
     if in_place:
         trusted = "its classes have no names (LABEL_0, ...): they are taken in our order"
         return [] if unnamed(labels.names) else [trusted]
-    known = [n for n, place in zip(labels.names, match, strict=True) if place is not None]
-    source = _from_pretrained(name, settings) if known else None
+    shared = [n for n, place in zip(labels.names, match, strict=True) if place is not None]
+    source = _from_pretrained(name, settings) if shared else None
     if not rows & loaded.fresh:  # as many classes, and their rows lie where ours should be
         drawn = AutoModelForSemanticSegmentation.from_config(loaded.net.config).state_dict()
         take_rows(loaded.net, drawn, sorted(rows), range(len(labels)))
@@ -330,7 +330,7 @@ def _carry_head(
         return [f"its head was trained for other classes ({_some(theirs)})"]
     take_rows(loaded.net, source.net.state_dict(), sorted(rows), match)
     loaded.fresh -= rows
-    return [_taken_note(theirs, tuple(labels.names), known)]
+    return [_taken_note(theirs, tuple(labels.names), shared)]
 
 # %% ../../nbs/model/04_pretrained.ipynb #model-defaults
 # settings for turning an image classifier into a segmenter, by `model_type`

@@ -46,7 +46,7 @@ def _cannot_show(
             f"the memory does not hold {shown}: lower batch_size, eval_batch_size or image_size ({reason})."
         )
     if "more than 1 value per channel" in reason:
-        hint = "its BatchNorm needs more than one value a channel: set batch_size above 1, or batch_norm to freeze"
+        hint = "its BatchNorm needs more than one value per channel: set batch_size above 1, or batch_norm to freeze"
     else:
         made_for = getattr(getattr(net, "config", None), "image_size", None)
         hint = "choose another image_size or crop" + (f"; it was made for {show(made_for, 40)}" if made_for else "")
