@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Family', 'Prepare', 'ERROR_KINDS', 'TARGETS', 'MIN_CHANGE', 'register_error', 'components', 'erode', 'dilate',
-           'shift', 'swap', 'drop', 'add', 'merge', 'Spoilt', 'spoil_mask', 'truth_reader', 'corruption_queries',
-           'folder_queries']
+           'shift', 'swap', 'drop', 'add', 'merge', 'Spoilt', 'spoil_mask', 'truth_reader', 'some_rows',
+           'corruption_queries', 'rows_in_folder', 'folder_queries']
 
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-imports
 import math
@@ -204,6 +204,19 @@ def drop(
 
     return spoil
 
+# %% ../../nbs/judging/04_corruption.ipynb #corruption-add-stamp
+def _stamp(shape: Image.Image, scale: float, centre: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    "A shape, resized and set down around a pixel, bool (H, W); what would lie outside is cut off."
+    width, height = (max(1, round(side * scale)) for side in shape.size)
+    patch = np.asarray(shape.resize((width, height), Image.Resampling.NEAREST))
+    stamp = np.zeros(size, bool)
+    top, left = int(centre[0]) - height // 2, int(centre[1]) - width // 2
+    inside = stamp[max(0, top) : top + height, max(0, left) : left + width]
+    y, x = max(0, -top), max(0, -left)
+    inside[...] = patch[y : y + inside.shape[0], x : x + inside.shape[1]]
+    stamp[tuple(centre)] = True
+    return stamp
+
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-drop-add
 @register_error("add")
 def add(
@@ -224,18 +237,20 @@ def add(
     centre = np.argwhere(free)[int(rng.integers(free.sum()))]
 
     def spoil(strength: float) -> np.ndarray:
-        scale = math.sqrt(strength * 0.5 * free.sum() / region.sum())
-        size = (max(1, round(shape.width * scale)), max(1, round(shape.height * scale)))
-        patch = np.asarray(shape.resize(size, Image.Resampling.NEAREST))
-        stamp = np.zeros(truth.shape, bool)
-        top, left = int(centre[0]) - size[1] // 2, int(centre[1]) - size[0] // 2
-        inside = stamp[max(0, top) : top + size[1], max(0, left) : left + size[0]]
-        y, x = max(0, -top), max(0, -left)
-        inside[...] = patch[y : y + inside.shape[0], x : x + inside.shape[1]]
-        stamp[tuple(centre)] = True
+        stamp = _stamp(shape, math.sqrt(strength * 0.5 * free.sum() / region.sum()), centre, truth.shape)
         return np.where(stamp & free, class_id, truth).astype(np.uint8)
 
     return spoil
+
+# %% ../../nbs/judging/04_corruption.ipynb #corruption-merge-neighbours
+def _neighbours(
+    truth: np.ndarray, parts: list[np.ndarray], rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, int]:
+    "Distance from one object, float (H, W); its nearest neighbour, bool (H, W); the first one's class."
+    first = int(rng.integers(len(parts)))
+    away = ndimage.distance_transform_edt(~parts[first])
+    second = min((i for i in range(len(parts)) if i != first), key=lambda i: float(away[parts[i]].min()))
+    return away, parts[second], int(truth[parts[first]][0])
 
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-merge
 @register_error("merge")
@@ -248,10 +263,7 @@ def merge(
     parts = components(truth, labels)
     if len(parts) < 2:
         return None
-    first = int(rng.integers(len(parts)))
-    away = ndimage.distance_transform_edt(~parts[first])
-    second = min((i for i in range(len(parts)) if i != first), key=lambda i: float(away[parts[i]].min()))
-    neighbour, own = parts[second], int(truth[parts[first]][0])
+    away, neighbour, own = _neighbours(truth, parts, rng)
     gap, size = float(away[neighbour].min()), math.sqrt(neighbour.sum())
     reach = np.full(truth.shape, np.inf)  # strength from which a pixel is taken
     between = truth == _background(labels)
@@ -283,6 +295,14 @@ class Spoilt:
     changed: float  # share of the known pixels that differ from the truth
     mask: np.ndarray  # uint8 (H, W), void where the truth is void
 
+
+def _attempt(kind: str, family: Family, strength: float, truth: np.ndarray, labels: LabelSpace) -> Spoilt:
+    "A mask spoilt that far, and what is left of it; void as in the truth."
+    known, made = truth != VOID, family(strength)
+    mask = np.where(known, np.where(made == VOID, _background(labels), made), VOID).astype(np.uint8)
+    changed = float((mask[known] != truth[known]).mean())
+    return Spoilt(kind, 1.0, strength, image_iou(mask, truth, len(labels)), changed, mask)
+
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-aim-spoil-mask
 def spoil_mask(
     truth: np.ndarray,  # uint8 (H, W), 255 = void
@@ -291,34 +311,30 @@ def spoil_mask(
     targets: Sequence[float] = TARGETS,  # IoUs aimed at, in [0, 1)
     seed: int = 0,  # other seed, other errors
     name: str = "",  # of the image: each has errors of its own
-) -> list[Spoilt]:  # one a target, without repeats; empty where this kind cannot be
+) -> list[Spoilt]:  # one per target, without repeats; empty where this kind cannot be
     "Spoil a true mask in one way, at several severities. A pure function of its arguments."
     check_choice("kind", kind, ERROR_KINDS)
-    background = _background(labels)
+    objects = _objects(truth, labels)
     family = ERROR_KINDS[kind](truth, labels, make_rng(seed, "corruption", kind, name))
     if family is None:
         return []
 
-    def attempt(strength: float) -> Spoilt:
-        made = family(strength)
-        mask = np.where(known, np.where(made == VOID, background, made), VOID).astype(np.uint8)
-        changed = float((mask[known] != truth[known]).mean())
-        return Spoilt(kind, 1.0, float(strength), image_iou(mask, truth, len(labels)), changed, mask)
+    def attempts(strengths: np.ndarray) -> list[Spoilt]:
+        return [_attempt(kind, family, float(strength), truth, labels) for strength in strengths]
 
-    known = truth != VOID
-    least = min(MIN_CHANGE, 0.1 * float(_objects(truth, labels)[known].mean()))
-    tried = [attempt(strength) for strength in _GRID]
-    found: dict[bytes, Spoilt] = {}
+    least = min(MIN_CHANGE, 0.1 * float(objects[truth != VOID].mean()))
+    tried = attempts(_GRID)
+    kept: dict[bytes, Spoilt] = {}
     for target in targets:
         check_number("target", target, 0, 1)
-        best = int(np.argmin([abs(one.iou - target) + 9 * (one.changed < least) for one in tried]))
+        best = int(np.argmin([abs(spoilt.iou - target) + 9 * (spoilt.changed < least) for spoilt in tried]))
         low, high = (_GRID[max(0, best - 1)] if best else 0.0), _GRID[min(len(_GRID) - 1, best + 1)]
-        near = [attempt(strength) for strength in np.linspace(low, high, 9)[1:-1]]
-        usable = [one for one in (tried[best], *near) if one.changed >= least]
+        near = attempts(np.linspace(low, high, 9)[1:-1])
+        usable = [spoilt for spoilt in (tried[best], *near) if spoilt.changed >= least]
         if usable:
-            one = min(usable, key=lambda one: abs(one.iou - target))
-            found.setdefault(one.mask.tobytes(), replace(one, target=float(target)))
-    return list(found.values())
+            nearest = min(usable, key=lambda spoilt: abs(spoilt.iou - target))
+            kept.setdefault(nearest.mask.tobytes(), replace(nearest, target=float(target)))
+    return list(kept.values())
 
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-queries
 def truth_reader(
@@ -336,18 +352,42 @@ def truth_reader(
 
     return truth
 
+# %% ../../nbs/judging/04_corruption.ipynb #corruption-queries-some-rows
+def some_rows(
+    rows: Dataset,  # any columns
+    limit: int,  # how many; 0: all
+    seed: int,  # of the choice
+) -> list[int]:  # places in `rows`, rising
+    "At most `limit` rows, chosen by seed."
+    check_number("limit", limit, 0, integer=True)
+    if not limit or limit >= len(rows):
+        return list(range(len(rows)))
+    return sorted(make_rng(seed, "judged images").choice(len(rows), limit, replace=False).tolist())
+
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-queries-image-reader
+_COLUMNS = ("kind", "target", "strength", "iou", "changed")
+
+
 def _image_reader(images: Dataset, row: int) -> Callable[[], Image.Image]:
     "Load one image when asked."
     return lambda: images[row]["image"]
 
 
-def _some(rows: Dataset, limit: int, seed: int) -> list[int]:
-    "At most `limit` rows by seed, in order; 0: all."
-    check_number("limit", limit, 0, integer=True)
-    if not limit or limit >= len(rows):
-        return list(range(len(rows)))
-    return sorted(make_rng(seed, "judged images").choice(len(rows), limit, replace=False).tolist())
+def _with_errors(
+    name: str,
+    truth: np.ndarray,
+    labels: LabelSpace,
+    kinds: Sequence[str],
+    targets: Sequence[float],
+    most: int,
+    seed: int,
+) -> list[Spoilt]:
+    "The true mask of an image, then the spoilt ones, at most so many of them (0: all)."
+    made = [spoilt for kind in kinds for spoilt in spoil_mask(truth, kind, labels, targets, seed, name)]
+    if most and len(made) > most:
+        picked = make_rng(seed, "errors kept", name).choice(len(made), most, replace=False)
+        made = [made[i] for i in sorted(picked.tolist())]
+    return [Spoilt("none", 1.0, 0.0, image_iou(truth, truth, len(labels)), 0.0, truth), *made]
 
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-queries-corruption-queries
 def corruption_queries(
@@ -360,30 +400,34 @@ def corruption_queries(
     limit: int = 0,  # images, chosen by seed; 0: all
     per_image: int = 0,  # spoilt masks kept of each image, chosen by seed; 0: all
     question: str = "quality",  # what the judge is asked
-) -> tuple[
-    list[JudgeQuery], pd.DataFrame
-]:  # queries; id, kind, target, strength, iou, changed, class, size, error of each
+) -> tuple[list[JudgeQuery], pd.DataFrame]:  # and id, kind, target, strength, iou, changed, class, size, error of each
     "Every image with its true mask and with spoilt ones."
     check_number("per_image", per_image, 0, integer=True)
     images = rows.remove_columns("mask")
     queries: list[JudgeQuery] = []
     table: list[dict[str, Any]] = []
-    for row in progress(_some(rows, limit, seed), desc="spoiling masks", unit="image"):
+    for row in progress(some_rows(rows, limit, seed), desc="spoiling masks", unit="image"):
         example = rows[row]
         name, truth = str(example["id"]), example["mask"]
-        made = [one for kind in kinds or ERROR_KINDS for one in spoil_mask(truth, kind, labels, targets, seed, name)]
-        if per_image and len(made) > per_image:
-            picked = make_rng(seed, "errors kept", name).choice(len(made), per_image, replace=False)
-            made = [made[i] for i in sorted(picked.tolist())]
-        iou = image_iou(truth, truth, len(labels))
-        for one in [Spoilt("none", 1.0, 0.0, iou, 0.0, truth), *made]:
-            queries.append(JudgeQuery(name, _image_reader(images, row), one.mask, question=question, labels=labels))
-            known = {"id": name, **{field: getattr(one, field) for field in _COLUMNS}}
-            table.append({**known, **mask_groups(one.mask, truth, labels)})
+        for spoilt in _with_errors(name, truth, labels, list(kinds or ERROR_KINDS), targets, per_image, seed):
+            image = _image_reader(images, row)
+            queries.append(JudgeQuery(name, image, spoilt.mask, question=question, labels=labels))
+            known = {"id": name, **{field: getattr(spoilt, field) for field in _COLUMNS}}
+            table.append({**known, **mask_groups(spoilt.mask, truth, labels)})
     return queries, pd.DataFrame(table)
 
-# %% ../../nbs/judging/04_corruption.ipynb #corruption-queries-columns
-_COLUMNS = ("kind", "target", "strength", "iou", "changed")
+# %% ../../nbs/judging/04_corruption.ipynb #corruption-folder-rows
+def rows_in_folder(
+    rows: Dataset,  # column id
+    folder: Path,  # predicted masks: ID.png
+) -> list[int]:  # places in `rows`
+    "The rows that have a mask in a folder."
+    return [row for row, image_id in enumerate(row_ids(rows)) if (folder / f"{image_id}.png").is_file()]
+
+
+def _none_of(labels: LabelSpace) -> int:
+    "What an unlabelled pixel of a predicted mask claims: background."
+    return background_of(labels) or 0
 
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-folder
 def folder_queries(
@@ -399,7 +443,7 @@ def folder_queries(
     place = resolve_path(folder)
     if not place.is_dir():
         raise DataError(f"{place}: no such folder; it should hold predicted masks, ID.png for each image")
-    there = [row for row, image_id in enumerate(row_ids(rows)) if (place / f"{image_id}.png").is_file()]
+    there = rows_in_folder(rows, place)
     if not there:
         raise DataError(
             f"{place}: no mask ID.png for any of the {len(rows)} images (the first is {row_ids(rows)[0]!r})"
@@ -408,7 +452,7 @@ def folder_queries(
     images = kept.remove_columns("mask")
     queries: list[JudgeQuery] = []
     table: list[dict[str, Any]] = []
-    for row in progress(_some(kept, limit, seed), desc="reading masks", unit="image"):
+    for row in progress(some_rows(kept, limit, seed), desc="reading masks", unit="image"):
         example = kept[row]
         name, truth = str(example["id"]), example["mask"]
         mask = read_mask(place / f"{name}.png", labels, name=name)
@@ -418,8 +462,3 @@ def folder_queries(
         iou = image_iou(np.where(mask == VOID, _none_of(labels), mask), truth, len(labels))
         table.append({"id": name, "kind": "model", "iou": iou, **mask_groups(mask, truth, labels)})
     return queries, pd.DataFrame(table)
-
-# %% ../../nbs/judging/04_corruption.ipynb #corruption-folder-none-of
-def _none_of(labels: LabelSpace) -> int:
-    "What an unlabelled pixel of a predicted mask claims: background."
-    return background_of(labels) or 0
