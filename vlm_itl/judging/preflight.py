@@ -207,9 +207,9 @@ def preflight_table(
     }
     if found.get("lost"):
         rows["given up"] = ", ".join(f"{name}: {how}" for name, how in found["lost"].items())
-    rows["tokens a question"] = "not known" if found["tokens"] is None else f"{found['tokens']:.0f}"
-    rows["price a question"] = _price_text(found, still_to_ask)
-    rows["seconds a question"] = "not known" if found["seconds"] is None else f"{found['seconds']:.2f}"
+    rows["tokens per question"] = "not known" if found["tokens"] is None else f"{found['tokens']:.0f}"
+    rows["price per question"] = _price_text(found, still_to_ask)
+    rows["seconds per question"] = "not known" if found["seconds"] is None else f"{found['seconds']:.2f}"
     if found.get("order_gap") is not None:
         gap = found["order_gap"]
         rows["batch in reverse"] = "the same" if gap <= 1e-5 else f"p_yes CHANGES by {gap:.2g}: ask with batch_size=1"
