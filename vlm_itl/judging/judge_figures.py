@@ -82,14 +82,8 @@ def plot_roc(
 def _level(axes: Axes, height: float, text: str, place: tuple[float, float], **line: Any) -> None:
     "A level line, and a word above it."
     axes.axhline(height, **line)
-    axes.annotate(
-        text,
-        (place[0], height),
-        (place[1], 3),
-        textcoords="offset points",
-        fontsize=8,
-        ha="right" if place[0] else "left",
-    )
+    side = "right" if place[0] else "left"
+    axes.annotate(text, (place[0], height), (place[1], 3), textcoords="offset points", fontsize=8, ha=side)
 
 
 def plot_risk_coverage(
@@ -123,9 +117,8 @@ def _draw_shares(
 ) -> None:
     "Shares with their exact intervals."
     share, (low, high) = count / of, exact_interval(count, of)
-    axes.errorbar(
-        x, share, [share - low, high - share], marker="o", markersize=5, capsize=2, elinewidth=0.9, label=name, **style
-    )
+    bars = [share - low, high - share]
+    axes.errorbar(x, share, bars, marker="o", markersize=5, capsize=2, elinewidth=0.9, label=name, **style)
 
 # %% ../../nbs/judging/06_judge_figures.ipynb #judge-figures-reliability-plot-reliability
 def plot_reliability(
