@@ -15,6 +15,7 @@ import vlm_itl.experiment.config  # noqa: F401  makes every judge known
 from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.core.files import to_json
 from vlm_itl.data.labels import LabelSpace
+from vlm_itl.judging.cards import card_table, interval_text, mask_groups, paired_difference, rank_judges, report_card
 from vlm_itl.judging.judge_figures import (
     plot_acceptance,
     plot_break_even,
@@ -28,15 +29,9 @@ from vlm_itl.judging.measures import (
     SCORE_MEASURES,
     VERDICT_MEASURES,
     break_even,
-    card_table,
     gather_answers,
     image_weights,
-    interval_text,
-    mask_groups,
     match_acceptance,
-    paired_difference,
-    rank_judges,
-    report_card,
     risk_coverage,
     score_measures,
     verdict_measures,

@@ -12,7 +12,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "measures": ["verdict_metrics", "report_card", "rank_judges", "break_even"],
+        "measures": ["verdict_metrics", "break_even"],
+        "cards": ["report_card", "rank_judges"],
         "certify": ["certify"],
         "corruption": ["spoil_mask", "register_error"],
         "preflight": ["preflight"],
