@@ -26,7 +26,8 @@ from vlm_itl.experiment.human_turn import policy_groups, spent_pixels
 from vlm_itl.experiment.ledger import Ledger
 from vlm_itl.experiment.loop import run_al
 from vlm_itl.experiment.pool import Pool, training_rows
-from vlm_itl.experiment.report import plot_learning_curve, round_table
+from vlm_itl.experiment.report import round_table
+from vlm_itl.experiment.run_figures import plot_learning_curve
 from vlm_itl.model.gradient import GradientProbe
 from vlm_itl.model.metrics import image_iou
 from vlm_itl.model.predict import Inference, predict_batches
@@ -435,7 +436,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of which only the records matter."""
-    monkeypatch.setattr("vlm_itl.experiment.report.save_figures", lambda folder: [])
+    monkeypatch.setattr("vlm_itl.experiment.run_figures.save_figures", lambda folder: [])
 
 
 def run(folder: Path, out: Path, **settings: Any) -> list[Any]:

@@ -48,7 +48,7 @@ _MOVED = {
     "pool": ["experiment.pool", "experiment.ledger", "experiment.annotator", "judging.measures"],
     "regions": ["sampler.regions"],
     "render": ["vlm.render"],
-    "report": ["experiment.report", "core.figures"],
+    "report": ["experiment.report", "experiment.run_figures", "core.figures"],
     "run": ["cli.run"],
     "runfolder": ["core.runfolder"],
     "scenes": ["data.scenes", "data.labels"],

@@ -57,7 +57,8 @@ from vlm_itl.experiment.judge_turn import (
 )
 from .ledger import Ledger
 from .pool import Pool, budget_schedule, training_rows
-from .report import aubc, save_figures
+from .report import aubc
+from .run_figures import save_figures
 from .tracking import Tracker, make_tracker
 from ..judging.corruption import truth_reader
 from ..judging.measures import verdict_metrics
