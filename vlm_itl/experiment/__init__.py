@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "ledger": ["Ledger"],
         "pool": ["Pool"],
         "report": ["read_run", "list_runs", "round_table", "summary_table"],
-        "run_figures": ["plot_learning_curve"],
+        "run_figures": ["plot_gallery", "plot_learning_curve"],
         "compare": ["compare"],
         "loop": ["Experiment", "run_al", "run_baseline"],
     },
