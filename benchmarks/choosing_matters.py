@@ -99,7 +99,8 @@ def report(folder: Path, name: str, command: str) -> None:
     from vlm_itl.core.figures import save_png
     from vlm_itl.core.files import write_json
     from vlm_itl.experiment.compare import compare, plot_compare
-    from vlm_itl.experiment.report import list_runs, plot_learning_curve, round_table
+    from vlm_itl.experiment.report import list_runs, round_table
+    from vlm_itl.experiment.run_figures import plot_learning_curve
 
     runs = list_runs(folder)
     result = compare(runs)

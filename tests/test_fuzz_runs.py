@@ -19,16 +19,13 @@ from vlm_itl.core.runfolder import RunFolder
 from vlm_itl.experiment.compare import compare
 from vlm_itl.experiment.config import Config, make_config
 from vlm_itl.experiment.loop import Loop, run_al
-from vlm_itl.experiment.report import (
-    list_runs,
+from vlm_itl.experiment.report import list_runs, read_run, round_table, summary_table
+from vlm_itl.experiment.run_figures import (
     plot_class_iou,
     plot_gallery,
     plot_judge,
     plot_learning_curve,
-    read_run,
-    round_table,
     save_figures,
-    summary_table,
 )
 from vlm_itl.model.segmenter import load_model
 from vlm_itl.vlm.cache import JudgementCache

@@ -17,7 +17,8 @@ from papermill import inspect_notebook
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 RUNS = [path for path in NOTEBOOKS if path.name.startswith("run_")]
-CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d[a-z]*_", path.name)]
+TUTORIALS = [path for path in NOTEBOOKS if path.parent.name == "tutorials"]
+CHAPTERS = [path for path in NOTEBOOKS if re.match(r"\d\d[a-z]*_", path.name) and path not in TUTORIALS]
 MODULES = [path for path in sorted((ROOT / "vlm_itl").rglob("*.py")) if not path.name.startswith("_")]
 MAX_BYTES = 300 * 1024
 
@@ -95,9 +96,18 @@ def test_only_run_notebooks_take_parameters(path: Path) -> None:
     assert len(tagged) == (1 if path in RUNS else 0)
 
 
-@pytest.mark.parametrize("path", RUNS, ids=stems(RUNS))
-def test_run_notebook_exports_nothing(path: Path) -> None:
+@pytest.mark.parametrize("path", [*RUNS, *TUTORIALS], ids=stems([*RUNS, *TUTORIALS]))
+def test_what_is_run_exports_nothing(path: Path) -> None:
     assert not re.search(r"^#\s*\|\s*(export|default_exp)", "\n".join(c.source for c in cells_of(path)), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", TUTORIALS, ids=stems(TUTORIALS))
+def test_a_tutorial_is_short_and_needs_public_names_only(path: Path) -> None:
+    assert len(cells_of(path)) + len(cells_of(path, "markdown")) <= 20
+    for cell in cells_of(path):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vlm_itl"):
+                assert (node.module or "").count(".") == 1, f"{node.module} is a room; the part has the public names"
 
 
 @pytest.mark.parametrize("path", RUNS, ids=stems(RUNS))

@@ -25,7 +25,8 @@ from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.human_turn import policy_groups, spent_pixels
 from vlm_itl.experiment.loop import run_al
 from vlm_itl.experiment.pool import Ledger, Pool, read_ledger
-from vlm_itl.experiment.report import plot_learning_curve, round_table
+from vlm_itl.experiment.report import round_table
+from vlm_itl.experiment.run_figures import plot_learning_curve
 from vlm_itl.model.gradient import GradientProbe
 from vlm_itl.model.metrics import image_iou
 from vlm_itl.model.predict import Inference, predict_batches

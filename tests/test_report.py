@@ -15,19 +15,14 @@ from vlm_itl.core import figures
 from vlm_itl.core.checks import ConfigError, RunError
 from vlm_itl.core.figures import COLORS
 from vlm_itl.core.files import write_json, write_text
-from vlm_itl.experiment.report import (
-    aubc,
-    find_references,
+from vlm_itl.experiment.report import aubc, find_references, list_runs, read_run, round_table, summary_table
+from vlm_itl.experiment.run_figures import (
     gallery_items,
-    list_runs,
     plot_class_iou,
     plot_gallery,
     plot_judge,
     plot_learning_curve,
-    read_run,
-    round_table,
     save_figures,
-    summary_table,
 )
 
 NAMES = ["background", "cat", "dog"]

@@ -49,15 +49,8 @@ from vlm_itl.data.sources import load_data
 from vlm_itl.experiment.compare import Comparison
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_al
-from vlm_itl.experiment.report import (
-    asked_items,
-    gallery_items,
-    plot_gallery,
-    read_run,
-    round_table,
-    save_figures,
-    summary_table,
-)
+from vlm_itl.experiment.report import read_run, round_table, summary_table
+from vlm_itl.experiment.run_figures import asked_items, gallery_items, plot_gallery, save_figures
 from vlm_itl.experiment.tracking import public_config, read_gallery
 from vlm_itl.model.segmenter import load_model, load_weights, save_model
 from vlm_itl.vlm.cache import JudgementCache

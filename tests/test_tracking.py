@@ -16,6 +16,7 @@ from vlm_itl.core.files import write_json
 from vlm_itl.experiment.tracking import (
     TRACKERS,
     Tracker,
+    _wandb_id,
     flatten_record,
     make_tracker,
     panel,
@@ -245,10 +246,10 @@ def test_no_secret_is_in_any_file(offline):
 
 
 def test_the_id_belongs_to_the_run_folder(tmp_path):
-    one, again, other = (TRACKERS["wandb"](**arguments(tmp_path / name)) for name in ("one", "one", "other"))
-    assert one.run_id("grp-round-000") == again.run_id("grp-round-000")
-    assert one.run_id("grp-round-000") != one.run_id("grp-round-001")
-    assert one.run_id("grp-round-000") != other.run_id("grp-round-000")  # same group name, another experiment
+    first = _wandb_id(tmp_path / "one", "project", "grp", "grp-round-000")
+    assert first == _wandb_id(tmp_path / "one", "project", "grp", "grp-round-000")
+    assert first != _wandb_id(tmp_path / "one", "project", "grp", "grp-round-001")
+    assert first != _wandb_id(tmp_path / "other", "project", "grp", "grp-round-000")  # another experiment of that name
 
 
 # ---------------------------------------------------------------- what goes wrong
