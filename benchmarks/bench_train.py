@@ -30,8 +30,9 @@ from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows, raw_rows
 from vlm_itl.data.sources import SegData, load_data
 from vlm_itl.data.transforms import TrainingSet, collate
+from vlm_itl.model.doubt import uncertainty_maps
 from vlm_itl.model.predict import Inference, evaluate
-from vlm_itl.model.scoring import score_pool, uncertainty_maps
+from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import Segmenter, freeze_batchnorm, load_model, parameter_groups
 from vlm_itl.model.train import TrainSettings, fit, pixel_loss
 

@@ -83,6 +83,14 @@ def test_core_and_the_command_line_are_light():
     assert not heavy, f"{sorted(heavy)} came along"
 
 
+def test_strategies_and_selects_are_light():
+    """Which strategies there are, and what they are called, is asked before any network is loaded."""
+    names = ("view", "strategy", "selects")
+    heavy = {"torch", "transformers", "datasets"}
+    assert not imported("import " + ", ".join(f"vlm_itl.sampler.{name}" for name in names)) & heavy
+    assert not imported("from vlm_itl.sampler import Sampler\nSampler('bald-topk-typiclust')") & heavy
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_importing_a_part_imports_nothing_heavy(part: str):
     assert not imported(f"import vlm_itl.{part}") & {"torch", "transformers", "datasets", "wandb", "matplotlib"}

@@ -30,8 +30,9 @@ from vlm_itl.data.sources import SegData, toy_images
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_baseline
 from vlm_itl.model import train
+from vlm_itl.model.doubt import uncertainty_maps
 from vlm_itl.model.predict import Inference, evaluate, pick_device
-from vlm_itl.model.scoring import PoolScores, masked_mean, score_pool, uncertainty_maps, valid_cells
+from vlm_itl.model.scoring import PoolScores, masked_mean, score_pool, valid_cells
 from vlm_itl.model.segmenter import Segmenter, load_model
 from vlm_itl.model.train import TrainSettings, fit, pixel_loss
 

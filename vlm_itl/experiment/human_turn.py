@@ -17,7 +17,8 @@ from ..data.masks import row_ids
 from .judge_turn import GALLERY_SIDE
 from .pool import Pool
 from ..model.scoring import PoolScores
-from ..sampler.regions import Regions, choose_regions, draw_asked, split_region
+from ..sampler.region_choice import choose_regions
+from ..sampler.regions import Regions, draw_asked, split_region
 from ..sampler.strategy import Sampler
 
 # %% ../../nbs/experiment/09_human_turn.ipynb #turns-choose

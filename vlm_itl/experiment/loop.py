@@ -68,18 +68,12 @@ from ..model.predict import evaluate
 from ..model.scoring import PoolScores, score_pool
 
 # %% ../../nbs/experiment/10_loop.ipynb #experiment-imports-2
+from ..model.doubt import PASS_SCORES
 from ..model.segmenter import Segmenter, load_model, load_weights, save_model
 from ..model.train import fit, try_once
-from ..model.uncertainty import PASS_SCORES, dropout_layers, scoring_options
-from vlm_itl.sampler.regions import (
-    CHOICE_OPTIONS,
-    Regions,
-    check_choice_options,
-    count_clicks,
-    name_regions,
-    score_regions,
-    split_region,
-)
+from ..model.uncertainty import dropout_layers, scoring_options
+from ..sampler.region_choice import CHOICE_OPTIONS, check_choice_options, name_regions, score_regions
+from ..sampler.regions import Regions, count_clicks, split_region
 from ..sampler.selects import sort_options
 from ..sampler.strategy import Sampler, parse_strategy
 from ..vlm.handler import Judgement, JudgeQuery, JudgeStopped, VLMHandler, make_handler
