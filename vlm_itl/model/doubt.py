@@ -173,8 +173,8 @@ def make_aggregator(
     options: Mapping[str, Any] | None = None,  # those that it has are taken, others are for other parts
 ) -> Aggregator:
     "An aggregate with its options."
-    known = aggregate_options(name)
-    return partial(AGGREGATORS[name], **{option: v for option, v in (options or {}).items() if option in known})
+    defaults = aggregate_options(name)
+    return partial(AGGREGATORS[name], **{option: v for option, v in (options or {}).items() if option in defaults})
 
 # %% ../../nbs/model/07_doubt.ipynb #scores-scorers-split-key
 def split_key(

@@ -101,8 +101,8 @@ def write_masks(
     image_size: int,  # side of the padded square, pixels
 ) -> None:
     "Write predicted masks at the images' own size."
-    for image_id, one, box, native in zip(batch["id"], logits, batch["box"], batch["native"], strict=True):
-        prediction = predicted_classes(one, box, image_size, native)
+    for image_id, image_logits, box, native in zip(batch["id"], logits, batch["box"], batch["native"], strict=True):
+        prediction = predicted_classes(image_logits, box, image_size, native)
         masks.write(image_id, prediction.to(torch.uint8).cpu().numpy())
 
 # %% ../../nbs/model/08_scoring.ipynb #train-pass-columns
@@ -136,11 +136,11 @@ def _mean_feature(feature_map: torch.Tensor | None, valid: Valid) -> torch.Tenso
 def _own_numbers(logits: torch.Tensor, feature_map: torch.Tensor | None, valid: Valid) -> dict[str, torch.Tensor]:
     "What every pass reports of a batch: the mean scores, and under names of no score histogram and embedding."
     cells = valid(logits.shape)
-    found = {f"{name}-mean": masked_mean(values, cells) for name, values in uncertainty_maps(logits).items()}
+    numbers = {f"{name}-mean": masked_mean(values, cells) for name, values in uncertainty_maps(logits).items()}
     winners = F.one_hot(logits.argmax(1), logits.shape[1]).movedim(-1, 1)
-    found["_histogram"] = masked_mean(winners, cells)
-    found["_embedding"] = _mean_feature(feature_map, valid)
-    return found
+    numbers["_histogram"] = masked_mean(winners, cells)
+    numbers["_embedding"] = _mean_feature(feature_map, valid)
+    return numbers
 
 # %% ../../nbs/model/08_scoring.ipynb #train-score-score-pool
 def score_pool(
@@ -164,16 +164,16 @@ def score_pool(
             def valid(shape: Sequence[int], boxes: Any = batch["box"], device: Any = logits.device) -> torch.Tensor:
                 return valid_cells(boxes, view.image_size, shape[-2:]).to(device)
 
-            found = _own_numbers(logits, feature_map, valid)
+            numbers = _own_numbers(logits, feature_map, valid)
             if probe is not None:  # before a second look runs the network again
-                found["_gradient"] = probe.read(logits, valid)
+                numbers["_gradient"] = probe.read(logits, valid)
             for name, scorer in (scorers or {}).items():
-                found[name] = scorer(logits, valid(logits.shape))
+                numbers[name] = scorer(logits, valid(logits.shape))
             if second_look is not None:
                 with autocast(logits.device, view.precision):
                     pixels = batch["pixel_values"].to(logits.device)
-                    found.update(second_look(model, pixels, valid(logits.shape)))
-            columns.add(found)
+                    numbers.update(second_look(model, pixels, valid(logits.shape)))
+            columns.add(numbers)
             if masks is not None:
                 write_masks(masks, batch, logits, view.image_size)
             ids += batch["id"]

@@ -190,8 +190,8 @@ def pixel_map(
     values = PIXEL_MAPS[name](logits.float())
     wanted = (len(logits), *logits.shape[-2:])
     if not isinstance(values, torch.Tensor) or tuple(values.shape) != wanted:
-        found = f"{tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
-        raise ConfigError(f"the score {name!r} returned {found}, not a tensor (B, h, w) = {wanted}.")
+        shape = f"{tuple(values.shape)}" if isinstance(values, torch.Tensor) else f"a {type(values).__name__}"
+        raise ConfigError(f"the score {name!r} returned {shape}, not a tensor (B, h, w) = {wanted}.")
     return values
 
 # %% ../../nbs/model/09_uncertainty.ipynb #scores-scorers-make-scorers
@@ -222,7 +222,7 @@ def look_maps(
     rate: float = DROPOUT_RATE,  # share dropped, where the network has no rate of its own
     members: Sequence[Segmenter] = (),  # looks from an ensemble instead: the model and these
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # scores of pixels (B, h, w) by name; classes (B, h, w)
-    "What several looks say of each pixel, and the class of their mean; NaN for an image one look at which broke."
+    "What several looks say of each pixel, and the class of their mean; NaN for an image of which one look broke."
     accumulator = PassAccumulator()
     if members:
         looks = ensemble_passes([model, *members], pixel_values)

@@ -148,8 +148,8 @@ def score_regions(
             maps, classes = _score_maps(model, batch["pixel_values"], logits, view.precision, key, looks or {})
             for i, (image_id, cover) in enumerate(zip(batch["id"], covers, strict=True)):
                 score_of = key, {name: values[i].double() for name, values in maps.items()}, classes[i]
-                found = _rows_of_image(cover, boxes[i], view.image_size, logits[i], feature_map[i], score_of, options)
-                for name, values in found.items():
+                numbers = _rows_of_image(cover, boxes[i], view.image_size, logits[i], feature_map[i], score_of, options)
+                for name, values in numbers.items():
                     rows[name].append(values)
                 ids += [region_id(image_id, index) for index in range(len(cover))]
             if masks is not None:
@@ -307,8 +307,8 @@ def choose_regions(
     full = False
     while left and not full:
         wanted = k - len(chosen.ids) if k is not None else _affordable(chosen, left, (pixels or 0) - chosen.spent)
-        known = [*labelled, *chosen.ids] if sampler.needs_labelled else chosen.ids
-        offers = zip(*sampler.select(scores, left, min(wanted, len(left)), rng, labelled=known), strict=True)
+        places = [*labelled, *chosen.ids] if sampler.needs_labelled else chosen.ids
+        offers = zip(*sampler.select(scores, left, min(wanted, len(left)), rng, labelled=places), strict=True)
         full = not _take_in_order(chosen, offers, pixels, at_least)
         full = full or len(chosen.ids) == k or (pixels is not None and chosen.spent >= pixels)
         left = [name for name in left if chosen.fits(name)]

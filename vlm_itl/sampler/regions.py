@@ -159,12 +159,12 @@ def _checked_options(kind: str, options: Mapping[str, Any]) -> Mapping[str, Any]
     "Options of a kind of region: the arguments of its function that are given by name."
     check_choice("region", kind, REGIONS)
     parameters = inspect.signature(REGIONS[kind]).parameters.values()
-    known = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
     for name in options:
-        if name not in known:
+        if name not in names:
             raise ConfigError(
-                f"region_options: {kind!r} has no option {name!r}.{closest(name, known)} "
-                f"Its options: {', '.join(known)}."
+                f"region_options: {kind!r} has no option {name!r}.{closest(name, names)} "
+                f"Its options: {', '.join(names)}."
             )
     return options
 

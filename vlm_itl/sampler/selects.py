@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SCORE_OPTIONS', 'gumbel_topk', 'cluster', 'neighbour_distance', 'typiclust', 'probcover', 'ball_radius', 'kmeanspp',
-           'class_weights', 'known_strategies', 'strategy_options', 'sort_options']
+           'class_weights', 'known_strategies', 'StrategyOptions', 'strategy_options', 'sort_options']
 
 # %% ../../nbs/sampler/03_selects.ipynb #selects-imports
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from sklearn.cluster import KMeans, MiniBatchKMeans
@@ -450,9 +450,17 @@ def known_strategies(
     return sorted(strategies)
 
 # %% ../../nbs/sampler/03_selects.ipynb #selects-options
+class StrategyOptions(TypedDict):
+    "Options of a strategy, name -> value, by the part that they belong to."
+
+    score: dict[str, Any]
+    aggregate: dict[str, Any]
+    select: dict[str, Any]
+
+
 def strategy_options(
     strategy: str | Strategy,  # "bald-topk-power"
-) -> dict[str, dict[str, Any]]:  # part (score, aggregate, select) -> option -> default
+) -> StrategyOptions:  # with their defaults
     "What may be set of the parts of a strategy."
     parts = parse_strategy(strategy)
     scored = SCORES[parts.score].per_pixel
@@ -462,19 +470,23 @@ def strategy_options(
         "select": dict(SELECTS[parts.select].options),
     }
 
-
+# %% ../../nbs/sampler/03_selects.ipynb #selects-options-sort
 def sort_options(
     strategy: str | Strategy,  # whose options they are
     given: Mapping[str, Any],  # option -> value, of any part
-) -> dict[str, dict[str, Any]]:  # part -> option -> value, only those given
+) -> StrategyOptions:  # only those given
     "Hand each option to its part; `ConfigError` with the known ones for a name that no part has."
-    known = strategy_options(strategy)
-    everywhere = {name: part for part, options in known.items() for name in options}
+    defaults = strategy_options(strategy)
+    everywhere = {**defaults["score"], **defaults["aggregate"], **defaults["select"]}
     for name in given:
         if name not in everywhere:
-            listed = ", ".join(f"{name}={known[part][name]!r}" for name, part in everywhere.items()) or "none"
+            listed = ", ".join(f"{option}={value!r}" for option, value in everywhere.items()) or "none"
             raise ConfigError(
                 f"strategy_options: {str(parse_strategy(strategy))!r} has no option {name!r}."
                 f"{closest(name, everywhere)} Its options: {listed}."
             )
-    return {part: {n: v for n, v in given.items() if n in options} for part, options in known.items()}
+
+    def of(part: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in given.items() if name in part}
+
+    return {"score": of(defaults["score"]), "aggregate": of(defaults["aggregate"]), "select": of(defaults["select"])}

@@ -336,9 +336,9 @@ def _options_of(
     "The options of a select, with its defaults; `ConfigError` for one that it does not have."
     for name in given:
         if name not in row.options:
-            known = ", ".join(row.options) or "none"
+            listed = ", ".join(row.options) or "none"
             hint = closest(name, row.options)
-            raise ConfigError(f"select {row.name!r} has no option {name!r}.{hint} Its options: {known}.")
+            raise ConfigError(f"select {row.name!r} has no option {name!r}.{hint} Its options: {listed}.")
     return {**row.options, **given}
 
 
