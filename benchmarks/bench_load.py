@@ -240,11 +240,10 @@ def walk(pool_folder: Path, work: Path, address: str, stages: Stages) -> dict[st
     from vlm_itl.core.seeds import make_rng
     from vlm_itl.data.masks import MaskStore
     from vlm_itl.data.sources import load_data
-    from vlm_itl.experiment.annotator import Oracle
+    from vlm_itl.experiment.annotator import Oracle, training_rows
     from vlm_itl.experiment.human_turn import choose
     from vlm_itl.experiment.judge_turn import doubts, judge_masks, measure_judge
-    from vlm_itl.experiment.ledger import Ledger
-    from vlm_itl.experiment.pool import Pool, training_rows
+    from vlm_itl.experiment.pool import Ledger, Pool
     from vlm_itl.model.predict import Inference
     from vlm_itl.model.scoring import score_pool
     from vlm_itl.model.segmenter import load_model

@@ -19,12 +19,11 @@ from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.masks import MaskStore
 from vlm_itl.data.scenes import make_scenes
 from vlm_itl.data.sources import load_data, toy_images
-from vlm_itl.experiment.annotator import Oracle
+from vlm_itl.experiment.annotator import Oracle, training_rows
 from vlm_itl.experiment.config import Config, make_config, run_path
 from vlm_itl.experiment.human_turn import choose
-from vlm_itl.experiment.ledger import Ledger
-from vlm_itl.experiment.loop import Experiment, run_al, run_baseline
-from vlm_itl.experiment.pool import Pool, training_rows
+from vlm_itl.experiment.loop import Loop, run_al, run_baseline
+from vlm_itl.experiment.pool import Ledger, Pool
 from vlm_itl.experiment.tracking import read_wandb_file
 from vlm_itl.model.metrics import image_iou
 from vlm_itl.model.predict import Inference, evaluate
@@ -171,7 +170,9 @@ def test_new_scores_resume(scenes, tmp_path, settings):
 
 def first_round(folder, out, **settings):
     """The first round alone, which holds a choice."""
-    return Experiment(make_config({**TINY, "dataset": str(folder), "output_dir": str(out), **settings})).run_round()
+    return Loop.from_config(
+        make_config({**TINY, "dataset": str(folder), "output_dir": str(out), **settings})
+    ).run_round()
 
 
 def test_options_reach_their_parts(scenes, tmp_path):

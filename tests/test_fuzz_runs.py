@@ -18,7 +18,7 @@ from vlm_itl.core.checks import JudgeError, RunError, VlmItlError
 from vlm_itl.core.runfolder import RunFolder
 from vlm_itl.experiment.compare import compare
 from vlm_itl.experiment.config import Config, make_config
-from vlm_itl.experiment.loop import Experiment, run_al
+from vlm_itl.experiment.loop import Loop, run_al
 from vlm_itl.experiment.report import (
     list_runs,
     plot_class_iou,
@@ -69,13 +69,13 @@ def resume(folder: Path) -> None:
     """What a second start does before it computes anything."""
     settings = json.loads((folder / "config.json").read_bytes())
     known = {n: v for n, v in settings.items() if n in Config.__dataclass_fields__}
-    experiment = Experiment(make_config({**known, "output_dir": str(folder)}))
+    experiment = Loop.from_config(make_config({**known, "output_dir": str(folder)}))
     experiment.folder.close()
 
 
 def resume_as(config: dict[str, Any], folder: Path) -> None:
     """A second start with the settings of the first, whatever the folder says."""
-    experiment = Experiment(make_config({**config, "output_dir": str(folder)}))
+    experiment = Loop.from_config(make_config({**config, "output_dir": str(folder)}))
     experiment.folder.close()
 
 

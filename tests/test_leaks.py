@@ -44,8 +44,9 @@ from vlm_itl.data.sources import check_data, load_data
 from vlm_itl.data.transforms import EvalTransform, TrainingSet, TrainTransform
 from vlm_itl.experiment.annotator import mask_pixels
 from vlm_itl.experiment.config import make_config
-from vlm_itl.experiment.ledger import Ledger
-from vlm_itl.experiment.loop import Experiment, run_al
+from vlm_itl.experiment.loop import Loop, finish, run_al
+from vlm_itl.experiment.pool import Ledger
+from vlm_itl.experiment.round import certify_round
 from vlm_itl.judging.corruption import truth_reader
 from vlm_itl.model.predict import Inference, evaluate
 from vlm_itl.model.train import TrainSettings, fit
@@ -687,19 +688,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def experiment(folder: Path, tmp_path: Path) -> Iterator[Experiment]:
+def experiment(folder: Path, tmp_path: Path) -> Iterator[Loop]:
     """A run that has done nothing yet."""
-    yield Experiment(make_config(TINY, mode="al", dataset=str(folder), output_dir=str(tmp_path / "run")))
+    yield Loop.from_config(make_config(TINY, mode="al", dataset=str(folder), output_dir=str(tmp_path / "run")))
 
 
 @pytest.fixture(scope="module")
-def idle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+def idle(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Loop:
     """The same, for tests that only look at its data."""
     path = tmp_path_factory.mktemp("idle") / "run"
-    return Experiment(make_config(TINY, mode="al", dataset=str(folder), output_dir=str(path)))
+    return Loop.from_config(make_config(TINY, mode="al", dataset=str(folder), output_dir=str(path)))
 
 
-READS: dict[str, Callable[[Experiment, Dataset], Any]] = {
+READS: dict[str, Callable[[Loop, Dataset], Any]] = {
     "row": lambda e, rows: rows[0]["mask"],
     "negative row": lambda e, rows: rows[-1],
     "slice": lambda e, rows: rows[:2],
@@ -707,15 +708,15 @@ READS: dict[str, Callable[[Experiment, Dataset], Any]] = {
     "iteration": lambda e, rows: list(rows),
     "without the image": lambda e, rows: rows.remove_columns("image")[0],
     "chosen": lambda e, rows: rows.select([1, 0])[0],
-    "decoded anew": lambda e, rows: rows.with_transform(DecodeRows(e.data.labels))[0],
-    "decoded from raw rows": lambda e, rows: DecodeRows(e.data.labels)(raw_rows(rows)[:1]),
+    "decoded anew": lambda e, rows: rows.with_transform(DecodeRows(e.team.data.labels))[0],
+    "decoded from raw rows": lambda e, rows: DecodeRows(e.team.data.labels)(raw_rows(rows)[:1]),
     "truth_reader": lambda e, rows: truth_reader(rows)(row_ids(rows)[0]),
-    "training": lambda e, rows: TrainingSet(rows, TrainTransform(48, e.data.labels), length=1, seed=0)[0],
-    "evaluation": lambda e, rows: rows.with_transform(EvalTransform(48, labels=e.data.labels))[0],
-    "evaluate": lambda e, rows: evaluate(e.model, rows, Inference(48)),
-    "fit": lambda e, rows: fit(e.model, rows, TrainSettings(steps=1, batch_size=2), Inference(48)),
+    "training": lambda e, rows: TrainingSet(rows, TrainTransform(48, e.team.data.labels), length=1, seed=0)[0],
+    "evaluation": lambda e, rows: rows.with_transform(EvalTransform(48, labels=e.team.data.labels))[0],
+    "evaluate": lambda e, rows: evaluate(e.team.learner.segmenter, rows, Inference(48)),
+    "fit": lambda e, rows: fit(e.team.learner.segmenter, rows, TrainSettings(steps=1, batch_size=2), Inference(48)),
     "joined": lambda e, rows: concatenate_datasets([raw_rows(rows), raw_rows(rows)]).with_transform(
-        DecodeRows(e.data.labels)
+        DecodeRows(e.team.data.labels)
     )[0],
     "pickled": lambda e, rows: pickle.loads(pickle.dumps(rows))[0],
     "loader": lambda e, rows: next(iter(DataLoader(rows, batch_size=None))),
@@ -724,22 +725,22 @@ READS: dict[str, Callable[[Experiment, Dataset], Any]] = {
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("way", READS)
-def test_sealed_truth_is_refused_by_every_way(way: str, split: str, idle: Experiment) -> None:
+def test_sealed_truth_is_refused_by_every_way(way: str, split: str, idle: Loop) -> None:
     """Whoever reads a mask of the pool or of the test split through the experiment's data gets a `LeakError`."""
     with pytest.raises(LeakError, match="sealed|LeakError"):
-        READS[way](idle, idle.data.splits[split])
+        READS[way](idle, idle.team.data.splits[split])
 
 
-def test_sealed_truth_is_refused_in_a_worker(idle: Experiment) -> None:
+def test_sealed_truth_is_refused_in_a_worker(idle: Loop) -> None:
     """A loader process has no more than the process that started it."""
     with pytest.raises(LeakError, match="sealed"):
-        next(iter(DataLoader(idle.data.train, batch_size=None, num_workers=1)))
+        next(iter(DataLoader(idle.team.data.train, batch_size=None, num_workers=1)))
 
 
-def test_no_path_and_no_bytes_under_the_seal(idle: Experiment) -> None:
+def test_no_path_and_no_bytes_under_the_seal(idle: Loop) -> None:
     """Whatever form the rows are read in, closed cells hold neither a path nor bytes of a mask."""
     for split, closed in (("train", ["mask"]), ("test", ["image", "mask"])):
-        rows = idle.data.splits[split]
+        rows = idle.team.data.splits[split]
         assert "SegmentationClass" not in str(rows.data.table) and "SegmentationClass" not in str(raw_rows(rows)[:])
         assert "SegmentationClass" not in str(rows.with_format("arrow")[:])
         for column in closed:
@@ -748,26 +749,26 @@ def test_no_path_and_no_bytes_under_the_seal(idle: Experiment) -> None:
             with pytest.raises(FileNotFoundError, match="sealed"):
                 rows.cast_column("mask", ImageColumn()).with_format(form)["mask"][0]
     with pytest.raises((VlmItlError, OSError)):
-        mask_pixels(idle.data.train)
+        mask_pixels(idle.team.data.train)
     with pytest.raises(DataError, match="16 broken rows: row .* is sealed: a mask of the pool"):
-        check_data(idle.data)
+        check_data(idle.team.data)
 
 
-def test_what_is_free_stays_free(experiment: Experiment, folder: Path) -> None:
+def test_what_is_free_stays_free(experiment: Loop, folder: Path) -> None:
     """Images of the pool, paid masks, validation, and all of the data when loaded outside an experiment."""
     data = load_data(str(folder), val_share=4)
-    free = [row["id"] for row in experiment.oracle.images]
-    assert free == row_ids(experiment.data.train) == row_ids(data.train)
-    images = experiment.data.train.remove_columns("mask")
+    free = [row["id"] for row in experiment.team.annotator.images]
+    assert free == row_ids(experiment.team.data.train) == row_ids(data.train)
+    images = experiment.team.data.train.remove_columns("mask")
     assert np.array_equal(np.asarray(images[3]["image"]), np.asarray(data.train[3]["image"]))
-    experiment.oracle.label(free[:2])
-    for row, truth in zip(experiment.oracle.labelled(free[:2]), data.train.select([0, 1]), strict=True):
+    experiment.team.annotator.label(free[:2])
+    for row, truth in zip(experiment.team.annotator.labelled(free[:2]), data.train.select([0, 1]), strict=True):
         assert np.array_equal(row["mask"], truth["mask"])
-    assert np.array_equal(experiment.data.val[0]["mask"], data.val[0]["mask"])
-    peeked = experiment.oracle.peek_for_simulation(free[5])
-    assert np.array_equal(peeked, data.train[5]["mask"]) and experiment.oracle.simulated
+    assert np.array_equal(experiment.team.data.val[0]["mask"], data.val[0]["mask"])
+    peeked = experiment.team.annotator.peek_for_simulation(free[5])
+    assert np.array_equal(peeked, data.train[5]["mask"]) and experiment.team.annotator.simulated
     with pytest.raises(VlmItlError):
-        experiment.oracle.labelled(free[2:3])
+        experiment.team.annotator.labelled(free[2:3])
     assert len(check_data(data)) == 22
 
 
@@ -791,12 +792,14 @@ def test_seal_keeps_rows_of_any_origin(folder: Path, tmp_path: Path) -> None:
 def test_a_strategy_that_peeks_is_stopped(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A strategy that holds the experiment and ranks by the truth ends the run, before it changed a choice."""
     config = make_config(TINY, mode="al", strategy="entropy", dataset=str(folder), output_dir=str(tmp_path / "run"))
-    experiment = Experiment(config)
+    experiment = Loop.from_config(config)
 
     class Peeking(Sampler):
         def select(self, scores: Any, candidates: Any, k: int, rng: Any, labelled: Any = ()) -> Any:
             candidates = list(candidates)
-            order = sorted(range(len(candidates)), key=lambda i: -int((experiment.data.train[i]["mask"] > 0).sum()))
+            order = sorted(
+                range(len(candidates)), key=lambda i: -int((experiment.team.data.train[i]["mask"] > 0).sum())
+            )
             return [candidates[i] for i in order[:k]], ["truth"] * k
 
     monkeypatch.setattr(experiment, "sampler", Peeking("entropy"))
@@ -810,14 +813,14 @@ def test_a_judge_that_peeks_is_stopped(folder: Path, tmp_path: Path) -> None:
     config = make_config(
         TINY, mode="vlm", judge="mock", dataset=str(folder), output_dir=str(tmp_path / "run"), preflight=0
     )
-    experiment = Experiment(config)
-    assert experiment.handler is not None
-    experiment.handler.bind_truth(truth_reader(experiment.data.train))
+    experiment = Loop.from_config(config)
+    assert experiment.team.handler is not None
+    experiment.team.handler.bind_truth(truth_reader(experiment.team.data.train))
     with pytest.raises(LeakError, match="a mask of the pool"):
         experiment.run_round()
-    honest = Experiment(replace(config, output_dir=str(tmp_path / "honest")))
+    honest = Loop.from_config(replace(config, output_dir=str(tmp_path / "honest")))
     honest.run_round()
-    assert honest.ledger.peeks > 0 and honest.oracle.simulated
+    assert honest.state.ledger.peeks > 0 and honest.team.annotator.simulated
 
 
 # --- test, validation, calibration
@@ -826,30 +829,32 @@ def test_a_judge_that_peeks_is_stopped(folder: Path, tmp_path: Path) -> None:
 def test_test_split_opens_at_the_end(folder: Path, tmp_path: Path) -> None:
     """Before the last round neither `test_round` nor a row of the test split can be read; after it both can."""
     config = make_config(TINY, mode="al", dataset=str(folder), output_dir=str(tmp_path / "run"))
-    experiment = Experiment(config)
+    experiment = Loop.from_config(config)
     experiment.run_round()
-    for read in (lambda: experiment.test_round(0), lambda: experiment.data.test[0], experiment.finish):
+    for read in (lambda: experiment.test_round(0), lambda: experiment.team.data.test[0], lambda: finish(experiment)):
         with pytest.raises(LeakError, match="after the last round"):
             read()
     assert not list(experiment.folder.path.glob("test_*.json"))
     experiment.run_round()
     assert experiment.finished
     with pytest.raises(LeakError):
-        experiment.data.test[0]
-    assert experiment.finish()["test"]["mean_iou"] is not None
-    assert experiment.data.test[0]["mask"].ndim == 2
+        experiment.team.data.test[0]
+    assert finish(experiment)["test"]["mean_iou"] is not None
+    assert experiment.team.data.test[0]["mask"].ndim == 2
 
 
 def test_calibration_images_that_were_trained_on(folder: Path, tmp_path: Path) -> None:
     """An image of the pool among the validation images is refused, before it trains and before it certifies."""
     settings = {**TINY, "mode": "vlm", "judge": "mock", "acceptance": "certified", "alpha": 0.6, "dataset": str(folder)}
-    experiment = Experiment(make_config(settings, output_dir=str(tmp_path / "run")))
+    experiment = Loop.from_config(make_config(settings, output_dir=str(tmp_path / "run")))
     experiment.run_round()
-    taught = experiment.oracle.labelled(experiment.pool.human[:1])
-    joined = concatenate_datasets([raw_rows(experiment.data.val).select(range(3)), raw_rows(taught)])
-    experiment.data = replace(experiment.data, val=joined.with_transform(DecodeRows(experiment.data.labels)))
-    with pytest.raises(LeakError, match=f"image {experiment.pool.human[0]!r} was trained on"):
-        experiment._certify(tmp_path)
+    taught = experiment.team.annotator.labelled(experiment.state.pool.human[:1])
+    joined = concatenate_datasets([raw_rows(experiment.team.data.val).select(range(3)), raw_rows(taught)])
+    experiment.team.data = replace(
+        experiment.team.data, val=joined.with_transform(DecodeRows(experiment.team.data.labels))
+    )
+    with pytest.raises(LeakError, match=f"image {experiment.state.pool.human[0]!r} was trained on"):
+        certify_round(experiment.team, experiment.state, tmp_path)
     with pytest.raises(LeakError, match="was trained on"):
         experiment.run_round()
     with pytest.raises(LeakError, match=r"calibration image 'b' \(and 1 more\) was trained on"):
@@ -857,11 +862,11 @@ def test_calibration_images_that_were_trained_on(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("paid", [0, 3, 5])
-def test_validation_that_is_not_in_the_budget(paid: int, experiment: Experiment) -> None:
+def test_validation_that_is_not_in_the_budget(paid: int, experiment: Loop) -> None:
     """Validation rows are used only if the ledger was charged for exactly as many."""
     ledger = Ledger()
     ledger.pay_masks([100] * paid, validation=True)
-    experiment.ledger = experiment.oracle.ledger = ledger
+    experiment.team.annotator.ledger = ledger
     with pytest.raises(LeakError, match=f"4 validation images are read and {paid} were paid for"):
         experiment.run_round()
 
@@ -871,13 +876,13 @@ def test_resumed_ledger_and_changed_validation(folder: Path, tmp_path: Path) -> 
     copy = tmp_path / "scenes"
     shutil.copytree(folder, copy)
     config = make_config(TINY, mode="al", dataset=str(copy), output_dir=str(tmp_path / "run"))
-    Experiment(config).run_round()
+    Loop.from_config(config).run_round()
     record = tmp_path / "run/round_000/record.json"
     whole = record.read_text()
     record.write_text(whole.replace('"val_images": 4', '"val_images": 0'))
     assert record.read_text() != whole
     with pytest.raises(LeakError, match="4 validation images are read and 0 were paid for"):
-        Experiment(config).run_round()
+        Loop.from_config(config).run_round()
     record.write_text(whole)
     lists = copy / "ImageSets/Segmentation/train.txt"
     names = lists.read_text().split()
@@ -886,7 +891,7 @@ def test_resumed_ledger_and_changed_validation(folder: Path, tmp_path: Path) -> 
     if validating == set(row_ids(load_data(str(folder), val_share=4).val)):
         pytest.fail("the same images validate: choose another name to drop")
     with pytest.raises(LeakError, match="has paid for other validation images"):
-        Experiment(config)
+        Loop.from_config(config)
 
 
 def test_leaks_setting_reaches_the_data(scenes: list[bytes], tmp_path: Path) -> None:
@@ -898,7 +903,7 @@ def test_leaks_setting_reaches_the_data(scenes: list[bytes], tmp_path: Path) -> 
         list(run_al(make_config(settings)))
     assert not (tmp_path / "run").exists()
     with pytest.warns(UserWarning, match="are the same file"):
-        Experiment(make_config(settings, leaks="warn"))
+        Loop.from_config(make_config(settings, leaks="warn"))
     with pytest.raises(VlmItlError, match="leaks='of' is not known"):
         make_config(settings, leaks="of")
 

@@ -18,14 +18,17 @@ from PIL import Image
 
 import vlm_itl.experiment.judge_turn
 import vlm_itl.experiment.loop
+import vlm_itl.experiment.round
 from vlm_itl.core.checks import DataError, JudgeError, LeakError, RunError
 from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.masks import row_ids
 from vlm_itl.data.scenes import make_scenes
 from vlm_itl.experiment.config import Config, make_config
-from vlm_itl.experiment.ledger import Ledger
-from vlm_itl.experiment.loop import Experiment, run_al
+from vlm_itl.experiment.loop import Loop, run_al
+from vlm_itl.experiment.pool import Ledger, priced_at, read_ledger
 from vlm_itl.experiment.report import Run, group_runs
+from vlm_itl.experiment.round import check_validation, draw_start
 from vlm_itl.judging.trial import make_judge_config, try_judge
 from vlm_itl.vlm.cache import CachedHandler
 from vlm_itl.vlm.handler import HANDLERS, Judgement, JudgeQuery, JudgeStopped, VLMHandler
@@ -120,8 +123,8 @@ def test_fault_5_only_a_judge_that_reads_the_truth_is_simulated(
 def test_peeks_are_images_a_round(scenes: Path, tmp_path: Path) -> None:
     """Behind a cache the truth is read twice for each question, and counted once."""
     options = {"judge": "mock", "options": {}, "path": str(tmp_path / "answers.sqlite")}
-    plain = Experiment(settings(scenes, tmp_path / "a", judge="mock"))
-    cached = Experiment(settings(scenes, tmp_path / "b", judge="cached", judge_options=options))
+    plain = Loop.from_config(settings(scenes, tmp_path / "a", judge="mock"))
+    cached = Loop.from_config(settings(scenes, tmp_path / "b", judge="cached", judge_options=options))
     assert plain.run_round().budget["peeks"] == cached.run_round().budget["peeks"] == 8
 
 
@@ -170,10 +173,10 @@ def test_a_price_is_a_factor() -> None:
     ledger.pay_masks([100, 100])
     ledger.pay_region(25, 100, 1)
     ledger.pay_checks(2)
-    assert ledger.human_seconds == 10 * 2.25 + 18 and ledger.priced_at(4.0).human_seconds == 4 * 2.25 + 18
-    assert ledger.priced_at(4.0).priced_at(10.0) == ledger
+    assert ledger.human_seconds == 10 * 2.25 + 18 and priced_at(ledger, 4.0).human_seconds == 4 * 2.25 + 18
+    assert priced_at(priced_at(ledger, 4.0), 10.0) == ledger
     old = {k: v for k, v in ledger.record().items() if k not in ("shares", "measured")}
-    assert Ledger.from_record(old) == ledger
+    assert read_ledger(old) == ledger
 
 
 @pytest.mark.parametrize(("usd", "kept"), [(math.nan, None), (-1.0, None), (math.inf, None), ("1", None), (0.5, 0.5)])
@@ -189,7 +192,7 @@ def begun(scenes: Path, folder: Path) -> tuple[Path, Config]:
     """A data set of one's own, and a run that has done one round on it."""
     data = shutil.copytree(scenes, folder / "data")
     config = settings(data, folder / "run", mode="al", judge="mock", judge_options={}, strategy="random")
-    Experiment(config).run_round()
+    Loop.from_config(config).run_round()
     return data, config
 
 
@@ -390,7 +393,7 @@ def test_what_came_before_a_stop_is_charged(scenes: Path, tmp_path: Path) -> Non
 
 def test_what_nobody_asks_for_again_is_charged_all_the_same(scenes: Path, tmp_path: Path) -> None:
     """Answers about masks that the resumed round does not predict again, as on another device, are paid for."""
-    experiment = Experiment(settings(scenes, tmp_path / "run"))
+    experiment = Loop.from_config(settings(scenes, tmp_path / "run"))
     work = tmp_path / "run/.round_000.work"
     work.mkdir()
     vlm_itl.experiment.judge_turn.Journal(work / "pool.jsonl").add(
@@ -418,7 +421,7 @@ def test_a_judge_that_stops_midway_is_asked_for_the_rest_only(
     config = settings(scenes, tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(Asked, "_judge_batch", stops)
-        experiment = Experiment(config)
+        experiment = Loop.from_config(config)
         with pytest.raises(JudgeStopped, match="no money"):
             experiment.run_round()
     assert len(questions(tmp_path / "run")) == 6
@@ -503,9 +506,9 @@ def test_mutant_the_start_follows_the_seed(scenes: Path, tmp_path: Path) -> None
     """Other seed, other start; and the documented draw."""
     found = {}
     for seed in (0, 5):
-        experiment = Experiment(settings(scenes, tmp_path / str(seed), mode="al", judge="mock", seed=seed))
-        pool = sorted(experiment.pool.ids)
-        found[seed] = experiment._start_ids()
+        experiment = Loop.from_config(settings(scenes, tmp_path / str(seed), mode="al", judge="mock", seed=seed))
+        pool = sorted(experiment.state.pool.ids)
+        found[seed] = draw_start(experiment.team, experiment.state)
         assert found[seed] == [pool[i] for i in make_rng(seed, "start").permutation(len(pool))[:3]]
     places = [[i in found[seed] for i in sorted({*found[0], *found[5]})] for seed in (0, 5)]
     assert places[0] != places[1]
@@ -513,10 +516,10 @@ def test_mutant_the_start_follows_the_seed(scenes: Path, tmp_path: Path) -> None
 
 def test_mutant_an_audits_bad_mask_is_dropped(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a human saw to be bad is not trained on; the look is charged."""
-    monkeypatch.setattr(vlm_itl.experiment.loop, "certify_answers", lambda *_: {"threshold": 0.5})
+    monkeypatch.setattr(vlm_itl.experiment.round, "certify_answers", lambda *_: {"threshold": 0.5})
     monkeypatch.setattr(vlm_itl.experiment.loop, "check_certifiable", lambda *_: None)  # three masks are too few
     config = settings(scenes, tmp_path / "run", acceptance="certified", tau=1.0)
-    record = Experiment(config).run_round()
+    record = Loop.from_config(config).run_round()
     audit = record.judge["certified"]["audit"]
     assert len(audit["checked"]) == 1 and audit["bad"] == audit["checked"]
     assert record.judge["accepted"] == 8 and record.pseudo_ids and not {*audit["bad"]} & {*record.pseudo_ids}
@@ -525,7 +528,7 @@ def test_mutant_an_audits_bad_mask_is_dropped(scenes: Path, tmp_path: Path, monk
 
 def test_mutant_no_image_is_both_asked_and_guessed(scenes: Path, tmp_path: Path) -> None:
     """Everything accepted: those that the human labels next are no pseudo-labels."""
-    record = Experiment(settings(scenes, tmp_path / "run")).run_round()
+    record = Loop.from_config(settings(scenes, tmp_path / "run")).run_round()
     chosen = set(record.selection["ids"])
     assert len(chosen) == 3 and len(record.pseudo_ids) == 5 and not chosen & set(record.pseudo_ids)
 
@@ -533,14 +536,14 @@ def test_mutant_no_image_is_both_asked_and_guessed(scenes: Path, tmp_path: Path)
 @pytest.mark.parametrize("how", ["human", "pseudo", "part"])
 def test_validation_teaches_nothing(how: str, scenes: Path, tmp_path: Path) -> None:
     """A round refuses to start where a validation image was trained on, in whatever way."""
-    experiment = Experiment(settings(scenes, tmp_path / "run", mode="al", judge="mock", judge_options={}))
-    name = sorted(experiment._val_ids)[0]
-    experiment._check_validation()
+    experiment = Loop.from_config(settings(scenes, tmp_path / "run", mode="al", judge="mock", judge_options={}))
+    name = sorted(row_ids(experiment.team.data.val))[0]
+    check_validation(experiment.team, experiment.state)
     if how == "human":
-        experiment.pool.human.append(name)
+        experiment.state.pool.human.append(name)
     elif how == "pseudo":
-        experiment.pool.pseudo[name] = Path("mask.png")
+        experiment.state.pool.pseudo[name] = Path("mask.png")
     else:
-        experiment.oracle.parts[name] = b""
+        experiment.team.annotator.parts[name] = b""
     with pytest.raises(LeakError, match=f"{name}.* was trained on"):
-        experiment._check_validation()
+        check_validation(experiment.team, experiment.state)

@@ -543,9 +543,8 @@ def test_number_32_polygons_get_a_hint(kind: str, tmp_path: Path) -> None:
 def test_pseudo_labels_are_read_as_they_were_written(options: dict[str, Any], tmp_path: Path) -> None:
     """Predicted masks hold class indices, and were decoded by the values of the data set's own files."""
     from vlm_itl.data.masks import MaskStore
-    from vlm_itl.experiment.annotator import Oracle
-    from vlm_itl.experiment.ledger import Ledger
-    from vlm_itl.experiment.pool import Pool, training_rows
+    from vlm_itl.experiment.annotator import Oracle, training_rows
+    from vlm_itl.experiment.pool import Ledger, Pool
 
     spread = np.array([0, 7, 9, 255], np.uint8)
     data = load(

@@ -21,9 +21,8 @@ from vlm_itl.data.labels import VOID
 from vlm_itl.data.masks import MaskStore, raw_rows, row_ids
 from vlm_itl.data.scenes import make_scenes
 from vlm_itl.data.sources import SegData, load_data, toy_images
-from vlm_itl.experiment.annotator import Oracle, mask_pixels
-from vlm_itl.experiment.ledger import Ledger
-from vlm_itl.experiment.pool import Pool, as_count, budget_schedule, training_rows
+from vlm_itl.experiment.annotator import Oracle, mask_pixels, training_rows
+from vlm_itl.experiment.pool import Ledger, Pool, as_count, budget_schedule, read_ledger
 from vlm_itl.judging.measures import FULL_MASK_SECONDS
 
 
@@ -80,7 +79,7 @@ def test_ledger_by_hand():
     ledger.pay_masks([])
     assert ledger.images == 3
     assert next(iter(ledger.record())) == "images" and ledger.record()["images"] == 3
-    assert Ledger.from_record(ledger.record()) == ledger
+    assert read_ledger(ledger.record()) == ledger
     assert Ledger().mask_seconds == FULL_MASK_SECONDS
 
 
@@ -92,7 +91,7 @@ def test_an_unknown_price_stays_unknown():
     ledger.pay_judge(2, None)
     ledger.pay_judge(2, 1.0)
     assert (ledger.judge_calls, ledger.judge_usd) == (9, None)
-    assert Ledger.from_record(ledger.record()).judge_usd is None
+    assert read_ledger(ledger.record()).judge_usd is None
 
 
 @given(st.lists(st.lists(st.integers(1, 10**7), max_size=5), max_size=6))

@@ -20,12 +20,11 @@ from vlm_itl.data.labels import VOID
 from vlm_itl.data.masks import MaskStore, row_ids
 from vlm_itl.data.scenes import make_scenes
 from vlm_itl.data.sources import load_data
-from vlm_itl.experiment.annotator import Oracle
+from vlm_itl.experiment.annotator import Oracle, training_rows
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.human_turn import policy_groups, spent_pixels
-from vlm_itl.experiment.ledger import Ledger
 from vlm_itl.experiment.loop import run_al
-from vlm_itl.experiment.pool import Pool, training_rows
+from vlm_itl.experiment.pool import Ledger, Pool, read_ledger
 from vlm_itl.experiment.report import plot_learning_curve, round_table
 from vlm_itl.model.doubt import uncertainty_maps
 from vlm_itl.model.gradient import GradientProbe
@@ -384,7 +383,7 @@ def test_ledger_and_partial_masks(scenes_small: Any, some_regions: Any, kind: st
 def test_old_ledgers_can_still_be_read():
     """Clicks that nobody counted are unknown, and stay so."""
     old = {k: v for k, v in Ledger().record().items() if k not in ("regions", "clicks")}
-    ledger = Ledger.from_record(old)
+    ledger = read_ledger(old)
     assert ledger == Ledger(clicks=None)
     ledger.pay_region(10, 100, 3)
     ledger.pay_masks([100], clicks=7)

@@ -20,7 +20,7 @@ from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.masks import DecodeRows, make_rows
 from vlm_itl.experiment.config import make_config
-from vlm_itl.experiment.loop import Experiment
+from vlm_itl.experiment.loop import Loop
 from vlm_itl.model.doubt import AGGREGATORS, PASS_SCORES, PIXEL_SCORES
 from vlm_itl.model.gradient import GradientProbe
 from vlm_itl.model.predict import Inference
@@ -561,10 +561,10 @@ def test_a_round_with_parts_of_every_kind(scenes_small: Any, tmp_path: Any):
             test_every_round=False,
             output_dir=str(tmp_path / strategy),
         )
-        record = Experiment(config).run_round()
+        record = Loop.from_config(config).run_round()
         picked[strategy] = record.selection["ids"]
         assert len(set(picked[strategy])) == 4 and record.selection["strategy"] == strategy
-        again = Experiment(make_config({**config.to_dict(), "output_dir": str(tmp_path / f"{strategy}-again")}))
+        again = Loop.from_config(make_config({**config.to_dict(), "output_dir": str(tmp_path / f"{strategy}-again")}))
         assert again.run_round().selection == record.selection
 
 
@@ -582,7 +582,7 @@ def test_bald_needs_dropout_and_says_so_before_training(scenes_small: Any, tmp_p
     try:
         config = make_config(strategy="bald", model="bare", data_options=options, output_dir=str(tmp_path / "run"))
         with pytest.raises(ConfigError, match="no dropout layer"):
-            Experiment(config)
+            Loop.from_config(config)
         assert not (tmp_path / "run").exists()
     finally:
         MODELS.pop("bare")

@@ -14,10 +14,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "tracking": ["register_tracker"],
         "config": ["Config", "make_config", "notebook_settings", "run_path"],
-        "ledger": ["Ledger"],
-        "pool": ["Pool"],
+        "pool": ["Ledger", "Pool"],
+        "state": ["Round"],
         "report": ["read_run", "list_runs", "round_table", "summary_table", "plot_learning_curve"],
         "compare": ["compare"],
-        "loop": ["Experiment", "run_al", "run_baseline"],
+        "loop": ["Loop", "run_al", "run_baseline"],
     },
 )
