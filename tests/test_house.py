@@ -112,7 +112,8 @@ def undocumented(thing: Any) -> list[str]:
     """The arguments of a function, or the fields of a data class, about which no comment says anything."""
     thing = inspect.unwrap(thing)
     if dataclasses.is_dataclass(thing):
-        names, source = [f.name for f in dataclasses.fields(thing)], inspect.getsource(thing)
+        classes = [c for c in inspect.getmro(thing) if dataclasses.is_dataclass(c)]  # a field may be inherited
+        names, source = [f.name for f in dataclasses.fields(thing)], "".join(map(inspect.getsource, classes))
     else:
         target = thing.__init__ if inspect.isclass(thing) and "__init__" in vars(thing) else thing
         if not inspect.isfunction(target):

@@ -43,11 +43,11 @@ from vlm_itl.data.sources import toy_images
 from vlm_itl.data.transforms import EvalTransform, predicted_classes
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_baseline
-from vlm_itl.model.pixels import normalisation_of
+from vlm_itl.model.pixels import processor_of, watch_processor
+from vlm_itl.model.pretrained import fix_batchnorm
 from vlm_itl.model.segmenter import (
     MODELS,
     Segmenter,
-    fix_batchnorm,
     freeze_batchnorm,
     load_model,
     parameter_groups,
@@ -202,7 +202,7 @@ def test_normalisation_comes_from_the_checkpoint(segformer_folder, tmp_path):
     mean, std = np.array([0.1, 0.2, 0.3]), np.array([0.4, 0.5, 0.6])
     expected = (BATCH.numpy() / 255 - mean[:, None, None]) / std[:, None, None]
     assert np.allclose(seen[0].numpy(), expected, atol=1e-6)
-    assert normalisation_of(str(tmp_path)) is None
+    assert processor_of(str(tmp_path)) is None
 
 
 @pytest.mark.parametrize(
@@ -217,8 +217,7 @@ def test_normalisation_comes_from_the_checkpoint(segformer_folder, tmp_path):
 )
 def test_any_processor_setting_is_followed(tmp_path, settings, zero, full):
     write_processor(tmp_path, **settings)
-    norm = normalisation_of(str(tmp_path))
-    assert norm is not None
+    norm = watch_processor(processor_of(str(tmp_path)), str(tmp_path))
     assert -norm.mean[0] / norm.std[0] == pytest.approx(zero, abs=1e-9)
     assert (1 - norm.mean[0]) / norm.std[0] == pytest.approx(full)
 

@@ -101,7 +101,7 @@ class Learner:
         )
 
     def evaluate(self, rows: datasets.Dataset, desc: str) -> dict[str, Any]:
-        return evaluate(self.segmenter, rows, self.config.view, desc=desc)
+        return dict(evaluate(self.segmenter, rows, self.config.view, desc=desc))
 
     def look(self, images: datasets.Dataset, masks: MaskStore | None = None, **options: Any) -> PoolScores:
         return score_pool(self.segmenter, images, self.config.view, masks=masks, **options)

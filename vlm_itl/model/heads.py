@@ -20,16 +20,16 @@ from transformers import AutoModelForSemanticSegmentation
 # %% ../../nbs/model/03_heads.ipynb #heads-names
 def plain_name(
     name: Any,  # of a class
-) -> str:  # without case, spaces and marks
+) -> str:  # without case, spaces and punctuation
     "What two spellings of one class have in common."
     text = unicodedata.normalize("NFC", str(name)).casefold()
-    return "".join(letter for letter in text if letter.isalnum() or unicodedata.category(letter)[0] == "M")
+    return "".join(char for char in text if char.isalnum() or unicodedata.category(char)[0] == "M")
 
 # %% ../../nbs/model/03_heads.ipynb #heads-names-unnamed
 def unnamed(
-    names: Sequence[str],  # of a head
+    names: Sequence[str],  # of a head's classes
 ) -> bool:
-    "Do the names only count?"
+    "Whether the names only count."
     return all(re.fullmatch(r"(label|class)?\d+", plain_name(name)) or not str(name).strip() for name in names)
 
 # %% ../../nbs/model/03_heads.ipynb #heads-names-match-names
@@ -41,17 +41,17 @@ def match_names(
     if unnamed(theirs) and not set(ours) <= set(theirs):
         return list(range(len(ours))) if len(theirs) == len(ours) else [None] * len(ours)
     exact, plain = Counter(theirs), Counter(map(plain_name, theirs))
-    own, places = Counter(map(plain_name, ours)), list(map(plain_name, theirs))
-    found: list[int | None] = []
+    own, plain_theirs = Counter(map(plain_name, ours)), list(map(plain_name, theirs))
+    places: list[int | None] = []
     for index, name in enumerate(ours):
         key = plain_name(name)
         if exact[name] == 1:
-            found.append(list(theirs).index(name))
+            places.append(list(theirs).index(name))
         elif key and plain[key] == own[key] == 1:
-            found.append(places.index(key))
+            places.append(plain_theirs.index(key))
         else:
-            found.append(index if key and places[index : index + 1] == [key] else None)
-    return found
+            places.append(index if key and plain_theirs[index : index + 1] == [key] else None)
+    return places
 
 # %% ../../nbs/model/03_heads.ipynb #heads-rows
 def class_rows(
@@ -68,7 +68,7 @@ def class_rows(
     few, many = shapes
     return [key for key, shape in few.items() if shape and shape[0] + 1 == many[key][0] and shape[1:] == many[key][1:]]
 
-
+# %% ../../nbs/model/03_heads.ipynb #heads-take
 def take_rows(
     net: nn.Module,  # changed in place
     weights: Mapping[str, torch.Tensor],  # a state dictionary

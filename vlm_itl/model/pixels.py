@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROBES', 'Normalisation', 'seen_through', 'explain', 'watch_processor', 'processor_of', 'family_processor',
-           'normalisation_of', 'check_writable', 'processor_settings']
+           'check_writable', 'processor_settings', 'Pixels', 'pixels_of']
 
 # %% ../../nbs/model/02_pixels.ipynb #pixels-imports
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from ..core.checks import ConfigError, check_choice, one_line, show
 # %% ../../nbs/model/02_pixels.ipynb #pixels-normalisation
 @dataclass(frozen=True)
 class Normalisation:
-    "What the network expects of its pixels: `(x / 255 - mean) / std`, one value a channel of the network."
+    "What the network expects of its pixels: `(x / 255 - mean) / std`, one value per channel of the network."
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # ImageNet's
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -52,12 +52,12 @@ def seen_through(
     off: dict[str, Any] = {flag: False for flag in _PLACES if getattr(processor, flag, None)}
     rows = []
     for colour in PROBES.tolist():
-        made = processor(Image.new("RGB", (32, 32), tuple(colour)), return_tensors="np", **off)["pixel_values"]
-        values = np.asarray(made, dtype=np.float64)
-        one = values.reshape(-1, *values.shape[-3:])[0]
-        if len(one) != 3:
-            raise ValueError(f"it makes pictures of {len(one)} channels, not 3")
-        rows.append(one[:, one.shape[1] // 2, one.shape[2] // 2])
+        plain = Image.new("RGB", (32, 32), tuple(colour))
+        values = np.asarray(processor(plain, return_tensors="np", **off)["pixel_values"], dtype=np.float64)
+        picture = values.reshape(-1, *values.shape[-3:])[0]  # (channels, height, width)
+        if len(picture) != 3:
+            raise ValueError(f"it makes pictures of {len(picture)} channels, not 3")
+        rows.append(picture[:, picture.shape[1] // 2, picture.shape[2] // 2])
     return np.array(rows)
 
 # %% ../../nbs/model/02_pixels.ipynb #pixels-watch-explain
@@ -98,24 +98,20 @@ def watch_processor(
     except Exception as error:  # settings of any kind, read by code of any kind
         reason = one_line(f"{type(error).__name__}: {error}", 200)
         raise ConfigError(f"model {name!r}: its {kind} fails on a plain picture ({reason}).") from error
-    found = explain(seen)
-    if found is None:
+    watched = explain(seen)
+    if watched is None:
         raise ConfigError(
             f"model {name!r}: its {kind} does more to pixels than to shift and scale red, green and blue, and a "
             "segmenter here is shown nothing else. Use a checkpoint with another processor, or register_model."
         )
     try:
-        said = _declared(processor, found.order)
-        fits = np.allclose(said.apply(PROBES), seen, 0, 1e-4 * (np.ptp(seen) or 1))
+        declared = _declared(processor, watched.order)
+        fits = np.allclose(declared.apply(PROBES), seen, 0, 1e-4 * (np.ptp(seen) or 1))
     except (AttributeError, TypeError, ValueError, ZeroDivisionError):
         fits = False
-    return said if fits else found
+    return declared if fits else watched
 
 # %% ../../nbs/model/02_pixels.ipynb #pixels-find
-_USUAL = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-_HARMLESS = (*_PLACES, "do_rescale", "do_normalize", "do_convert_rgb", "do_reduce_labels")
-
-
 def _settings_of(name: str) -> dict[str, Any] | None:
     "What lies beside the weights; None where nothing does; `ConfigError` for what is no JSON object."
     try:
@@ -131,6 +127,10 @@ def _settings_of(name: str) -> dict[str, Any] | None:
     if not isinstance(given, dict):
         raise ConfigError(f"model {name!r}: preprocessor_config.json must hold an object, not {show(given, 60)}.")
     return given
+
+# %% ../../nbs/model/02_pixels.ipynb #pixels-find-without-torchvision
+_USUAL = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+_HARMLESS = (*_PLACES, "do_rescale", "do_normalize", "do_convert_rgb", "do_reduce_labels")
 
 
 def _without_torchvision(name: str, given: dict[str, Any]) -> Any:
@@ -163,7 +163,7 @@ def processor_of(
 
 # %% ../../nbs/model/02_pixels.ipynb #pixels-find-family-processor
 def family_processor(
-    model_type: str,  # as config.json has it
+    model_type: str,  # as config.json has it, e.g. "segformer"
 ) -> Any:  # an image processor with its own defaults; None where the family has none that works here
     "What transformers pairs with a family."
     kinds = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type) or {}
@@ -173,17 +173,9 @@ def family_processor(
     except ImportError:  # of torchvision
         return None
 
-# %% ../../nbs/model/02_pixels.ipynb #pixels-find-normalisation-of
-def normalisation_of(
-    name: str,  # local folder or Hub id
-) -> Normalisation | None:  # None where the checkpoint brings no processor settings
-    "The normalisation that a checkpoint's own processor applies; `ConfigError` where it is none."
-    processor = processor_of(name)
-    return None if processor is None else watch_processor(processor, name)
-
 # %% ../../nbs/model/02_pixels.ipynb #pixels-write
 def check_writable(
-    norm: Normalisation,  # of a model that will be saved
+    norm: Normalisation,  # of a model that may be saved one day
     name: str,  # of the model, for the message
 ) -> Normalisation:  # the same
     "`ConfigError` for a normalisation that no common processor can be told."
@@ -214,3 +206,27 @@ def processor_settings(
                 "do_normalize": False, "do_flip_channel_order": True}  # fmt: skip
     return {"image_processor_type": "SegformerImageProcessor", **common, "rescale_factor": 1 / 255,
             "do_normalize": True, "image_mean": norm.mean, "image_std": norm.std}  # fmt: skip
+
+# %% ../../nbs/model/02_pixels.ipynb #pixels-of-record
+@dataclass(frozen=True)
+class Pixels:
+    "How a checkpoint wants its pictures shown."
+
+    norm: Normalisation
+    notes: tuple[str, ...] = ()  # what whoever loads it should know, one line each
+    reduced: bool = False  # its masks were read with 0 as void
+
+# %% ../../nbs/model/02_pixels.ipynb #pixels-of
+def pixels_of(
+    name: str,  # local folder or Hub id
+    model_type: str,  # its family, as config.json has it
+) -> Pixels:
+    "What the checkpoint's own processor does, or its family's; `ConfigError` where that cannot be used or saved."
+    own = processor_of(name)
+    processor = family_processor(model_type) if own is None else own
+    norm = Normalisation() if processor is None else check_writable(watch_processor(processor, name), name)
+    kind = "ImageNet" if norm == Normalisation() else type(processor).__name__.removesuffix("Pil")
+    notes = [] if own is not None else [f"no processor settings found: {kind} normalisation is assumed"]
+    if norm.order != (0, 1, 2):
+        notes.append("its processor shows blue first (BGR), and so do we")
+    return Pixels(norm, tuple(notes), bool(getattr(own, "do_reduce_labels", False)))

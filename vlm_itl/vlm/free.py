@@ -32,7 +32,8 @@ from ..data.masks import short_error
 from ..data.transforms import EvalTransform, collate, unpad_one
 from ..model.metrics import class_iou, count_pairs, mean_iou_of
 from ..model.predict import Inference, autocast, pick_device
-from ..model.segmenter import OWN_CODE, Segmenter, load_model
+from ..model.pretrained import OWN_CODE
+from ..model.segmenter import Segmenter, load_model
 from .handler import VERDICTS, Judgement, JudgeQuery, VLMHandler, abstain, background_of, register_handler
 from .local_model import fingerprint
 

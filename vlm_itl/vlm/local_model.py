@@ -36,7 +36,7 @@ from ..core.guards import refuse_secrets
 from ..core.seeds import stable_hash
 from ..data.masks import short_error
 from ..model.predict import pick_device
-from ..model.segmenter import refuse_pickles
+from ..model.pretrained import refuse_pickles
 
 # %% ../../nbs/vlm/04_local_model.ipynb #hf-words
 def answer_tokens(
