@@ -86,11 +86,11 @@ class TrainSettings:
     learning_rate: float = 0.0  # of the encoder; 0 = 5e-3 from scratch, 1e-4 pretrained
     head_scale: float = 0.0  # the head's learning rate is this much larger; 0 = 1 from scratch, 10 pretrained
     weight_decay: float = 0.01  # AdamW
-    scheduler: str = "polynomial"  # see SCHEDULERS
+    scheduler: Scheduler = "polynomial"  # polynomial, linear, cosine, constant, constant_with_warmup
     scheduler_power: float = 1.0  # of the polynomial
     warmup: float = 0.1  # share of the steps
     max_grad_norm: float = 1.0  # gradient clipping
-    precision: str = "fp32"  # fp32, bf16, fp16
+    precision: str = "fp32"  # fp32, bf16, fp16 (GPU only)
     batch_norm: str = "auto"  # auto, train, freeze_encoder, freeze
     crop: float = 0.0  # side of the training crop as a share of evaluation size; 0: 0.75 from scratch, 1 pretrained
     augment: dict[str, Any] = field(default_factory=dict)  # options of `TrainTransform` over `AUGMENT`
