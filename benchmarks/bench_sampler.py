@@ -33,8 +33,9 @@ from vlm_itl.core.files import project_root, write_json
 from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows
+from vlm_itl.model.doubt import uncertainty_maps
 from vlm_itl.model.predict import Inference
-from vlm_itl.model.scoring import score_pool, uncertainty_maps
+from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import Segmenter, load_model
 from vlm_itl.model.uncertainty import make_second_look, scoring_options
 from vlm_itl.sampler.selects import ball_radius, probcover

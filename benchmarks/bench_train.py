@@ -30,10 +30,11 @@ from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows, raw_rows
 from vlm_itl.data.sources import SegData, load_data
 from vlm_itl.data.transforms import TrainingSet, collate
+from vlm_itl.model.doubt import uncertainty_maps
 from vlm_itl.model.predict import Inference, evaluate
-from vlm_itl.model.scoring import score_pool, uncertainty_maps
+from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import Segmenter, freeze_batchnorm, load_model, parameter_groups
-from vlm_itl.model.train import TrainSettings, fit, pixel_loss
+from vlm_itl.model.train import TrainSettings, fit, learning_rates, pixel_loss, train_transform
 
 SIZE = 96  # pixels
 SCENES = 200  # files written; more images are the same files under further names
@@ -208,8 +209,10 @@ def ours(data: SegData, steps: int) -> Segmenter:
 def bare(data: SegData, steps: int) -> Segmenter:
     "The same maths in a loop of one's own."
     model = load_model("segformer-nano", data.labels)
-    examples = TrainingSet(data.train, SETTINGS.transform(model, SIZE), length=steps * SETTINGS.batch_size, seed=0)
-    rate, head_scale = SETTINGS.rates(model)
+    examples = TrainingSet(
+        data.train, train_transform(SETTINGS, model, SIZE), length=steps * SETTINGS.batch_size, seed=0
+    )
+    rate, head_scale = learning_rates(SETTINGS, model)
     optimizer = torch.optim.AdamW(parameter_groups(model, rate, head_scale, SETTINGS.weight_decay), lr=rate)
     warmup = round(SETTINGS.warmup * steps)
     schedule = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=0.0, power=1.0)

@@ -35,7 +35,7 @@ from vlm_itl.data.transforms import TrainingSet, collate
 from vlm_itl.model.predict import Inference, autocast, predict_batches
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import Segmenter, freeze_batchnorm, load_model, parameter_groups
-from vlm_itl.model.train import TrainSettings, fit, pixel_loss
+from vlm_itl.model.train import TrainSettings, fit, learning_rates, pixel_loss, train_transform
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"  # build tiny vision-language models
 GPU = torch.cuda.is_available()
@@ -86,8 +86,8 @@ def settings(steps: int, batch: int, precision: str) -> TrainSettings:
 
 def bare(model: Segmenter, data: SegData, how: TrainSettings, side: int) -> None:
     "The same maths in a loop of one's own, with everything such a loop should have: workers, pinned memory, clipping."
-    examples = TrainingSet(data.train, how.transform(model, side), length=how.steps * how.batch_size, seed=0)
-    rate, head_scale = how.rates(model)
+    examples = TrainingSet(data.train, train_transform(how, model, side), length=how.steps * how.batch_size, seed=0)
+    rate, head_scale = learning_rates(how, model)
     optimizer = torch.optim.AdamW(parameter_groups(model, rate, head_scale, how.weight_decay), lr=rate)
     schedule = get_polynomial_decay_schedule_with_warmup(
         optimizer, round(how.warmup * how.steps), how.steps, lr_end=0.0, power=1.0

@@ -33,10 +33,11 @@ from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.sources import toy_images
 from vlm_itl.experiment.compare import compare
 from vlm_itl.experiment.report import aubc
+from vlm_itl.model.doubt import AGGREGATORS, uncertainty_maps
 from vlm_itl.model.predict import Inference
-from vlm_itl.model.scoring import score_pool, uncertainty_maps
+from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import load_model
-from vlm_itl.model.uncertainty import AGGREGATORS, PassAccumulator, mc_passes
+from vlm_itl.model.uncertainty import PassAccumulator, mc_passes
 from vlm_itl.sampler.selects import ball_radius, cluster, gumbel_topk, probcover, typiclust
 from vlm_itl.sampler.strategy import kcenter_greedy
 

@@ -83,6 +83,14 @@ def test_core_and_the_command_line_are_light():
     assert not heavy, f"{sorted(heavy)} came along"
 
 
+def test_strategies_and_selects_are_light():
+    """Which strategies there are, and what they are called, is asked before any network is loaded."""
+    names = ("view", "strategy", "selects")
+    heavy = {"torch", "transformers", "datasets"}
+    assert not imported("import " + ", ".join(f"vlm_itl.sampler.{name}" for name in names)) & heavy
+    assert not imported("from vlm_itl.sampler import Sampler\nSampler('bald-topk-typiclust')") & heavy
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_importing_a_part_imports_nothing_heavy(part: str):
     assert not imported(f"import vlm_itl.{part}") & {"torch", "transformers", "datasets", "wandb", "matplotlib"}
@@ -156,7 +164,8 @@ def undocumented(thing: Any) -> list[str]:
     """The arguments of a function, or the fields of a data class, about which no comment says anything."""
     thing = inspect.unwrap(thing)
     if dataclasses.is_dataclass(thing):
-        names, source = [f.name for f in dataclasses.fields(thing)], inspect.getsource(thing)
+        classes = [c for c in inspect.getmro(thing) if dataclasses.is_dataclass(c)]  # a field may be inherited
+        names, source = [f.name for f in dataclasses.fields(thing)], "".join(map(inspect.getsource, classes))
     else:
         target = thing.__init__ if inspect.isclass(thing) and "__init__" in vars(thing) else thing
         if not inspect.isfunction(target):

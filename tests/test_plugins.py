@@ -14,8 +14,9 @@ from vlm_itl.core.checks import ConfigError
 from vlm_itl.data.sources import SOURCES, register_source
 from vlm_itl.experiment.config import Config, make_config, run_path
 from vlm_itl.judging.corruption import ERROR_KINDS, register_error
+from vlm_itl.model.doubt import AGGREGATORS, register_aggregate
 from vlm_itl.model.segmenter import MODELS, register_model
-from vlm_itl.model.uncertainty import AGGREGATORS, register_aggregate, scoring_options
+from vlm_itl.model.uncertainty import scoring_options
 from vlm_itl.sampler.regions import REGIONS, register_regions
 from vlm_itl.sampler.strategy import (
     SCORES,

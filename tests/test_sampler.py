@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.core.seeds import make_rng
-from vlm_itl.model.uncertainty import AGGREGATORS
+from vlm_itl.model.doubt import AGGREGATORS
 from vlm_itl.sampler.strategy import (
     SCORES,
     SELECTS,

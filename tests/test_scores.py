@@ -16,24 +16,27 @@ from torch import nn
 from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.sources import toy_images
-from vlm_itl.model.predict import Inference
-from vlm_itl.model.scoring import score_pool, uncertainty_maps
-from vlm_itl.model.segmenter import load_model
-from vlm_itl.model.uncertainty import (
+from vlm_itl.model.doubt import (
     AGGREGATORS,
     PASS_SCORES,
     PIXEL_SCORES,
-    PassAccumulator,
     boundary_mean,
     class_balanced_mean,
+    patch_max,
+    split_key,
+    topk_mean,
+    uncertainty_maps,
+)
+from vlm_itl.model.predict import Inference
+from vlm_itl.model.scoring import score_pool
+from vlm_itl.model.segmenter import load_model
+from vlm_itl.model.uncertainty import (
+    PassAccumulator,
     dropout_layers,
     make_scorers,
     make_second_look,
     mc_passes,
-    patch_max,
     scoring_options,
-    split_key,
-    topk_mean,
 )
 
 KINDS = ("random", "sure", "torn", "huge", "shifted", "tiny differences", "pairs", "one dominant", "plus or minus")

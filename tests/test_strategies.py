@@ -21,11 +21,12 @@ from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.masks import DecodeRows, make_rows
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import Loop
+from vlm_itl.model.doubt import AGGREGATORS, PASS_SCORES, PIXEL_SCORES
 from vlm_itl.model.gradient import GradientProbe
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import MODELS, Segmenter, load_model, register_model
-from vlm_itl.model.uncertainty import AGGREGATORS, PASS_SCORES, PIXEL_SCORES, scoring_options
+from vlm_itl.model.uncertainty import scoring_options
 from vlm_itl.sampler.selects import (
     ball_radius,
     class_weights,

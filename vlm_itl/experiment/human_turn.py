@@ -22,7 +22,8 @@ from .annotator import Oracle
 from .pool import Pool
 from ..model.metrics import image_iou
 from ..model.scoring import PoolScores
-from ..sampler.regions import Regions, choose_regions, draw_asked, split_region
+from ..sampler.region_choice import choose_regions
+from ..sampler.regions import Regions, draw_asked, split_region
 from ..sampler.strategy import Sampler
 from ..vlm.handler import Judgement
 

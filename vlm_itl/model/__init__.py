@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "segmenter": ["Segmenter", "load_model", "save_model", "register_model"],
         "predict": ["Inference", "evaluate"],
         "train": ["TrainSettings", "fit"],
+        "doubt": ["register_aggregate"],
         "scoring": ["PoolScores", "score_pool"],
     },
 )

@@ -38,7 +38,7 @@ def part_gradients(
     logits: torch.Tensor,  # (C, h, w) what comes out of it
     weights: torch.Tensor,  # (R, h, w) how much of each cell belongs to each part; every part has some
 ) -> torch.Tensor:  # (R, C, d) float64
-    "`last_layer_gradient` of parts of an image; a part costs the cells that it touches."
+    "`last_layer_gradient` of parts of an image; a part costs no more than the cells that it touches."
     p = logits.double().softmax(0)
     error = (p - F.one_hot(logits.argmax(0), len(logits)).movedim(-1, 0)).flatten(1)  # (C, h * w)
     inside = hidden.double().flatten(1)  # (d, h * w)
@@ -66,7 +66,7 @@ class GradientProbe:
 
     def __init__(
         self,
-        width: int = 512,  # numbers kept an image
+        width: int = 512,  # numbers kept per image
         seed: int = 0,  # of the projection
     ):
         self.width = check_number("width", width, low=1, integer=True)

@@ -12,8 +12,8 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "strategy": ["Sampler", "parse_strategy", "register_score", "register_aggregate", "register_select"],
-        "selects": ["known_strategies"],
+        "strategy": ["parse_strategy", "register_score", "register_select"],
+        "selects": ["Sampler", "known_strategies"],  # by way of the last room, so that a sampler knows all strategies
         "regions": ["Regions", "register_regions"],
     },
 )
