@@ -411,7 +411,7 @@ def test_replies(structured: bool, record_property: Record) -> None:
     def check(reply: dict[str, Any], question: str) -> None:
         with tried.case():
             try:
-                fair(handler._read(as_object(reply), question))
+                fair(handler.talk.read(as_object(reply), question))
             except ValueError as error:
                 assert str(error) == "the reply is not a chat completion"
 
@@ -555,7 +555,7 @@ def test_log_probabilities_that_are_none(record_property: Record) -> None:
         choice = SimpleNamespace(
             message=SimpleNamespace(content="yes"), finish_reason="stop", logprobs=SimpleNamespace(content=[token, 3])
         )
-        answer = handler._read(
+        answer = handler.talk.read(
             SimpleNamespace(choices=[choice], usage=SimpleNamespace(prompt_tokens="1", completion_tokens="2")),
             "quality",
         )

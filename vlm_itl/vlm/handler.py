@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUESTIONS', 'VERDICTS', 'SCORE_KINDS', 'REMEDIES', 'HANDLERS', 'check_question', 'format_question', 'background_of',
-           'JudgeQuery', 'color_name', 'legend_text', 'Judgement', 'abstain', 'in_two_parts', 'judging_part',
-           'check_query', 'JudgeStopped', 'failure_kind', 'remedy', 'VLMHandler', 'register_handler', 'handler_options',
-           'make_handler', 'AlwaysYes', 'AlwaysNo', 'render_overlay', 'LONGEST_ANSWER', 'parse_answer']
+           'JudgeQuery', 'color_name', 'legend_text', 'Judgement', 'abstain', 'probability_of', 'in_two_parts',
+           'judging_part', 'check_query', 'JudgeStopped', 'failure_kind', 'remedy', 'VLMHandler', 'register_handler',
+           'handler_options', 'make_handler', 'AlwaysYes', 'AlwaysNo', 'render_overlay', 'LONGEST_ANSWER',
+           'parse_answer']
 
 # %% ../../nbs/vlm/02_handler.ipynb #vlm-imports
 import inspect
@@ -228,6 +229,15 @@ def abstain(
 ) -> Judgement:
     "A judgement that says nothing, and why."
     return Judgement("abstain", error=" ".join(str(error).split()), **known)
+
+# %% ../../nbs/vlm/02_handler.ipynb #vlm-judgement-probability
+def probability_of(
+    judgement: Judgement,  # any
+) -> float | None:  # in [0, 1]; None: it abstains
+    "P(yes) of an answer; 1 or 0 where there is only a word."
+    if judgement.verdict == "abstain":
+        return None
+    return float(judgement.verdict == "yes") if judgement.p_yes is None else float(judgement.p_yes)
 
 # %% ../../nbs/vlm/02_handler.ipynb #vlm-parse
 _all_ = ["LONGEST_ANSWER", "parse_answer"]  # from the chapter on answers
