@@ -240,10 +240,10 @@ def chat_request(
     schemaless: bool = False,  # the server takes no schema, so words have to say what JSON is wanted
 ) -> dict[str, Any]:  # field -> value
     "The fields of a request as we should like them."
-    told = _NUMBER if wishes.stated else _OBJECT if schemaless else ""
+    as_json = _NUMBER if wishes.stated else _OBJECT if schemaless else ""
     content = [
         {"type": "image_url", "image_url": {"url": prompt.picture}},
-        {"type": "text", "text": prompt.text + told},
+        {"type": "text", "text": prompt.text + as_json},
     ]
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     fields: dict[str, Any] = {
@@ -304,12 +304,12 @@ class Terms:
     def lose(
         self,
         name: str,  # a field
-        told: str,  # what became of it
+        line: str,  # what became of it
     ) -> None:
         "Say once, and keep for the record, what has to be done without."
-        if self.lost.get(name) != told:
-            self.lost[name] = told
-            warnings.warn(f"{self.whose}: {name} {told}", RuntimeWarning, stacklevel=2)
+        if self.lost.get(name) != line:
+            self.lost[name] = line
+            warnings.warn(f"{self.whose}: {name} {line}", RuntimeWarning, stacklevel=2)
 
 
 def _place(name: str, value: Any) -> str:
@@ -494,25 +494,33 @@ def cost_of(
     return read + written, None if price is None else price.of(read, written)
 
 # %% ../../nbs/vlm/08_exchange.ipynb #exchange-judged
-def _judged(text: str, question: str, spelt: Any, wishes: Wishes, known: dict[str, Any]) -> Judgement:
+def _judged(text: str, question: str, spelt: Any, wishes: Wishes, facts: dict[str, Any]) -> Judgement:
     "Words and probabilities to one judgement; where they disagree, none. Without `p_yes`: the tokens are not its own."
     reading, stated = verdict_in(text, question, wishes)
     verdict = reading.verdict
     spelt = spelt if isinstance(spelt, list) and any(isinstance(field_of(t, "token"), str) for t in spelt) else []
     p_yes, p_mass = answer_share(spelt, text, reading) if spelt else (None, None)
     if verdict == "abstain":
-        return abstain("the answer is neither yes nor no", p_mass=p_mass, **known)
+        return abstain("the answer is neither yes nor no", p_mass=p_mass, **facts)
     if p_mass is not None and p_mass < wishes.min_mass:
-        return abstain(f"P(yes) + P(no) is only {p_mass:.3f}", p_mass=p_mass, **known)
+        return abstain(f"P(yes) + P(no) is only {p_mass:.3f}", p_mass=p_mass, **facts)
     if p_yes is not None and (p_yes >= 0.5) != (verdict == "yes"):
-        return abstain(f"the answer says {verdict}, its probabilities say the opposite", p_mass=p_mass, **known)
+        return abstain(f"the answer says {verdict}, its probabilities say the opposite", p_mass=p_mass, **facts)
     if p_yes is not None:
-        return Judgement(verdict, p_yes, p_mass, "logprobs", **known)
+        return Judgement(verdict, p_yes, p_mass, "logprobs", **facts)
     if stated is not None:
-        return Judgement(verdict, stated, None, "stated", **known)
+        return Judgement(verdict, stated, None, "stated", **facts)
     if spelt:
-        return Judgement(verdict, **known)
-    return Judgement(verdict, float(verdict == "yes"), None, "hard", **known)
+        return Judgement(verdict, **facts)
+    return Judgement(verdict, float(verdict == "yes"), None, "hard", **facts)
+
+
+def _why_short(text: str, message: Any, max_tokens: int) -> str:
+    "What an answer that reached its limit lacks."
+    short = f"the answer was cut off at max_tokens={max_tokens}"
+    if text.strip() and not thought_of(message):
+        return short
+    return f"{short}, which went into thoughts: a model that thinks needs more, 2000 for instance"
 
 # %% ../../nbs/vlm/08_exchange.ipynb #exchange-read
 def read_reply(
@@ -531,27 +539,19 @@ def read_reply(
     choice, named = choices[index], field_of(reply, "model")
     tokens, usd = cost_of(reply, price)
     who = key.one_line(named) if isinstance(named, str) and named else model
-    known: dict[str, Any] = {"tokens": tokens, "usd": usd, "model": who}
+    facts: dict[str, Any] = {"tokens": tokens, "usd": usd, "model": who}
     message, ended = field_of(choice, "message"), field_of(choice, "finish_reason")
     text, refusal = text_of(field_of(message, "content")), field_of(message, "refusal")
     if refusal or ended == "content_filter":
         raw = key.hide(refusal if isinstance(refusal, str) else text)[:LONGEST_ANSWER] or "[content_filter]"
-        return abstain("the judge refused", raw=raw, **known)
-    known["raw"] = key.hide(text)[:LONGEST_ANSWER]
+        return abstain("the judge refused", raw=raw, **facts)
+    facts["raw"] = key.hide(text)[:LONGEST_ANSWER]
     if ended == "error":
         raise ValueError("the server broke off in the middle of an answer")
     if ended == "length":
-        known["raw"] = known["raw"] or "[length]"
-        return abstain(_why_short(text, message, wishes.max_tokens), **known)
+        facts["raw"] = facts["raw"] or "[length]"
+        return abstain(_why_short(text, message, wishes.max_tokens), **facts)
     if not text.strip():
         thought = ", though the model thought aloud" if thought_of(message) else ""
-        return abstain(f"the answer is empty, which is neither yes nor no{thought}", **known)
-    return _judged(text, question, field_of(field_of(choice, "logprobs"), "content"), wishes, known)
-
-
-def _why_short(text: str, message: Any, max_tokens: int) -> str:
-    "What an answer that reached its limit lacks."
-    short = f"the answer was cut off at max_tokens={max_tokens}"
-    if text.strip() and not thought_of(message):
-        return short
-    return f"{short}, which went into thoughts: a model that thinks needs more, 2000 for instance"
+        return abstain(f"the answer is empty, which is neither yes nor no{thought}", **facts)
+    return _judged(text, question, field_of(field_of(choice, "logprobs"), "content"), wishes, facts)

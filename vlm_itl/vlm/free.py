@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIDENCE_KINDS', 'softmin', 'mask_confidence', 'native_logits', 'mask_agreement', 'tta_agreement',
-           'ConfidenceHandler', 'checkpoint_classes', 'class_table', 'SecondOpinionHandler', 'mask_hash',
+           'ConfidenceHandler', 'checkpoint_classes', 'class_table', 'MaskMemory', 'SecondOpinionHandler', 'mask_hash',
            'write_verdicts', 'read_verdicts', 'HumanHandler']
 
 # %% ../../nbs/vlm/11_free.ipynb #baselines-imports
@@ -77,7 +77,7 @@ def native_logits(
     model: Segmenter,  # put into evaluation mode
     pictures: Sequence[Image.Image],  # any sizes, RGB
     view: Inference,  # how they are shown to the network
-) -> Iterator[torch.Tensor]:  # of each picture (C, H, W), float32, at its own size
+) -> Iterator[torch.Tensor]:  # (C, H, W) per picture, float32, at its own size
     "The network's logits, one picture at a time, computed in batches."
     transform = EvalTransform(view.image_size, resize=view.resize)
     device = pick_device(view.device)
@@ -87,8 +87,8 @@ def native_logits(
         batch = collate([transform({"id": str(number), "image": picture}) for number, picture in enumerate(shown)])
         with torch.inference_mode(), autocast(device, view.precision):
             logits = model(batch["pixel_values"].to(device))
-        for one, box, native in zip(logits, batch["box"], batch["native"], strict=True):
-            yield unpad_one(one, box, view.image_size, native)
+        for padded, box, native in zip(logits, batch["box"], batch["native"], strict=True):
+            yield unpad_one(padded, box, view.image_size, native)
 
 # %% ../../nbs/vlm/11_free.ipynb #baselines-agreement
 def mask_agreement(
@@ -111,16 +111,16 @@ def tta_agreement(
     scales: Sequence[float] = (0.75, 1.0, 1.25),  # sizes, 1 = as before; each as it is and mirrored
 ) -> list[float]:  # N, in [0, 1]
     "Mean IoU of each mask with the predictions for other views of its picture."
-    found: list[list[float]] = [[] for _ in pictures]
+    ious_of: list[list[float]] = [[] for _ in pictures]
     views = [(scale, mirrored) for scale in scales for mirrored in (False, True) if mirrored or scale != 1]
     for scale, mirrored in views:
         sized = replace(view, image_size=max(16, round(scale * view.image_size)))
         shown = [ImageOps.mirror(picture) if mirrored else picture for picture in pictures]
-        for ious, mask, logits in zip(found, masks, native_logits(model, shown, sized), strict=True):
+        for ious, mask, logits in zip(ious_of, masks, native_logits(model, shown, sized), strict=True):
             predicted = logits.argmax(0)
             predicted = predicted.flip(-1) if mirrored else predicted
             ious.append(mask_agreement(mask, predicted.to(torch.uint8).cpu().numpy(), len(logits)))
-    return [sum(ious) / len(ious) for ious in found]
+    return [sum(ious) / len(ious) for ious in ious_of]
 
 # %% ../../nbs/vlm/11_free.ipynb #baselines-handler
 def _scored(p_yes: float, threshold: float) -> Judgement:
@@ -128,8 +128,8 @@ def _scored(p_yes: float, threshold: float) -> Judgement:
     if not math.isfinite(p_yes):
         return abstain("the score is not a number: nothing to compare, or a broken prediction", tokens=0, usd=0.0)
     p_yes = min(1.0, max(0.0, p_yes))
-    said = "yes" if p_yes >= threshold else "no"
-    return Judgement(said, p_yes, 1.0, "score", raw=f"{p_yes:.4f}", tokens=0, usd=0.0)
+    verdict = "yes" if p_yes >= threshold else "no"
+    return Judgement(verdict, p_yes, 1.0, "score", raw=f"{p_yes:.4f}", tokens=0, usd=0.0)
 
 
 def _pictures(queries: Sequence[JudgeQuery]) -> tuple[dict[int, Image.Image], dict[int, Judgement]]:
@@ -184,7 +184,7 @@ class ConfidenceHandler(VLMHandler):
         return {**own, **more.get(self.kind, {})}
 
     def _scores(self, pictures: list[Image.Image], masks: list[np.ndarray]) -> list[float]:
-        "One score for each picture and mask."
+        "One score per picture and mask."
         model, view = self.segmenter()
         if self.kind == "tta":
             return tta_agreement(model, pictures, masks, view, self.scales)
@@ -208,7 +208,7 @@ class ConfidenceHandler(VLMHandler):
 # %% ../../nbs/vlm/11_free.ipynb #baselines-classes
 def _plain(name: str) -> str:
     "A class name without case, spaces and marks."
-    return "".join(letter for letter in str(name).lower() if letter.isalnum())
+    return "".join(character for character in str(name).lower() if character.isalnum())
 
 
 def checkpoint_classes(
@@ -242,9 +242,9 @@ def class_table(
     ours = {_plain(name): index for index, name in enumerate(source.names)}
     renamed = {}
     for their, our in (classes or {}).items():
-        for name, known in ((their, theirs), (our, source.names)):
-            if _plain(name) not in [_plain(k) for k in known]:
-                raise ConfigError(f"judge 'second_opinion': classes: no class {name!r}.{closest(name, known)}")
+        for name, names in ((their, theirs), (our, source.names)):
+            if _plain(name) not in [_plain(other) for other in names]:
+                raise ConfigError(f"judge 'second_opinion': classes: no class {name!r}.{closest(name, names)}")
         renamed[_plain(their)] = ours[_plain(our)]
     background = background_of(source)
     table = np.full(256, VOID if background is None else background, np.uint8)
@@ -261,6 +261,81 @@ def class_table(
         return table, tuple(missing)
     merged = np.where(table == VOID, VOID, table != source.label2id.get("background", 0))
     return merged.astype(np.uint8), ()
+
+# %% ../../nbs/vlm/11_free.ipynb #baselines-memory
+class MaskMemory:
+    "Masks by a key, compressed; the newest are kept."
+
+    def __init__(
+        self,
+        size: int,  # masks kept, some kilobytes each; 0: none
+    ):
+        self.size = size
+        self._packed: OrderedDict[bytes, tuple[tuple[int, ...], bytes]] = OrderedDict()
+
+    def __len__(self) -> int:
+        "The number of masks."
+        return len(self._packed)
+
+    def recall(
+        self,
+        key: bytes,  # of `keep`
+    ) -> np.ndarray | None:  # uint8 (H, W); None: not kept, or not any more
+        "A mask."
+        if key not in self._packed:
+            return None
+        shape, packed = self._packed[key]
+        return np.frombuffer(zlib.decompress(packed), np.uint8).reshape(shape)
+
+    def keep(
+        self,
+        key: bytes,  # of the image, say
+        mask: np.ndarray,  # uint8 (H, W)
+    ) -> None:
+        "Keep a mask as the newest; the oldest goes where there are too many."
+        if key not in self._packed:
+            self._packed[key] = mask.shape, zlib.compress(mask.tobytes(), 1)
+        self._packed.move_to_end(key)
+        while len(self._packed) > self.size:
+            self._packed.popitem(last=False)
+
+    def clear(self) -> None:
+        "Forget them."
+        self._packed.clear()
+
+# %% ../../nbs/vlm/11_free.ipynb #baselines-opinion-net
+def _whole_segmenter(name: str, theirs: LabelSpace) -> Segmenter:
+    "A checkpoint as a segmenter of its own classes; `ConfigError` if parts of it would be random."
+    net = load_model(name, theirs)
+    fresh = [note for note in net.notes if note.startswith("re-initialised")]
+    if fresh:
+        raise ConfigError(f"judge 'second_opinion': {name!r} is not a whole segmenter; {fresh[0]}.")
+    return net
+
+
+def _check_renamed(classes: Any, name: str, theirs: LabelSpace) -> dict[str, str]:
+    "What the option `classes` renames, all of it classes of the checkpoint; `ConfigError` otherwise."
+    if classes is not None and not isinstance(classes, Mapping):
+        raise ConfigError(
+            f"judge 'second_opinion': classes must be a dictionary {{'theirs': 'ours'}}, not {classes!r}."
+        )
+    for their in classes or {}:
+        if _plain(their) not in [_plain(own) for own in theirs.names]:
+            hint = closest(their, theirs.names)
+            raise ConfigError(f"judge 'second_opinion': classes: {name!r} has no class {their!r}.{hint}")
+    return dict(classes or {})
+
+# %% ../../nbs/vlm/11_free.ipynb #baselines-opinion-compared
+def _compared(
+    query: JudgeQuery, theirs: np.ndarray, table: np.ndarray, missing: tuple[int, ...], threshold: float
+) -> Judgement:
+    "One mask against the other."
+    unknown = sorted({*np.unique(query.mask).tolist(), *query.class_ids} & set(missing))
+    if unknown:
+        name = query.labels.names[unknown[0]]
+        return abstain(f"the second segmenter knows no {name!r}", tokens=0, usd=0.0)
+    agreement = mask_agreement(query.mask, table[theirs], len(query.labels), query.class_ids)
+    return _scored(agreement, threshold)
 
 # %% ../../nbs/vlm/11_free.ipynb #baselines-opinion
 @register_handler("second_opinion")
@@ -287,23 +362,14 @@ class SecondOpinionHandler(VLMHandler):
         check_number(f"{name}: image_size", image_size, 16, integer=True)
         check_choice(f"{name}: resize", resize, ("keep", "stretch"))
         self.batch_size = int(check_number(f"{name}: batch_size", batch_size, 1, integer=True))
-        self.remember = int(check_number(f"{name}: remember", remember, 0, integer=True))
-        if classes is not None and not isinstance(classes, Mapping):
-            raise ConfigError(f"{name}: classes must be a dictionary {{'theirs': 'ours'}}, not {classes!r}.")
-        self.classes, self.partial, self.model = dict(classes or {}), bool(partial), str(model)
+        self._masks = MaskMemory(int(check_number(f"{name}: remember", remember, 0, integer=True)))
         pick_device(device)
         self._view = Inference(image_size, resize, batch_size, precision, device=device)
+        self.model, self.partial = str(model), bool(partial)
         self._theirs = checkpoint_classes(self.model)
-        for their in self.classes:
-            if _plain(their) not in [_plain(known) for known in self._theirs.names]:
-                hint = closest(their, self._theirs.names)
-                raise ConfigError(f"{name}: classes: {self.model!r} has no class {their!r}.{hint}")
-        self._net = load_model(self.model, self._theirs)
-        fresh = [note for note in self._net.notes if note.startswith("re-initialised")]
-        if fresh:
-            raise ConfigError(f"{name}: {self.model!r} is not a whole segmenter; {fresh[0]}.")
+        self.classes = _check_renamed(classes, self.model, self._theirs)
+        self._net = _whole_segmenter(self.model, self._theirs)
         self._weights: str | None = None
-        self._masks: OrderedDict[bytes, tuple[tuple[int, ...], bytes]] = OrderedDict()
 
     def identity(self) -> dict[str, Any]:  # for the cache
         "The options that decide, and the weights."
@@ -316,42 +382,28 @@ class SecondOpinionHandler(VLMHandler):
         self,
         pictures: Sequence[Image.Image],  # RGB
     ) -> list[np.ndarray]:  # uint8 (H, W) each, in the classes of the second network
-        "Its own masks, at native size; one forward pass a picture, at most."
+        "Its own masks, at native size; one forward pass per picture, at most."
         keys = [stable_hash(np.asarray(picture)) for picture in pictures]
-        known = {key: self._masks[key] for key in keys if key in self._masks}
-        fresh = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in known}
+        masks = {key: mask for key in keys if (mask := self._masks.recall(key)) is not None}
+        fresh = {key: picture for key, picture in zip(keys, pictures, strict=True) if key not in masks}
         for key, logits in zip(fresh, native_logits(self._net, list(fresh.values()), self._view), strict=True):
             if not bool(torch.isfinite(logits).all()):
                 raise DataError("the second segmenter's prediction is not finite.")
-            mask = logits.argmax(0).to(torch.uint8).cpu().numpy()
-            known[key] = mask.shape, zlib.compress(mask.tobytes(), 1)
+            masks[key] = logits.argmax(0).to(torch.uint8).cpu().numpy()
         for key in keys:
-            self._masks[key] = known[key]
-            self._masks.move_to_end(key)
-        while len(self._masks) > self.remember:
-            self._masks.popitem(last=False)
-        return [np.frombuffer(zlib.decompress(known[k][1]), np.uint8).reshape(known[k][0]) for k in keys]
+            self._masks.keep(key, masks[key])
+        return [masks[key] for key in keys]
 
     def _judge_batch(self, queries: list[JudgeQuery]) -> list[Judgement]:
-        tables = {}
-        for labels in {query.labels for query in queries}:
-            try:
-                tables[labels] = class_table(self._theirs.names, labels, self.classes, self.partial)
-            except ConfigError as error:  # no mask of this run can be judged
-                raise JudgeError(str(error)) from error
+        labels = {query.labels for query in queries}
+        try:
+            tables = {ours: class_table(self._theirs.names, ours, self.classes, self.partial) for ours in labels}
+        except ConfigError as error:  # no mask of this run can be judged
+            raise JudgeError(str(error)) from error
         pictures, answers = _pictures(queries)
         for index, theirs in zip(pictures, self.masks_of(list(pictures.values())), strict=True):
-            answers[index] = self._compare(queries[index], theirs, *tables[queries[index].labels])
+            answers[index] = _compared(queries[index], theirs, *tables[queries[index].labels], self.threshold)
         return [answers[index] for index in range(len(queries))]
-
-    def _compare(self, query: JudgeQuery, theirs: np.ndarray, table: np.ndarray, missing: tuple[int, ...]) -> Judgement:
-        "One mask against the other."
-        unknown = sorted({*np.unique(query.mask).tolist(), *query.class_ids} & set(missing))
-        if unknown:
-            name = query.labels.names[unknown[0]]
-            return abstain(f"the second segmenter knows no {name!r}", tokens=0, usd=0.0)
-        agreement = mask_agreement(query.mask, table[theirs], len(query.labels), query.class_ids)
-        return _scored(agreement, self.threshold)
 
     def _judge_one(self, query: JudgeQuery) -> Judgement:
         return self._judge_batch([query])[0]
@@ -379,9 +431,7 @@ def _verdict_format(path: str | Path) -> str:
 
 def write_verdicts(
     path: str | Path,  # ends in .csv or .jsonl; the folder must exist
-    verdicts: Iterable[
-        tuple[str, np.ndarray | None, str]
-    ],  # image id, the mask that was shown (None: unknown), verdict
+    verdicts: Iterable[tuple[str, np.ndarray | None, str]],  # image id, mask that was shown (None: unknown), verdict
 ) -> Path:  # the path
     "Write a file that the judge `human` reads."
     rows = []
@@ -395,6 +445,17 @@ def write_verdicts(
     writer.writeheader()
     writer.writerows(rows)
     return write_text(path, buffer.getvalue())
+
+# %% ../../nbs/vlm/11_free.ipynb #baselines-human-json-row
+def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
+    "A line as a dictionary."
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number}: a JSON object is needed.")
+    return row
 
 # %% ../../nbs/vlm/11_free.ipynb #baselines-human-read-verdicts
 def read_verdicts(
@@ -411,26 +472,17 @@ def read_verdicts(
         rows: Iterable[tuple[int, Any]] = enumerate(csv.DictReader(lines), 2)
     else:
         rows = ((number, _json_row(path, number, line)) for number, line in enumerate(lines, 1) if line.strip())
-    found: dict[str, dict[str, str]] = {}
+    verdicts: dict[str, dict[str, str]] = {}
     for number, row in rows:
-        name, said = (str(row.get(key) or "").strip() for key in ("id", "verdict"))
-        if not name or said.lower() not in VERDICTS:
-            raise DataError(f"{path}, line {number}: an id and a verdict (yes, no, abstain) are needed, not {said!r}.")
+        name, verdict = (str(row.get(key) or "").strip() for key in ("id", "verdict"))
+        if not name or verdict.lower() not in VERDICTS:
+            raise DataError(
+                f"{path}, line {number}: an id and a verdict (yes, no, abstain) are needed, not {verdict!r}."
+            )
         shown = str(row.get("mask") or "").strip()
-        if found.setdefault(name, {}).setdefault(shown, said.lower()) != said.lower():
+        if verdicts.setdefault(name, {}).setdefault(shown, verdict.lower()) != verdict.lower():
             raise DataError(f"{path}, line {number}: image {name!r} has another verdict for the same mask before.")
-    return found
-
-# %% ../../nbs/vlm/11_free.ipynb #baselines-human-json-row
-def _json_row(path: Path, number: int, line: str) -> dict[str, Any]:
-    "A line as a dictionary."
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise DataError(f"{path}, line {number}: a JSON object is needed.")
-    return row
+    return verdicts
 
 # %% ../../nbs/vlm/11_free.ipynb #baselines-human-humanhandler
 @register_handler("human")
@@ -459,15 +511,15 @@ class HumanHandler(VLMHandler):
         return {"verdicts": stable_hash(content).hex(), "any_mask": self.any_mask, "usd": self.usd}
 
     def _judge_one(self, query: JudgeQuery) -> Judgement:
-        known = self._verdicts.get(query.id, {})
-        said = known.get(mask_hash(query.mask)) or (known.get("") if self.any_mask else None)
-        if said is None:
+        by_mask = self._verdicts.get(query.id, {})
+        verdict = by_mask.get(mask_hash(query.mask)) or (by_mask.get("") if self.any_mask else None)
+        if verdict is None:
             why = f"no human verdict about image {query.id!r}"
-            if "" in known:
+            if "" in by_mask:
                 why = "the human's verdict does not say which mask was shown; any_mask=True takes it for any"
-            elif known:
+            elif by_mask:
                 why = "the human saw another mask of this image"
             return abstain(why, tokens=0, usd=0.0, latency_s=0.0)
-        p_yes = None if said == "abstain" else float(said == "yes")
-        kind = "none" if said == "abstain" else "hard"
-        return Judgement(said, p_yes, None, kind, raw=said, tokens=0, usd=self.usd, latency_s=self.seconds)
+        p_yes = None if verdict == "abstain" else float(verdict == "yes")
+        kind = "none" if verdict == "abstain" else "hard"
+        return Judgement(verdict, p_yes, None, kind, raw=verdict, tokens=0, usd=self.usd, latency_s=self.seconds)
