@@ -19,6 +19,7 @@ from sklearn.linear_model import LogisticRegression
 
 from ..core.checks import ConfigError, DataError, JudgeError, check_choice, check_number
 from ..core.files import read_json, write_json
+from .answers import check_question
 from .cache import handler_identity
 from vlm_itl.vlm.handler import (
     Judgement,
@@ -26,7 +27,6 @@ from vlm_itl.vlm.handler import (
     JudgeStopped,
     VLMHandler,
     abstain,
-    check_question,
     make_handler,
     register_handler,
 )

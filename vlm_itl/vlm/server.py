@@ -23,14 +23,12 @@ from urllib.parse import urlsplit
 from ..core.checks import ConfigError, JudgeError, check_number
 from ..core.files import progress
 from ..core.guards import hide_secrets, refuse_secrets
-from .answers import LONGEST_ANSWER, Reading, parse_answer, read_answer
+from .answers import LONGEST_ANSWER, Reading, in_two_parts, judging_part, parse_answer, read_answer
 from vlm_itl.vlm.handler import (
     Judgement,
     JudgeQuery,
     JudgeStopped,
     abstain,
-    in_two_parts,
-    judging_part,
     register_handler,
 )
 from .refusals import Refusal, likely_address, weaker
