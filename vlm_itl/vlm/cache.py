@@ -374,18 +374,18 @@ class PaidJudge:
 def told_once(
     keys: Sequence[str],  # N, of `query_keys`
     queries: Sequence[JudgeQuery],  # N
-    known: Mapping[str, Judgement],  # the answer to each key; `cached` if it was looked up
+    answers: Mapping[str, Judgement],  # by key; `cached` if it was looked up
     paid: set[tuple[str, str]],  # (key, image id) of what this payer has paid for
     told: set[str],  # keys whose payment was handed out; those of this call are added
 ) -> list[Judgement]:  # N
     "Answers for these queries; one payment is told once, and everything else is marked `cached`."
-    answers = []
+    handed_out = []
     for key, query in zip(keys, queries, strict=True):
-        mine = (not known[key].cached or (key, query.id) in paid) and key not in told
-        answers.append(replace(known[key], id=query.id, cached=not mine))
+        mine = (not answers[key].cached or (key, query.id) in paid) and key not in told
+        handed_out.append(replace(answers[key], id=query.id, cached=not mine))
         if mine:
             told.add(key)
-    return answers
+    return handed_out
 
 # %% ../../nbs/vlm/06_cache.ipynb #cache-handler-inner
 def _inner_judge(judge: str | VLMHandler, options: dict[str, Any] | None, seed: int, tau: float) -> VLMHandler:
@@ -460,27 +460,27 @@ class CachedHandler(VLMHandler):
 
     def _judge_batch(self, queries: list[JudgeQuery]) -> list[Judgement]:
         keys = query_keys(queries, self.judge_handler)
-        known = self.cache.get(keys)
+        answers = self.cache.get(keys)
         waiting: dict[str, JudgeQuery] = {}
         for key, query in zip(keys, queries, strict=True):
-            if key not in known:
+            if key not in answers:
                 waiting.setdefault(key, query)  # the same question twice is asked once
-        self.hits += sum(key in known for key in keys)
+        self.hits += sum(key in answers for key in keys)
         while waiting:
             allowed = self.spending.allowed(self.batch_size)
             if allowed < 1:
-                places = [place for place, key in enumerate(keys) if key in known]
-                answered = self._hand_out([keys[i] for i in places], [queries[i] for i in places], known)
+                places = [place for place, key in enumerate(keys) if key in answers]
+                answered = self._hand_out([keys[i] for i in places], [queries[i] for i in places], answers)
                 raise JudgeStopped(_why_stopped(self), dict(zip(places, answered, strict=True)))
             batch = {key: waiting.pop(key) for key in list(waiting)[:allowed]}
             self._told.difference_update(batch)  # after a failure, the next try is a payment of its own
-            known.update(self._paid_judge.ask(batch, self._payer))
-        return self._hand_out(keys, queries, known)
+            answers.update(self._paid_judge.ask(batch, self._payer))
+        return self._hand_out(keys, queries, answers)
 
     def _hand_out(
-        self, keys: Sequence[str], queries: Sequence[JudgeQuery], known: Mapping[str, Judgement]
+        self, keys: Sequence[str], queries: Sequence[JudgeQuery], answers: Mapping[str, Judgement]
     ) -> list[Judgement]:
-        return told_once(keys, queries, known, self.cache.paid(self._payer, keys), self._told)
+        return told_once(keys, queries, answers, self.cache.paid(self._payer, keys), self._told)
 
 # %% ../../nbs/vlm/06_cache.ipynb #cache-handler-why
 def _why_stopped(handler: CachedHandler) -> str:

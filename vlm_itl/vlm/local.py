@@ -122,7 +122,7 @@ _TOWERS = ("vision_tower", "vision_model", "vision_encoder")
 
 
 def _equal_rows(tensors: Sequence[torch.Tensor]) -> tuple[list[int], list[int]]:
-    "Rows that occur first, and for each row which of those it equals."
+    "Rows that occur first, and which of those each row equals."
     whole = [tensor.detach().cpu().contiguous().unsqueeze(-1).view(torch.uint8).numpy() for tensor in tensors]
     return positions_of_first([tuple(rows[row].tobytes() for rows in whole) for row in range(len(tensors[0]))])
 
@@ -135,7 +135,7 @@ def _rows(value: Any, size: int, rows: list[int]) -> Any:
 
 
 def _row_by_row(value: Any, size: int) -> bool:
-    "Has every tensor of an output a row for each image?"
+    "Has every tensor of an output one row per image?"
     if isinstance(value, torch.Tensor):
         return value.dim() > 0 and len(value) == size
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else []
@@ -150,24 +150,24 @@ def share_image_features(
     if not towers:
         return False
     original = towers[0].forward
-    known: list[bool] = []  # does a row come out for each that goes in? Empty: not seen yet
+    row_by_row: list[bool] = []  # does one row come out per row that goes in? Empty: not seen yet
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         pixels = args[0] if args else kwargs.get("pixel_values")
-        if known == [False] or not isinstance(pixels, torch.Tensor) or pixels.dim() != 4 or len(pixels) < 2:
+        if row_by_row == [False] or not isinstance(pixels, torch.Tensor) or pixels.dim() != 4 or len(pixels) < 2:
             return original(*args, **kwargs)
         size = len(pixels)
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.dim() and len(v) == size]
         first, where = _equal_rows(tensors)
         if len(first) == size:
             return original(*args, **kwargs)
-        if not known and len(first) == 1:  # one image gives one row even where all of a batch lie in one (Pixtral)
+        if not row_by_row and len(first) == 1:  # one image gives one row even where all of a batch lie in one (Pixtral)
             out = original(*args, **kwargs)
-            known.append(isinstance(out, ModelOutput) and _row_by_row(out, size))
+            row_by_row.append(isinstance(out, ModelOutput) and _row_by_row(out, size))
             return out
         out = original(*_rows(args, size, first), **{key: _rows(v, size, first) for key, v in kwargs.items()})
-        known[:] = [isinstance(out, ModelOutput) and _row_by_row(out, len(first))]
-        if known == [False]:
+        row_by_row[:] = [isinstance(out, ModelOutput) and _row_by_row(out, len(first))]
+        if row_by_row == [False]:
             return original(*args, **kwargs)
         return type(out)(**{key: _rows(value, len(first), where) for key, value in out.items()})
 

@@ -150,8 +150,8 @@ def _place(name: str) -> str:
         raise ConfigError(f"judge 'hf': model must be a folder or a name on the Hub, not {name!r}.")
     place = Path(name).expanduser()
     if _is_path(name) and not (place / "config.json").is_file():
-        found = "holds no config.json" if place.is_dir() else "does not exist"
-        raise ConfigError(f"judge 'hf': the model folder {name!r} {found}.")
+        problem = "holds no config.json" if place.is_dir() else "does not exist"
+        raise ConfigError(f"judge 'hf': the model folder {name!r} {problem}.")
     return str(place) if _is_path(name) else name
 
 # %% ../../nbs/vlm/04_local_model.ipynb #hf-load-checkpoint
@@ -454,8 +454,8 @@ def written(
 # %% ../../nbs/vlm/04_local_model.ipynb #hf-once
 def positions_of_first(
     keys: Sequence[Any],  # hashable
-) -> tuple[list[int], list[int]]:  # positions; for each key, a number in that list
-    "Where keys occur for the first time, and for each key the first it equals."
+) -> tuple[list[int], list[int]]:  # positions; per key, a number in that list
+    "Where keys occur for the first time, and which of those each key equals."
     numbers: dict[Any, int] = {}
     where = [numbers.setdefault(key, len(numbers)) for key in keys]
     return [where.index(number) for number in range(len(numbers))], where
@@ -478,7 +478,7 @@ def _prepared_once(image_processor: Any) -> Iterator[None]:
         if any(
             not isinstance(v, (list, tuple, np.ndarray, torch.Tensor)) or len(v) != len(first) for v in out.values()
         ):
-            return original(images, *args, **kwargs)  # cut in parts: no longer a row for each picture
+            return original(images, *args, **kwargs)  # cut in parts: no longer one row per picture
         for key, value in list(out.items()):
             out[key] = value[where] if isinstance(value, (np.ndarray, torch.Tensor)) else [value[row] for row in where]
         return out
@@ -512,7 +512,7 @@ def vlm_inputs(
     asked = [written(vlm, text, prompt) for text in texts]
     shown: list[Any] = [picture.convert("RGB") for picture in pictures]
     if vlm.family not in _UNMARKED:
-        shown = [[picture] for picture in shown]  # a list for each question
+        shown = [[picture] for picture in shown]  # one list per question
     with _prepared_once(vlm.processor.image_processor):
         inputs = vlm.processor(images=shown, text=asked, **_call_options(vlm, asked[0]))
     if "input_ids" not in inputs:  # pictures only, or words drawn into them (Pix2Struct)

@@ -46,7 +46,7 @@ def render_overlay(
 def line_width(
     image: Image.Image,  # what is drawn on
 ) -> int:  # pixels, at least 1
-    "A width that survives resizing: one pixel for each 160 of the shorter side."
+    "A width that survives resizing: one pixel per 160 of the shorter side."
     return max(1, round(min(image.size) / 160))
 
 # %% ../../nbs/vlm/03_render.ipynb #render-contour-inner-border
