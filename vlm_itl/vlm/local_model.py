@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'PROMPTS', 'answer_tokens', 'yes_no', 'save_tiny_vlm', 'LoadedVLM', 'still_pictures', 'without_torchvision',
-           'load_processor', 'load_vlm', 'own_templates', 'chat_template', 'plain_words', 'written',
-           'positions_of_first', 'vlm_inputs', 'move_inputs', 'generated_logits', 'first_logits', 'fingerprint']
+           'load_processor', 'load_vlm', 'own_templates', 'chat_template', 'plain_words', 'written', 'vlm_inputs',
+           'move_inputs', 'generated_logits', 'first_logits', 'fingerprint']
 
 # %% ../../nbs/vlm/04_local_model.ipynb #hf-model-imports
 import importlib
@@ -13,13 +13,11 @@ import importlib.util
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -451,44 +449,6 @@ def written(
     mark = "" if vlm.family in _UNMARKED else str(getattr(vlm.processor, "image_token", None) or "<image>")
     return begin + (prompt or PROMPTS.get(vlm.family, _PLAIN_PROMPT)).format(image=mark, question=text)
 
-# %% ../../nbs/vlm/04_local_model.ipynb #hf-once
-def positions_of_first(
-    keys: Sequence[Any],  # hashable
-) -> tuple[list[int], list[int]]:  # positions; per key, a number in that list
-    "Where keys occur for the first time, and which of those each key equals."
-    numbers: dict[Any, int] = {}
-    where = [numbers.setdefault(key, len(numbers)) for key in keys]
-    return [where.index(number) for number in range(len(numbers))], where
-
-# %% ../../nbs/vlm/04_local_model.ipynb #hf-once-prepared-once
-@contextmanager
-def _prepared_once(image_processor: Any) -> Iterator[None]:
-    "While this is open, equal pictures of a call are prepared once."
-    original = image_processor.preprocess
-
-    def preprocess(images: Any, *args: Any, **kwargs: Any) -> Any:
-        rows = list(images) if isinstance(images, (list, tuple)) else []
-        inside = [row[0] if isinstance(row, (list, tuple)) and len(row) == 1 else row for row in rows]
-        if not all(isinstance(picture, Image.Image) for picture in inside):
-            return original(images, *args, **kwargs)
-        first, where = positions_of_first([(p.size, p.mode, p.tobytes()) for p in inside])
-        if len(first) == len(rows):
-            return original(images, *args, **kwargs)
-        out = original([rows[row] for row in first], *args, **kwargs)
-        if any(
-            not isinstance(v, (list, tuple, np.ndarray, torch.Tensor)) or len(v) != len(first) for v in out.values()
-        ):
-            return original(images, *args, **kwargs)  # cut in parts: no longer one row per picture
-        for key, value in list(out.items()):
-            out[key] = value[where] if isinstance(value, (np.ndarray, torch.Tensor)) else [value[row] for row in where]
-        return out
-
-    image_processor.preprocess = preprocess
-    try:
-        yield
-    finally:
-        del image_processor.preprocess
-
 # %% ../../nbs/vlm/04_local_model.ipynb #hf-inputs
 def _call_options(vlm: LoadedVLM, first: str) -> dict[str, Any]:
     "What a processor has to be told beside pictures and texts."
@@ -513,8 +473,7 @@ def vlm_inputs(
     shown: list[Any] = [picture.convert("RGB") for picture in pictures]
     if vlm.family not in _UNMARKED:
         shown = [[picture] for picture in shown]  # one list per question
-    with _prepared_once(vlm.processor.image_processor):
-        inputs = vlm.processor(images=shown, text=asked, **_call_options(vlm, asked[0]))
+    inputs = vlm.processor(images=shown, text=asked, **_call_options(vlm, asked[0]))
     if "input_ids" not in inputs:  # pictures only, or words drawn into them (Pix2Struct)
         raise ValueError("its processor makes no tokens of a question")
     takes = inspect.signature(vlm.net.forward).parameters
