@@ -353,10 +353,8 @@ def _kind(text: str, start: int, end: int) -> str:
     if not _START.match(_EDGE.split(near)[-1]):
         return ""
     sentence = re.split(r"[.!?;:\n]", near)[-1]
-    reason = (
-        _START.match(sentence) and not re.search(r"[.!?]\s*\S|\n\s*\S", after) and any(s for _, s in _senses(after))
-    )
-    return "trail" if last or reason else "aside"
+    why = _START.match(sentence) and not re.search(r"[.!?]\s*\S|\n\s*\S", after) and any(s for _, s in _senses(after))
+    return "trail" if last or why else "aside"
 
 # %% ../../nbs/vlm/01_answers.ipynb #answers-places-places
 def _places(text: str) -> list[_Place]:
