@@ -31,9 +31,9 @@ from vlm_itl.core.settings import read_settings
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.experiment.config import Config, make_config, run_path
 from vlm_itl.judging.trial import JudgeConfig, judge_run_path, make_judge_config
-from vlm_itl.vlm.answers import parse_answer
+from vlm_itl.vlm.answers import judging_part, parse_answer
 from vlm_itl.vlm.cache import JudgementCache
-from vlm_itl.vlm.handler import Judgement, JudgeQuery, judging_part
+from vlm_itl.vlm.handler import Judgement, JudgeQuery
 from vlm_itl.vlm.server import OpenAIHandler
 
 Record = Callable[[str, Any], None]

@@ -56,9 +56,10 @@ from vlm_itl.judging.measures import (
 from ..model.predict import Inference
 from ..model.scoring import score_pool
 from ..model.segmenter import Segmenter, load_model
+from ..vlm.answers import check_question
 from ..vlm.cache import CachedHandler, JudgementCache
 from ..vlm.free import CONFIDENCE_KINDS
-from ..vlm.handler import Judgement, JudgeQuery, VLMHandler, check_question, handler_options, make_handler
+from ..vlm.handler import Judgement, JudgeQuery, VLMHandler, handler_options, make_handler
 
 # %% ../../nbs/judging/06_trial.ipynb #judging-config
 @dataclass(frozen=True)

@@ -17,8 +17,15 @@ import numpy as np
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 
-from ..core.checks import ConfigError, DataError, JudgeError, check_choice, check_number
+from vlm_itl.core.checks import (
+    ConfigError,
+    DataError,
+    JudgeError,
+    check_choice,
+    check_number,
+)
 from ..core.files import read_json, write_json
+from .answers import check_question
 from .cache import handler_identity, total_cost
 from vlm_itl.vlm.handler import (
     Judgement,
@@ -26,7 +33,6 @@ from vlm_itl.vlm.handler import (
     JudgeStopped,
     VLMHandler,
     abstain,
-    check_question,
     make_handler,
     probability_of,
     register_handler,

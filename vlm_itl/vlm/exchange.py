@@ -25,8 +25,16 @@ from PIL import Image
 
 from ..core.checks import ConfigError, JudgeError, check_number
 from ..core.guards import hide_secrets
-from .answers import LONGEST_ANSWER, VERDICT_WORDS, Reading, parse_answer, read_answer
-from .handler import Judgement, abstain, in_two_parts, judging_part
+from vlm_itl.vlm.answers import (
+    LONGEST_ANSWER,
+    VERDICT_WORDS,
+    Reading,
+    in_two_parts,
+    judging_part,
+    parse_answer,
+    read_answer,
+)
+from .handler import Judgement, abstain
 
 # %% ../../nbs/vlm/08_exchange.ipynb #transport-address
 OPENAI_URL = "https://api.openai.com/v1"
