@@ -29,7 +29,8 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vlm_itl.data.labels import LabelSpace
-from vlm_itl.vlm.handler import QUESTIONS, JudgeQuery, make_handler
+from vlm_itl.vlm.answers import QUESTIONS
+from vlm_itl.vlm.handler import JudgeQuery, make_handler
 from vlm_itl.vlm.local import HFJudge
 from vlm_itl.vlm.local_model import vlm_inputs
 from vlm_itl.vlm.render import instruct, render

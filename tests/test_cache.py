@@ -22,7 +22,7 @@ from PIL import Image
 
 from vlm_itl.core.checks import ConfigError, JudgeError
 from vlm_itl.data.labels import LabelSpace
-from vlm_itl.vlm.cache import CachedHandler, JudgementCache, handler_identity, is_final, query_key
+from vlm_itl.vlm.cache import CachedHandler, JudgementCache, handler_identity, is_final, query_key, query_keys
 from vlm_itl.vlm.handler import Judgement, JudgeQuery, JudgeStopped, VLMHandler, abstain, make_handler
 from vlm_itl.vlm.simulated import MockHandler
 
@@ -300,7 +300,7 @@ def test_a_judge_that_stops_midway_leaves_its_answers(tmp_path: Path) -> None:
     judge = CachedHandler(judge=Stops(), path=tmp_path / "c.sqlite")
     with pytest.raises(JudgeStopped, match="wrong key"):
         judge.judge([ask(0), ask(1), ask(2)])
-    assert list(judge.cache.get(judge._keys([ask(0), ask(1), ask(2)])).values())[0].id == "im1"
+    assert list(judge.cache.get(query_keys([ask(0), ask(1), ask(2)], judge.judge_handler)).values())[0].id == "im1"
 
 
 def test_by_name_and_simulated(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ from vlm_itl.core.settings import read_settings
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.experiment.config import Config, make_config, run_path
 from vlm_itl.judging.trial import JudgeConfig, judge_run_path, make_judge_config
-from vlm_itl.vlm.answers import parse_answer
+from vlm_itl.vlm.answers import judging_part, parse_answer
 from vlm_itl.vlm.cache import JudgementCache
-from vlm_itl.vlm.handler import Judgement, JudgeQuery, judging_part
+from vlm_itl.vlm.handler import Judgement, JudgeQuery
 from vlm_itl.vlm.server import OpenAIHandler
 
 Record = Callable[[str, Any], None]
@@ -411,7 +411,7 @@ def test_replies(structured: bool, record_property: Record) -> None:
     def check(reply: dict[str, Any], question: str) -> None:
         with tried.case():
             try:
-                fair(handler._read(as_object(reply), question))
+                fair(handler.talk.read(as_object(reply), question))
             except ValueError as error:
                 assert str(error) == "the reply is not a chat completion"
 
@@ -555,7 +555,7 @@ def test_log_probabilities_that_are_none(record_property: Record) -> None:
         choice = SimpleNamespace(
             message=SimpleNamespace(content="yes"), finish_reason="stop", logprobs=SimpleNamespace(content=[token, 3])
         )
-        answer = handler._read(
+        answer = handler.talk.read(
             SimpleNamespace(choices=[choice], usage=SimpleNamespace(prompt_tokens="1", completion_tokens="2")),
             "quality",
         )

@@ -31,7 +31,7 @@ from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_al
 from vlm_itl.vlm.cache import CachedHandler, query_key
 from vlm_itl.vlm.handler import JudgeQuery, abstain, handler_options, make_handler
-from vlm_itl.vlm.local import HFJudge, by_length, common_prefix, padded, share_image_features
+from vlm_itl.vlm.local import HFJudge, by_length, common_prefix, inputs_once, padded, share_image_features
 from vlm_itl.vlm.local_model import LoadedVLM, answer_tokens, first_logits, load_vlm, move_inputs, vlm_inputs, yes_no
 from vlm_itl.vlm.render import instruct, render
 
@@ -529,7 +529,7 @@ def test_prepared_once_leaves_pictures_in_parts_alone(folders: dict[str, Path]) 
     }
     vlm = load_vlm(str(folders["idefics3"]), processor_options=split)
     pictures = [photo(0, (96, 40)), photo(1), photo(0, (96, 40))]
-    together = vlm_inputs(vlm, pictures, ["a", "b", "a"])
+    together = inputs_once(vlm, pictures, ["a", "b", "a"])
     alone = [vlm_inputs(vlm, [picture], ["a"]) for picture in pictures]
     assert together["pixel_values"].shape[1] == max(one["pixel_values"].shape[1] for one in alone) > 1
     for row, one in enumerate(alone):

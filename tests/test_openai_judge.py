@@ -30,9 +30,9 @@ from PIL import Image
 from vlm_itl.core.checks import ConfigError, JudgeError
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.vlm.cache import CachedHandler, query_key
+from vlm_itl.vlm.exchange import PRICES, price_of, yes_share
 from vlm_itl.vlm.handler import HANDLERS, Judgement, JudgeQuery, JudgeStopped, make_handler
-from vlm_itl.vlm.reply import yes_share
-from vlm_itl.vlm.server import PRICES, OpenAIHandler, price_of
+from vlm_itl.vlm.server import OpenAIHandler
 
 pytest.importorskip("openai")
 pytestmark = [

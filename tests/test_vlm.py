@@ -12,25 +12,27 @@ from PIL import Image
 
 from vlm_itl.core.checks import ConfigError, DataError, JudgeError
 from vlm_itl.data.labels import VOID, LabelSpace
-from vlm_itl.vlm.answers import parse_answer
+from vlm_itl.vlm.answers import (
+    QUESTIONS,
+    check_question,
+    color_name,
+    format_question,
+    in_two_parts,
+    judging_part,
+    legend_text,
+    parse_answer,
+)
 from vlm_itl.vlm.handler import (
     HANDLERS,
-    QUESTIONS,
     Judgement,
     JudgeQuery,
     VLMHandler,
     abstain,
-    check_question,
-    color_name,
-    format_question,
     handler_options,
-    in_two_parts,
-    judging_part,
-    legend_text,
     make_handler,
     register_handler,
-    render_overlay,
 )
+from vlm_itl.vlm.render import render_overlay
 
 VOC = LabelSpace.voc()
 TRUTH = np.zeros((6, 6), np.uint8)

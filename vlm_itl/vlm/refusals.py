@@ -97,12 +97,12 @@ def _opened(text: str) -> Any:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of Python's parser, about what is no Python
-                found = read(inside)
+                body = read(inside)
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
-        first = found[0] if isinstance(found, list) and found else found
+        first = body[0] if isinstance(body, list) and body else body
         if isinstance(first, Mapping) and any(_plain(str(key)) in _ENVELOPE for key in first):
-            return found
+            return body
     return None
 
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-walk-walk
@@ -160,13 +160,13 @@ def _field_of(slot: Any) -> str | None:
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-fields-fields-in
 def _fields_in(words: str) -> tuple[str, ...]:
     "Our fields that a text names and refuses."
-    found = []
+    refused = []
     for name, named in _NAMED.items():
         for place in named.finditer(words):
             near = words[max(0, place.start() - 120) : place.end() + 120]
-            if _REFUSING.search(near) and name not in found:
-                found.append(name)
-    return tuple(found)
+            if _REFUSING.search(near) and name not in refused:
+                refused.append(name)
+    return tuple(refused)
 
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-causes
 @dataclass(frozen=True)
@@ -251,18 +251,6 @@ CAUSES = (
     ),
 )  # the first row that fits
 
-# %% ../../nbs/vlm/07_refusals.ipynb #refusals-read
-@dataclass(frozen=True)
-class Refusal:
-    "What a server said when it did not answer."
-
-    status: int  # as it was meant: the code inside a body of 200
-    words: str  # one line, as the server says it
-    fields: tuple[str, ...]  # our fields that it refuses by name
-    cause: str  # a row of `CAUSES`, "field" or "other"
-    passing: bool  # may go better if asked again
-    wait_s: float | None = None  # how long to wait, where the body says so
-
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-read-status-words
 _STATUS_WORDS = {
     "ratelimit": 429, "resourceexhausted": 429, "toomanyrequests": 429, "overloaded": 503, "unavailable": 503,
@@ -274,32 +262,56 @@ _STATUS_WORDS = {
 
 def _status_of(outer: int, leaves: list[tuple[str, Any]]) -> int:
     "The status that is meant: a number inside, a word inside, or the outer one."
-    said = [
-        value for key, value in leaves if key in _names("code") and value is not None and not isinstance(value, bool)
-    ]
-    numbers = [int(str(value)) for value in said if re.fullmatch(r"[45]\d\d", str(value))]
+    at_codes = [value for key, value in leaves if key in _names("code")]
+    codes = [str(value) for value in at_codes if value is not None and not isinstance(value, bool)]
+    numbers = [int(code) for code in codes if re.fullmatch(r"[45]\d\d", code)]
     if numbers:
         return numbers[0]
     if outer >= 400:
         return outer
-    for value in said:
+    for code in codes:
         for word, status in _STATUS_WORDS.items():
-            if word in _plain(str(value)):
+            if word in _plain(code):
                 return status
-    told = " ".join(str(value).lower() for key, value in leaves if key in _names("words"))
-    known = [(cause.status or (400,))[0] for cause in CAUSES if re.search(cause.words, told)]
-    return known[0] if known else 502
+    words = " ".join(str(value).lower() for key, value in leaves if key in _names("words"))
+    by_words = [(cause.status or (400,))[0] for cause in CAUSES if re.search(cause.words, words)]
+    return by_words[0] if by_words else 502
 
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-read-wait-of
 def _wait_of(leaves: list[tuple[str, Any]], words: str) -> float | None:
     "Seconds to wait, in whatever way the body says it."
     for key, value in leaves:
         if key in ("retrydelay", "retryafter", "retryafterseconds") and (
-            found := re.fullmatch(r"([\d.]{1,9})s?", str(value))
+            match := re.fullmatch(r"([\d.]{1,9})s?", str(value))
         ):
-            return float(found[1]) if found[1].strip(".") and found[1].count(".") < 2 else None
-    found = re.search(r"(?:try again|retry) (?:in|after) (\d{1,5}(?:\.\d{1,6})?) ?(ms|s|seconds?)\b", words)
-    return None if found is None else float(found[1]) / (1000 if found[2] == "ms" else 1)
+            return float(match[1]) if match[1].strip(".") and match[1].count(".") < 2 else None
+    match = re.search(r"(?:try again|retry) (?:in|after) (\d{1,5}(?:\.\d{1,6})?) ?(ms|s|seconds?)\b", words)
+    return None if match is None else float(match[1]) / (1000 if match[2] == "ms" else 1)
+
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-read-cause-of
+def _cause_of(status: int, words: str, fields: tuple[str, ...], wait: float | None) -> tuple[str, bool]:
+    "The first row that fits; a field that is named comes before everything but a full context and a busy server."
+    for cause in CAUSES:
+        if fields and cause.name not in ("context", "filtered", "busy"):
+            return "field", False
+        by_words = (not cause.only or status in cause.only) and re.search(cause.words, words)
+        if (cause.name == "busy" and fields and status not in cause.status) or (cause.name == "quota" and wait):
+            continue
+        if by_words or status in cause.status:
+            return cause.name, cause.passing
+    return "other", False
+
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-read
+@dataclass(frozen=True)
+class Refusal:
+    "What a server said when it did not answer."
+
+    status: int  # as it was meant: the code inside a body of 200
+    words: str  # one line, as the server says it
+    fields: tuple[str, ...]  # our fields that it refuses by name
+    cause: str  # a row of `CAUSES`, "field" or "other"
+    passing: bool  # may go better if asked again
+    wait_s: float | None = None  # how long to wait, where the body says so
 
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-read-read-refusal
 def read_refusal(
@@ -324,19 +336,6 @@ def read_refusal(
     return Refusal(meant, words, fields if cause == "field" else (), cause, passing, wait)
 
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-read-error-inside
-def _cause_of(status: int, said: str, fields: tuple[str, ...], wait: float | None) -> tuple[str, bool]:
-    "The first row that fits; a field that is named comes before everything but a full context and a busy server."
-    for cause in CAUSES:
-        if fields and cause.name not in ("context", "filtered", "busy"):
-            return "field", False
-        by_words = (not cause.only or status in cause.only) and re.search(cause.words, said)
-        if (cause.name == "busy" and fields and status not in cause.status) or (cause.name == "quota" and wait):
-            continue
-        if by_words or status in cause.status:
-            return cause.name, cause.passing
-    return "other", False
-
-
 def error_inside(
     body: Any,  # of a reply with status 200
 ) -> bool:
@@ -347,10 +346,30 @@ def error_inside(
     first = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], Mapping) else None
     if first is not None:
         return bool(first.get("error")) or (bool(body.get("error")) and not first.get("message"))
-    told = body.get("error") or body.get("object") == "error" or body.get("base_resp")
-    return bool(told) or (
+    error = body.get("error") or body.get("object") == "error" or body.get("base_resp")
+    return bool(error) or (
         not choices and any(isinstance(body.get(key), (str, list)) for key in ("detail", "message", "msg"))
     )
+
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-limits-bounds
+@dataclass(frozen=True)
+class Bounds:
+    "What a server allows a field to be; an edge may be out of reach itself."
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    above: bool = False  # low itself is refused
+    below: bool = False  # high itself is refused
+
+    def nearest(
+        self,
+        value: float,  # what was asked for
+        step: float,  # how far inside an edge that is refused
+    ) -> float | None:  # None: nothing is allowed
+        "The allowed value nearest to the one that was refused."
+        low = self.low + step if self.above else self.low
+        high = self.high - step if self.below else self.high
+        return None if low > high else min(max(value, low), high)
 
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-limits
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
@@ -376,26 +395,6 @@ _ABOVE = re.compile(
 )
 _OVER = re.compile(rf"{_NUMBER} ?> ?{_NUMBER}")
 
-# %% ../../nbs/vlm/07_refusals.ipynb #refusals-limits-bounds
-@dataclass(frozen=True)
-class Bounds:
-    "What a server allows a field to be; an edge may be out of reach itself."
-
-    low: float = float("-inf")
-    high: float = float("inf")
-    above: bool = False  # low itself is refused
-    below: bool = False  # high itself is refused
-
-    def nearest(
-        self,
-        value: float,  # what was asked for
-        step: float,  # how far inside an edge that is refused
-    ) -> float | None:  # None: nothing is allowed
-        "The allowed value nearest to the one that was refused."
-        low = self.low + step if self.above else self.low
-        high = self.high - step if self.below else self.high
-        return None if low > high else min(max(value, low), high)
-
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-limits-bounds-in
 def bounds_in(
     words: str,  # of a server
@@ -403,43 +402,24 @@ def bounds_in(
     "The limits that a refusal tells."
     low = words.lower()
     for number, pattern in enumerate(_RANGES):
-        if (found := re.search(pattern, low)) is not None:
+        if (match := re.search(pattern, low)) is not None:
             if number == 0:
-                return Bounds(float(found[2]), float(found[3]), found[1] == "(", found[4] == ")")
-            return Bounds(float(found[1]), float(found[3]), "exclusive" in found[2], "exclusive" in found[4])
-    told: dict[str, Any] = {}
-    if (found := _OVER.search(low)) is not None:  # "64000 > 4096, which is the maximum"
-        return Bounds(high=float(found[2]))
-    if (found := _HIGH.search(low)) is not None:
-        told |= {"high": float(found[1])}
-    elif (found := _BELOW.search(low)) is not None:
-        told |= {"high": float(found[1]), "below": True}
+                return Bounds(float(match[2]), float(match[3]), match[1] == "(", match[4] == ")")
+            return Bounds(float(match[1]), float(match[3]), "exclusive" in match[2], "exclusive" in match[4])
+    limits: dict[str, Any] = {}
+    if (match := _OVER.search(low)) is not None:  # "64000 > 4096, which is the maximum"
+        return Bounds(high=float(match[2]))
+    if (match := _HIGH.search(low)) is not None:
+        limits |= {"high": float(match[1])}
+    elif (match := _BELOW.search(low)) is not None:
+        limits |= {"high": float(match[1]), "below": True}
     if "strictly positive" in low or "must be positive" in low:
-        told |= {"low": 0.0, "above": True}
-    elif (found := _LOW.search(low)) is not None:
-        told |= {"low": float(found[1])}
-    elif (found := _ABOVE.search(low)) is not None:
-        told |= {"low": float(found[1]), "above": True}
-    return Bounds(**told)
-
-# %% ../../nbs/vlm/07_refusals.ipynb #refusals-weaken
-def weaker(
-    request: Mapping[str, Any],  # the fields that were sent
-    refusal: Refusal,  # names one of them at least
-) -> dict[str, Any]:  # field -> what to send instead; None: leave it out. Empty: nothing can be done
-    "The smallest step down that the refusal asks for: a smaller value, another name, and only then nothing."
-    named = [name for name in _OURS if name in refusal.fields and name in request]
-    bounds = bounds_in(refusal.words)
-    if "logprobs" in named:
-        top = request.get("top_logprobs")
-        if top is None or not (bounds.high < top or bounds.below):
-            return {"logprobs": None, "top_logprobs": None} if "top_logprobs" in request else {"logprobs": None}
-        named = ["top_logprobs"]
-    if not named:
-        return {}
-    return {"top_logprobs": _fewer, "max_tokens": _tokens, "max_completion_tokens": _tokens}.get(named[0], _nearest)(
-        named[0], request, refusal, bounds
-    )
+        limits |= {"low": 0.0, "above": True}
+    elif (match := _LOW.search(low)) is not None:
+        limits |= {"low": float(match[1])}
+    elif (match := _ABOVE.search(low)) is not None:
+        limits |= {"low": float(match[1]), "above": True}
+    return Bounds(**limits)
 
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-weaken-fewer
 def _fewer(name: str, request: Mapping[str, Any], refusal: Refusal, bounds: Bounds) -> dict[str, Any]:
@@ -474,6 +454,26 @@ def _nearest(name: str, request: Mapping[str, Any], refusal: Refusal, bounds: Bo
         return {name: None}
     return {name: max(1, int(allowed)) if name == "n" else allowed}
 
+# %% ../../nbs/vlm/07_refusals.ipynb #refusals-weaken
+_WAYS_DOWN = {"top_logprobs": _fewer, "max_tokens": _tokens, "max_completion_tokens": _tokens}  # all others: `_nearest`
+
+
+def weaker(
+    request: Mapping[str, Any],  # the fields that were sent
+    refusal: Refusal,  # names one of them at least
+) -> dict[str, Any]:  # field -> what to send instead; None: leave it out. Empty: nothing can be done
+    "The smallest step down that the refusal asks for: a smaller value, another name, and only then nothing."
+    named = [name for name in _OURS if name in refusal.fields and name in request]
+    bounds = bounds_in(refusal.words)
+    if "logprobs" in named:
+        top = request.get("top_logprobs")
+        if top is None or not (bounds.high < top or bounds.below):
+            return {"logprobs": None, "top_logprobs": None} if "top_logprobs" in request else {"logprobs": None}
+        named = ["top_logprobs"]
+    if not named:
+        return {}
+    return _WAYS_DOWN.get(named[0], _nearest)(named[0], request, refusal, bounds)
+
 # %% ../../nbs/vlm/07_refusals.ipynb #refusals-address
 def likely_address(
     base_url: str,  # where nothing was found
@@ -481,5 +481,5 @@ def likely_address(
     "The address under which the host is likely to answer."
     parts = urlsplit(base_url)
     host = str(parts.hostname)
-    known = [row.path for row in PROVIDERS if row.host and (host == row.host or host.endswith(row.host))]
-    return f"{parts.scheme}://{parts.netloc}{known[0] if known else '/v1'}"
+    paths = [row.path for row in PROVIDERS if row.host and (host == row.host or host.endswith(row.host))]
+    return f"{parts.scheme}://{parts.netloc}{paths[0] if paths else '/v1'}"
