@@ -28,7 +28,7 @@ from ..model.train import TrainSettings
 from ..sampler.regions import REGION_LABELS, REGIONS
 from ..sampler.selects import sort_options
 from ..sampler.strategy import parse_strategy  # from selects, so that every strategy is known
-from ..vlm.handler import check_question
+from ..vlm.answers import check_question
 
 # %% ../../nbs/experiment/02_config.ipynb #settings-config
 Mode = Literal["baseline", "al", "vlm"]

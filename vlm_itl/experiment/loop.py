@@ -31,8 +31,9 @@ from .annotator import Oracle
 from .config import Config, make_config, run_path
 from .judge_turn import JUDGE_SETTINGS, check_certifiable, examine
 from .pool import Ledger, budget_schedule
-from .report import aubc, save_figures
+from .report import aubc
 from .round import make_learner, share_left, work
+from .run_figures import save_figures
 from vlm_itl.experiment.state import (
     DRAWN,
     STAMPS,

@@ -52,14 +52,16 @@ from ..judging.corruption import truth_reader
 from ..judging.measures import verdict_metrics
 
 # %% ../../nbs/experiment/11_round.ipynb #round-imports-2
+from ..model.doubt import PASS_SCORES
 from ..model.gradient import GradientProbe
 from ..model.metrics import image_iou
 from ..model.predict import evaluate
 from ..model.scoring import PoolScores, score_pool
 from ..model.segmenter import Segmenter, load_model, load_weights, save_model
 from ..model.train import FitResult, fit, try_once
-from ..model.uncertainty import PASS_SCORES, dropout_layers, scoring_options
-from ..sampler.regions import Regions, name_regions, score_regions, split_region
+from ..model.uncertainty import dropout_layers, scoring_options
+from ..sampler.region_choice import name_regions, score_regions
+from ..sampler.regions import Regions, split_region
 from ..sampler.selects import sort_options
 from ..sampler.strategy import Sampler, parse_strategy
 from ..vlm.handler import Judgement
@@ -98,7 +100,7 @@ class Learner:
         )
 
     def evaluate(self, rows: datasets.Dataset, desc: str) -> dict[str, Any]:
-        return evaluate(self.segmenter, rows, self.config.view, desc=desc)
+        return dict(evaluate(self.segmenter, rows, self.config.view, desc=desc))
 
     def look(self, images: datasets.Dataset, masks: MaskStore | None = None, **options: Any) -> PoolScores:
         return score_pool(self.segmenter, images, self.config.view, masks=masks, **options)

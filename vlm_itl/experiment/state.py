@@ -31,8 +31,9 @@ from .config import Config, make_config
 from .pool import Ledger, Pool, priced_at, read_ledger
 from ..model.scoring import PoolScores
 from ..model.train import FitResult
-from ..sampler.regions import CHOICE_OPTIONS, Regions, check_choice_options, count_clicks, split_region
-from ..sampler.selects import sort_options
+from ..sampler.region_choice import CHOICE_OPTIONS, check_choice_options
+from ..sampler.regions import Regions, count_clicks, split_region
+from ..sampler.selects import StrategyOptions, sort_options
 from ..sampler.strategy import Sampler, parse_strategy
 from ..vlm.handler import VLMHandler
 
@@ -165,7 +166,7 @@ class Team:
     unit: RegionUnit | None = None  # unit region
     rates: tuple[float, float] | None = None  # P(accepted | good), P(accepted | bad), found by the examination
     sampler: Sampler = field(init=False)  # the strategy
-    options: dict[str, Any] = field(init=False)  # of the strategy's parts: score, aggregate, select
+    options: StrategyOptions = field(init=False)  # of the strategy's parts: score, aggregate, select
 
     def __post_init__(self) -> None:
         self.options = sort_options(self.config.strategy, self.config.strategy_options)

@@ -27,7 +27,8 @@ from vlm_itl.judging.measures import (
     risk_coverage,
     score_measures,
 )
-from ..vlm.handler import Judgement, JudgeQuery, render_overlay
+from ..vlm.handler import Judgement, JudgeQuery
+from ..vlm.render import render_overlay
 
 # %% ../../nbs/judging/06_judge_figures.ipynb #judge-figures-roc
 Judges = Mapping[str, Sequence[Judgement]]  # name -> N answers about the same masks

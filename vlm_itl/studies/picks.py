@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from ..core.checks import ConfigError, DataError
 from ..core.seeds import make_rng
 from ..data.masks import row_ids
-from ..sampler.strategy import Sampler, ScoredPool
+from ..sampler.strategy import Sampler
+from ..sampler.view import ScoredPool
 
 # %% ../../nbs/studies/01_picks.ipynb #picks-pick
 def pick_with(
