@@ -337,33 +337,19 @@ def data_card(
     return plain({**card, "masks": data.meaning, "validation": paid})
 
 # %% ../../nbs/experiment/05_state.ipynb #state-card-check
-def _check_card(folder: RunFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
-    "`LeakError` for other validation images than were paid for, `RunError` if masks would be read in another way."
-    if old.get("validation", new["validation"]) != new["validation"]:
-        raise LeakError(
-            f"{folder.path} has paid for other validation images than the data now has: the data set has "
-            "changed since. Bring it back, or choose another output_dir."
-        )
-    was, now = old.get("masks") or {}, new["masks"] or {}
-    names = old.get("labels", new["labels"])
-    changed = [key for key in ("values", "ignore", "read_by") if key in was and was[key] != now.get(key)]
-    if changed or list(names) != list(new["labels"]):
-        what = "the reading of masks" if changed else "the class list"
-        raise RunError(
-            f"{what} differs from when the run in {folder.path} started: it read its masks as "
-            f"{was.get('line', names)!r}, and now it would be {now.get('line')!r}: put back what was there, or "
-            "choose another output_dir."
-        )
-
-
 def write_card(
     folder: RunFolder,  # of the run
     data: SegData,  # as it is now
     simulated: bool,  # does the judge read the truth it is asked about?
 ) -> None:
-    "Write the card, unless it contradicts the one that is there."
+    "Write the card; `LeakError` if it was written for other validation images, which the run has paid for."
     path, card = folder.path / "data.json", data_card(data)
-    _check_card(folder, read_json(path, dict) if path.is_file() else {}, card)
+    paid = read_json(path, dict).get("validation") if path.is_file() else None
+    if paid not in (None, card["validation"]):
+        raise LeakError(
+            f"{folder.path} has paid for other validation images than the data now has: the data set has "
+            "changed since. Bring it back, or choose another output_dir."
+        )
     write_json(path, {**card, "simulated": simulated})
 
 # %% ../../nbs/experiment/05_state.ipynb #state-noting
@@ -387,26 +373,40 @@ def noting_broken_data(
 def _may_mend(change: Change, folder: RunFolder, regions: bool, all_seen: bool) -> bool:
     "After a stop over broken data: is the file one that no whole round has read? Then it may have been mended."
     rounds = folder.rounds()
-    if not (folder.path / BROKEN).is_file() or (change.column == "list" and change.split != "class"):
+    if not (folder.path / BROKEN).is_file() or change.column == "list":
         return False
     if change.split == "test":
         return not list(folder.path.glob("test_*.json"))
-    if not rounds or change.split == "class":
-        return not rounds
+    if not rounds:
+        return True
     chosen = [name for record in rounds[:-1] for name in record["selection"]["ids"]]  # the last ones: not yet used
     used = {*rounds[0]["start_ids"], *(split_region(name)[0] if regions else name for name in chosen)}
     return not (change.split == "val" or change.id in used or (change.column == "image" and all_seen))
 
+# %% ../../nbs/experiment/05_state.ipynb #state-reading
+STAMPS = "stamps.json"  # what the files of the data set were, and how their masks were read
 
-def _class_list(data: SegData) -> list[Any]:
-    "All that decides how masks are read."
-    labels = data.labels.merged_from or data.labels
-    return plain([labels.names, labels.values, np.asarray(labels.palette)[: len(labels)]])
+
+def _reading(data: SegData) -> dict[str, Any]:
+    "All that decides how masks are read, and a line about it for people."
+    labels, meaning = data.labels.merged_from or data.labels, data.meaning
+    own = {"names": labels.names, "values": labels.values, "palette": np.asarray(labels.palette)[: len(labels)]}
+    return plain({**own, **{key: meaning.get(key) for key in ("ignore", "read_by", "line")}})
+
+
+def _check_reading(folder: RunFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
+    "`RunError` if a run that goes on reads its masks in another way than before: its rounds would not compare."
+    changed = [key for key in new if key != "line" and old.get(key) != new[key]]
+    if not changed or ((folder.path / BROKEN).is_file() and not folder.rounds()):
+        return
+    what = "the class list" if {"names", "palette"} & {*changed} else "the reading of masks"
+    raise RunError(
+        f"{what} differs from when the run in {folder.path} started: it read its masks as "
+        f"{old.get('line') or old.get('names')!r}, and now it would be {new['line'] or new['names']!r}: put back what "
+        "was there, or choose another output_dir."
+    )
 
 # %% ../../nbs/experiment/05_state.ipynb #state-guard
-STAMPS = "stamps.json"  # what the files of the data set were
-
-
 class DataGuard:
     "Notices when the data set of a run changes between two of its processes."
 
@@ -419,24 +419,26 @@ class DataGuard:
     ):
         self.folder, self.regions, self.all_seen = folder, regions, all_seen
         self._files = {split: raw_rows(rows) for split, rows in data.splits.items()}
-        self._classes = _class_list(data)
+        self._reading = _reading(data)
         self._stamps: dict[str, Any] = {}
 
     def check(self) -> None:
         "`RunError` unless the data set is the one that this run began with; note its stamps."
-        if self.folder.summary is not None and (self.folder.path / DRAWN).is_file():
-            return  # nothing will be read any more
-        now = {"classes": self._classes, **take_stamps(self._files)}
+        old: dict[str, Any] | None = None
         if (self.folder.path / STAMPS).is_file():
-            self._compare(now)
-        self._stamps = now
+            with readable(self.folder.path):
+                old = read_json(self.folder.path / STAMPS, dict)
+                _check_reading(self.folder, old["reading"], self._reading)
+        if self.folder.summary is not None and (self.folder.path / DRAWN).is_file():
+            return  # no file will be read any more
+        self._stamps = {"reading": self._reading, **take_stamps(self._files)}
+        if old is not None:
+            self._compare(old)
 
-    def _compare(self, now: dict[str, Any]) -> None:
-        "`RunError` where something differs that may not."
+    def _compare(self, old: dict[str, Any]) -> None:
+        "`RunError` where a file differs that may not."
         with readable(self.folder.path):
-            old = read_json(self.folder.path / STAMPS, dict)
-            changes = find_changes(old, now, self._files)
-            changes += [Change("class", "list")] if old["classes"] != now["classes"] else []
+            changes = find_changes(old, self._stamps, self._files)
             wrong = [c for c in changes if not _may_mend(c, self.folder, self.regions, self.all_seen)]
         if wrong:
             raise RunError(
