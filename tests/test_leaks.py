@@ -27,7 +27,7 @@ from vlm_itl.data import leaks as leaks_module
 from vlm_itl.data import prints as prints_module
 from vlm_itl.data.groups import name_groups
 from vlm_itl.data.leaks import check_apart, check_leaks, find_twins, seal, together
-from vlm_itl.data.masks import DecodeRows, make_rows, raw_rows, read_image, row_ids
+from vlm_itl.data.masks import DecodeRows, make_rows, raw_rows, read_image, row_ids, truth_reader
 from vlm_itl.data.prints import LOOK, TURNS, inner_box, look_over, looks_file, take_look, turn, turn_waves
 from vlm_itl.data.prints import wave_shapes as shapes_of
 from vlm_itl.data.scenes import SceneOptions, draw_scene, make_scenes
@@ -38,7 +38,6 @@ from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import Loop, finish, run_al
 from vlm_itl.experiment.pool import Ledger
 from vlm_itl.experiment.round import certify_round
-from vlm_itl.judging.corruption import truth_reader
 from vlm_itl.model.predict import Inference, evaluate
 from vlm_itl.model.train import TrainSettings, fit
 from vlm_itl.sampler.strategy import Sampler

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PIXEL_LIMIT', 'SEALED', 'pixel_limit', 'short_error', 'open_image', 'read_image', 'own_mark', 'read_mask',
-           'same_size', 'DecodeRows', 'make_rows', 'raw_rows', 'row_ids', 'watch_of', 'Survey', 'check_headers',
-           'read_indices', 'MaskStore']
+           'same_size', 'DecodeRows', 'make_rows', 'raw_rows', 'row_ids', 'truth_reader', 'watch_of', 'Survey',
+           'check_headers', 'read_indices', 'MaskStore']
 
 # %% ../../nbs/data/02_masks.ipynb #data-masks-imports
 import os
@@ -14,7 +14,7 @@ import stat
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
@@ -380,6 +380,22 @@ def row_ids(
 ) -> list[str]:  # in the order of the rows
     "The ids of a split; touches no image."
     return list(raw_rows(rows).select_columns("id")["id"][:])
+
+# %% ../../nbs/data/02_masks.ipynb #masks-truth-reader
+def truth_reader(
+    rows: Dataset,  # columns id, mask
+) -> Callable[[str], np.ndarray]:  # image id -> uint8 (H, W)
+    "True masks by id, for `bind_truth` of a simulated judge."
+    where = {image_id: row for row, image_id in enumerate(row_ids(rows))}
+    masks = rows.remove_columns("image")
+
+    @lru_cache(maxsize=64)
+    def truth(image_id: str) -> np.ndarray:
+        if image_id not in where:
+            raise DataError(f"image {image_id!r} has no truth here.")
+        return masks[where[image_id]]["mask"]
+
+    return truth
 
 # %% ../../nbs/data/02_masks.ipynb #labels-make-rows-watch-of
 def watch_of(

@@ -23,7 +23,7 @@ from ..core.files import read_json, write_json, write_text
 from ..core.runfolder import FREE_SETTINGS, RunFolder, protected
 from ..data.labels import MeaningError
 from ..data.leaks import seal
-from ..data.masks import row_ids
+from ..data.masks import row_ids, truth_reader
 from ..data.sources import SegData, load_data
 
 # %% ../../nbs/experiment/12_loop.ipynb #experiment-imports-1
@@ -49,7 +49,6 @@ from vlm_itl.experiment.state import (
     write_card,
 )
 from .tracking import Tracker, make_tracker
-from ..judging.corruption import truth_reader
 from ..sampler.selects import sort_options
 from ..vlm.handler import VLMHandler, make_handler
 

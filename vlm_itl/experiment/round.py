@@ -27,7 +27,7 @@ from ..core.files import plain, to_json, write_json, write_text
 from ..core.seeds import derive_seed, make_rng
 from ..data.labels import LabelSpace
 from ..data.leaks import check_apart
-from ..data.masks import MaskStore, row_ids
+from ..data.masks import MaskStore, row_ids, truth_reader
 from ..data.sources import SegData
 
 # %% ../../nbs/experiment/11_round.ipynb #round-imports-1
@@ -37,7 +37,6 @@ from .human_turn import choose, choose_parts, instructive, policy_groups, write_
 from vlm_itl.experiment.judge_turn import (
     Journal,
     accepts,
-    bill,
     bind_payer,
     certify_answers,
     doubts,
@@ -48,7 +47,6 @@ from vlm_itl.experiment.judge_turn import (
 )
 from .pool import Ledger, budget_schedule
 from .state import Round, State, Team, make_region_unit
-from ..judging.corruption import truth_reader
 from ..judging.measures import verdict_metrics
 
 # %% ../../nbs/experiment/11_round.ipynb #round-imports-2
@@ -64,6 +62,7 @@ from ..sampler.region_choice import name_regions, score_regions
 from ..sampler.regions import Regions, split_region
 from ..sampler.selects import sort_options
 from ..sampler.strategy import Sampler, parse_strategy
+from ..vlm.cache import bill
 from ..vlm.handler import Judgement
 
 # %% ../../nbs/experiment/11_round.ipynb #round-learner

@@ -28,7 +28,7 @@ from vlm_itl.core.figures import (
     MARKERS,
     VERDICT_COLORS,
     VOID_COLOR,
-    _legend_below,
+    legend_below,
     make_figure,
     save_png,
     tidy_axes,
@@ -154,7 +154,7 @@ def _finish_curve(figure: Figure, axes: Axes, title: str, against: str, columns:
     axes.set_title(title, fontsize=10, loc="left")
     if against == "labelled_share":
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
-    _legend_below(figure, axes)
+    legend_below(figure, axes)
 
 # %% ../../nbs/experiment/07_run_figures.ipynb #report-learning-curve-plot-learning-curve
 @guarded

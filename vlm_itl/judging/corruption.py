@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['Family', 'Prepare', 'ERROR_KINDS', 'TARGETS', 'MIN_CHANGE', 'register_error', 'components', 'erode', 'dilate',
-           'shift', 'swap', 'drop', 'add', 'merge', 'Spoilt', 'spoil_mask', 'truth_reader', 'some_rows',
-           'corruption_queries', 'rows_in_folder', 'folder_queries']
+           'shift', 'swap', 'drop', 'add', 'merge', 'Spoilt', 'spoil_mask', 'some_rows', 'corruption_queries',
+           'rows_in_folder', 'folder_queries']
 
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-imports
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -335,22 +334,6 @@ def spoil_mask(
             nearest = min(usable, key=lambda spoilt: abs(spoilt.iou - target))
             kept.setdefault(nearest.mask.tobytes(), replace(nearest, target=float(target)))
     return list(kept.values())
-
-# %% ../../nbs/judging/04_corruption.ipynb #corruption-queries
-def truth_reader(
-    rows: Dataset,  # columns id, mask
-) -> Callable[[str], np.ndarray]:  # image id -> uint8 (H, W)
-    "True masks by id, for `bind_truth` of a simulated judge."
-    where = {image_id: row for row, image_id in enumerate(row_ids(rows))}
-    masks = rows.remove_columns("image")
-
-    @lru_cache(maxsize=64)
-    def truth(image_id: str) -> np.ndarray:
-        if image_id not in where:
-            raise DataError(f"image {image_id!r} has no truth here.")
-        return masks[where[image_id]]["mask"]
-
-    return truth
 
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-queries-some-rows
 def some_rows(

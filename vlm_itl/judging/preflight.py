@@ -16,6 +16,7 @@ import numpy as np
 from ..core.checks import check_number
 from ..core.seeds import make_rng
 from ..data.labels import VOID, LabelSpace
+from ..vlm.cache import bill
 from ..vlm.handler import Judgement, JudgeQuery, VLMHandler, background_of, failure_kind, remedy
 
 # %% ../../nbs/judging/05_preflight.ipynb #preflight-opposite
@@ -88,7 +89,7 @@ def examined(
     sees, spread = _sight(list(zip(said[::2], said[1::2], strict=False)))
     answered = [j for j in said if j.verdict != "abstain"]
     mass = [j.p_mass for j in answered if j.p_mass is not None and j.score_kind == "logprobs"]
-    fresh = [j for j in said if not j.cached]
+    calls, paid_usd = bill(said)
     return {
         "model": said[0].model if said else "",
         "asked": len(said),
@@ -104,8 +105,8 @@ def examined(
         "tokens": _mean([j.tokens for j in said]),
         "usd": _mean([j.usd for j in said]),
         "seconds": _mean([j.latency_s for j in said]),
-        "calls": sum(j.attempts for j in fresh),
-        "paid_usd": None if any(j.usd is None for j in fresh) else float(sum(j.usd or 0.0 for j in fresh)),
+        "calls": calls,
+        "paid_usd": paid_usd,
     }
 
 # %% ../../nbs/judging/05_preflight.ipynb #preflight-order-gap

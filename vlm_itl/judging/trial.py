@@ -38,13 +38,13 @@ from ..core.settings import named_run, read_settings
 from ..data.groups import take_groups
 from ..data.labels import MeaningError
 from ..data.leaks import LEAKS
-from ..data.masks import DecodeRows, MaskStore, raw_rows
+from ..data.masks import DecodeRows, MaskStore, raw_rows, truth_reader
 from ..data.sources import SegData, load_data
 
 # %% ../../nbs/judging/07_trial.ipynb #judging-imports-1
 from .cards import Ranking, rank_judges, report_card
 from .certify import certify
-from .corruption import corruption_queries, folder_queries, rows_in_folder, some_rows, truth_reader
+from .corruption import corruption_queries, folder_queries, rows_in_folder, some_rows
 from vlm_itl.judging.judge_figures import (
     plot_acceptance,
     plot_break_even,

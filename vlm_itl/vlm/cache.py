@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['handler_identity', 'query_key', 'query_keys', 'is_final', 'CacheFile', 'JudgementCache', 'Spending', 'PaidJudge',
-           'told_once', 'CachedHandler', 'total_cost']
+           'told_once', 'CachedHandler', 'total_cost', 'bill']
 
 # %% ../../nbs/vlm/06_cache.ipynb #cache-imports
 import json
@@ -510,3 +510,12 @@ def total_cost(
         "attempts": sum(part.attempts for part in paid),
         "cached": all(part.cached for part in parts),
     }
+
+# %% ../../nbs/vlm/06_cache.ipynb #cache-bill
+def bill(
+    judgements: Sequence[Judgement],  # what was answered
+) -> tuple[int, float | None]:  # calls; USD, None where one price is unknown
+    "What some answers have cost, those from a cache nothing."
+    fresh = [j for j in judgements if not j.cached]
+    unknown = any(j.usd is None for j in fresh)
+    return sum(j.attempts for j in fresh), None if unknown else float(sum(j.usd or 0.0 for j in fresh))
