@@ -1,7 +1,7 @@
 """What a training, a look at the pool and a judge cost on a GPU, and whether results there are reproducible.
 
-Run as `python benchmarks/gpu.py [--data VOC_FOLDER] [--minutes 7] [--out FILE]`: needs no network and no installation
-beyond the library; without a GPU the same parts run in their small form on the CPU. One JSON row a line with the keys
+Run as `python benchmarks/gpu.py [--data VOC_FOLDER] [--minutes 7] [--only PART ...] [--out FILE]`: needs no network
+and no installation, only the library's folder on the path; without a GPU the same parts run in their small form on the CPU. One JSON row a line with the keys
 {part, ours, peer, unit, ratio, goal, holds}; every part is tried on its own, and one that fails says why. Weights are
 random, pictures are photographs where a VOC folder is given, else scenes. Ways take turns, figures are medians.
 """
@@ -415,6 +415,7 @@ def main() -> None:
     ask.add_argument("--data", default="scenes")
     ask.add_argument("--minutes", type=float, default=7)
     ask.add_argument("--out", type=Path)
+    ask.add_argument("--only", nargs="*", help="names of parts")
     ask.add_argument("--child")
     given = ask.parse_args()
     if given.child:
@@ -425,6 +426,8 @@ def main() -> None:
     data = load_data(given.data, options=options, val_share=1, leaks="off")
     with tempfile.TemporaryDirectory() as work:
         for name, part in parts(data, Path(work)):
+            if given.only and name not in given.only:
+                continue
             left = 60 * given.minutes - (time.perf_counter() - STARTED)
             if left < 25:
                 print(json.dumps({"left out": name}), flush=True)

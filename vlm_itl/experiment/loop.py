@@ -7,7 +7,6 @@ __all__ = ['plan', 'seal_data', 'open_folder', 'learning_curve', 'summarise', 'f
            'run_al']
 
 # %% ../../nbs/experiment/12_loop.ipynb #experiment-imports
-import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from ..core.checks import JudgeError, LeakError, RunError, check_choice
 from ..core.files import read_json, write_json, write_text
 from ..core.runfolder import FREE_SETTINGS, RunFolder, protected
@@ -98,7 +98,7 @@ def open_folder(
 ) -> RunFolder:
     "The run folder, held by this process; `RunError` for other settings, or where another process works in it."
     path = run_path(config)
-    record = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
+    record = {**config.to_dict(), "version": __version__}
     stopped, stamped = (path / _STOPPED).is_file(), (path / STAMPS).is_file()
     free = [*FREE_SETTINGS, *(["dataset"] if stamped else []), *(JUDGE_SETTINGS if stopped else [])]
     folder = RunFolder.open(path, record, free=free, defaults=Config().to_dict())

@@ -7,7 +7,6 @@ __all__ = ['DRAWN', 'BROKEN', 'STAMPS', 'Selection', 'Round', 'Learns', 'RegionU
            'all_or_nothing', 'resume', 'data_card', 'write_card', 'noting_broken_data', 'DataGuard']
 
 # %% ../../nbs/experiment/05_state.ipynb #state-imports
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Protocol, TypedDict
 import datasets
 import numpy as np
 
+from .. import __version__
 from ..core.checks import ConfigError, DataError, LeakError, RunError
 from ..core.files import plain, read_json, write_json, write_text
 from ..core.runfolder import RunFolder, readable, remove
@@ -263,7 +263,7 @@ def _check_version(folder: RunFolder, records: Sequence[dict[str, Any]]) -> None
             told = folder.config.get("version", "?")
             raise RunError(
                 f"{folder.path} has rounds with {newer[0]!r}, which this version "
-                f"({importlib.metadata.version('vlm_itl')}) does not know; it began with version {told}: update."
+                f"({__version__}) does not know; it began with version {told}: update."
             )
 
 # %% ../../nbs/experiment/05_state.ipynb #state-price

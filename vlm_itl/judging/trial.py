@@ -7,7 +7,6 @@ __all__ = ['JudgeConfig', 'make_judge_config', 'judge_run_path', 'judged_rows', 
            'Trial', 'try_judge']
 
 # %% ../../nbs/judging/07_trial.ipynb #judging-imports
-import importlib.metadata
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ import pandas as pd
 from datasets import Dataset, concatenate_datasets
 from matplotlib.figure import Figure
 
+from .. import __version__
 from ..core.checks import ConfigError, DataError, check_choice, check_number
 from ..core.figures import save_png
 from vlm_itl.core.files import (
@@ -514,7 +514,7 @@ def try_judge(
             config.dataset, seed=config.seed, binary=config.binary, options=config.data_options, leaks=config.leaks
         )
         model = load_model(config.model, data.labels, seed=config.seed) if config.model else None
-        settings = {**config.to_dict(), "version": importlib.metadata.version("vlm_itl")}
+        settings = {**config.to_dict(), "version": __version__}
         run = RunFolder.open(judge_run_path(config), settings, free=FREE_SETTINGS, defaults={"plugins": []})
         try:
             return _try(config, run, handlers, data, model)
