@@ -1,9 +1,10 @@
 """What a training, a look at the pool and a judge cost on a GPU, and whether results there are reproducible.
 
 Run as `python benchmarks/gpu.py [--data VOC_FOLDER] [--minutes 7] [--only PART ...] [--out FILE]`: needs no network
-and no installation, only the library's folder on the path; without a GPU the same parts run in their small form on the CPU. One JSON row a line with the keys
-{part, ours, peer, unit, ratio, goal, holds}; every part is tried on its own, and one that fails says why. Weights are
-random, pictures are photographs where a VOC folder is given, else scenes. Ways take turns, figures are medians.
+and no installation, only the library's folder on the path; without a GPU the same parts run in their small form on
+the CPU. One JSON row a line with the keys {part, ours, peer, unit, ratio, goal, holds}; every part is tried on its
+own, and one that fails says why. Weights are random, pictures are photographs where a VOC folder is given, else
+scenes. Ways take turns, figures are medians.
 """
 
 import argparse
