@@ -7,6 +7,7 @@ __all__ = ['Scheduler', 'SCHEDULERS', 'AUGMENT', 'TrainSettings', 'total_steps',
            'pixel_loss', 'FitResult', 'fit', 'try_once']
 
 # %% ../../nbs/model/08_train.ipynb #train-imports
+import gc
 import math
 import os
 import random
@@ -368,6 +369,19 @@ def _generators_kept() -> Iterator[None]:
             random.setstate(python)
             np.random.set_state(numbers)
 
+# %% ../../nbs/model/08_train.ipynb #train-frozen
+@contextmanager
+def _old_objects_frozen() -> Iterator[None]:
+    "What exists already is left out of garbage collections inside; a caller who has frozen it keeps it frozen."
+    ours = gc.get_freeze_count() == 0
+    if ours:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if ours:
+            gc.unfreeze()
+
 # %% ../../nbs/model/08_train.ipynb #train-build
 def _trainer(task: _Task, folder: str, watch: Checkpoints | None) -> _SegTrainer:
     "A `Trainer` for a task."
@@ -420,7 +434,14 @@ def _run(task: _Task, folder: str, watch: Checkpoints | None) -> FitResult:
     started = time.perf_counter()
     task.model.to(task.device)
     fixed = _in_fixed_order(task.settings.deterministic, task.device)
-    with warnings.catch_warnings(), _denormals_flushed(), fixed, worker_errors(), _generators_kept():
+    with (
+        warnings.catch_warnings(),
+        _old_objects_frozen(),
+        _denormals_flushed(),
+        fixed,
+        worker_errors(),
+        _generators_kept(),
+    ):
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = _trainer(task, folder, watch)
         seed_everything(task.seed, "train")  # only now: a `Trainer` seeds for itself when it is built
