@@ -795,7 +795,7 @@ def test_a_strategy_that_peeks_is_stopped(folder: Path, tmp_path: Path, monkeypa
             )
             return [candidates[i] for i in order[:k]], ["truth"] * k
 
-    monkeypatch.setattr(experiment, "sampler", Peeking("entropy"))
+    monkeypatch.setattr(experiment.team, "sampler", Peeking("entropy"))
     with pytest.raises(LeakError, match="a mask of the pool"):
         experiment.run_round()
     assert experiment.folder.rounds() == []

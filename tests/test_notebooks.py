@@ -50,6 +50,15 @@ def test_there_are_chapters() -> None:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=stems(NOTEBOOKS))
+def test_links_lead_somewhere(path: Path) -> None:
+    """Chapters move; what points to them follows."""
+    text = "\n".join(cell.source for cell in cells_of(path, "markdown"))
+    targets = [target for target in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in target]
+    missing = [target for target in targets if not (path.parent / target).exists()]
+    assert not missing, f"{path.name} points to {missing}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=stems(NOTEBOOKS))
 def test_notebook_has_a_title_and_is_small(path: Path) -> None:
     first = nbformat.read(path, as_version=4).cells[0]
     assert first.cell_type == "markdown" and first.source.startswith("# "), "the first cell is the title"
