@@ -11,6 +11,7 @@ from PIL import Image
 import vlm_itl.experiment.config  # noqa: F401  makes every judge known
 from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.data.masks import truth_reader
 from vlm_itl.data.scenes import SceneOptions, draw_scene
 from vlm_itl.data.sources import load_data
 from vlm_itl.judging.corruption import (
@@ -22,7 +23,6 @@ from vlm_itl.judging.corruption import (
     folder_queries,
     register_error,
     spoil_mask,
-    truth_reader,
 )
 from vlm_itl.model.metrics import image_iou
 from vlm_itl.vlm.handler import check_query, make_handler

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 from fuzzing import FACTOR, Tried
+from toyloop import Parrot
 
 from vlm_itl.core.checks import JudgeError, RunError, VlmItlError
 from vlm_itl.core.runfolder import RunFolder
+from vlm_itl.data.sources import load_data
 from vlm_itl.experiment.compare import compare
 from vlm_itl.experiment.config import Config, make_config
 from vlm_itl.experiment.loop import Loop, run_al
@@ -29,7 +31,7 @@ from vlm_itl.experiment.run_figures import (
 )
 from vlm_itl.model.segmenter import load_model
 from vlm_itl.vlm.cache import JudgementCache
-from vlm_itl.vlm.handler import Judgement
+from vlm_itl.vlm.handler import Judgement, make_handler
 
 Record = Callable[[str, Any], None]
 SMALL = {
@@ -72,8 +74,10 @@ def resume(folder: Path) -> None:
 
 def resume_as(config: dict[str, Any], folder: Path) -> None:
     """A second start with the settings of the first, whatever the folder says."""
-    experiment = Loop.from_config(make_config({**config, "output_dir": str(folder)}))
-    experiment.folder.close()
+    settings = make_config({**config, "output_dir": str(folder)})
+    toy = load_data("toy", val_share=1)
+    loop = Loop(settings, toy, Parrot(toy), make_handler(settings.judge))  # no network is needed to go on
+    loop.folder.close()
 
 
 READERS: dict[str, Callable[[Path], Any]] = {

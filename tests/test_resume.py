@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from faults import at_file, at_forward, at_step, files, in_child, kill
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from toyloop import settings as toy_settings
+from toyloop import toy_loop
 
 import vlm_itl.experiment.judge_turn
 from vlm_itl.core.checks import RunError
@@ -131,17 +133,58 @@ POINTS: dict[str, Any] = {
 }
 
 
-SLOW = (  # not in every run of the tests
-    "data card",
-    "training, last step of round 1",
-    "in a checkpoint",
-    "end of training not yet marked",
-    "validating",
-    "writing judgements",
-    "saving the model",
-    "dropping the work of a round",
-    "summary",
-)
+ON_THE_TOY = {  # no training is needed to be killed here: `test_the_toy_killed_at` is, in every run of the tests
+    "first file of the run": lambda: at_file("*config.json*", 1, kill),
+    "data card": lambda: at_file("*data.json*", 1, kill),
+    "writing masks": lambda: at_file("*masks/*.png", 2, kill),
+    "judging": lambda: at_file("*pool.jsonl", 2, kill),
+    "writing judgements": lambda: at_file("*judgements.jsonl*", 1, kill),
+    "gallery": lambda: at_file("*gallery/*.png", 2, kill),
+    "saving the model": lambda: at_file("*round_000.tmp/model/*", 1, kill),
+    "writing the record": lambda: at_file("*round_001.tmp/.record.json*", 1, kill),
+    "renaming the round": lambda: at_file("*round_001", 1, kill, "os.rename"),
+    "dropping the work of a round": lambda: at_file("*.round_000.work", 1, kill, "shutil.rmtree"),
+    "writing the index": lambda: at_file("*rounds.jsonl*", 2, kill),
+    "between rounds": None,
+    "final evaluation": lambda: at_file("*test_001.json*", 1, kill),
+    "summary": lambda: at_file("*summary.json*", 1, kill),
+}
+SLOW = (*ON_THE_TOY, "training, last step of round 1", "end of training not yet marked", "validating")
+
+
+def run_toy(folder: Path) -> None:
+    """The whole loop on six images."""
+    loop = toy_loop(toy_settings(folder, gallery=2))
+    try:
+        for _ in loop.run():
+            pass
+    finally:
+        loop.folder.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed_toy(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What an undisturbed run of the toy leaves."""
+    out = tmp_path_factory.mktemp("undisturbed_toy") / "run"
+    run_toy(out)
+    return content(out)
+
+
+@pytest.mark.parametrize("point", ON_THE_TOY)
+def test_the_toy_killed_at(point: str, tmp_path: Path, undisturbed_toy: dict[str, Any]) -> None:
+    """SIGKILL at each point outside a training, then the same again: the same files, bit for bit."""
+    plant = ON_THE_TOY[point]
+
+    def work() -> None:
+        if plant is None:
+            for _ in toy_loop(toy_settings(tmp_path / "run", gallery=2)).run():
+                kill()
+        plant()
+        run_toy(tmp_path / "run")
+
+    assert in_child(work) == (-signal.SIGKILL, ""), "the point was not reached"
+    run_toy(tmp_path / "run")
+    assert content(tmp_path / "run") == undisturbed_toy
 
 
 @pytest.mark.parametrize("point", [pytest.param(p, marks=[pytest.mark.slow] if p in SLOW else []) for p in POINTS])
@@ -185,7 +228,7 @@ def test_killed_again_and_again(
         {"early_stopping": 1, "early_stopping_threshold": 1.0, "steps": 12, "save_every": 0},
         {"warm_start": True, "strategy": "bald", "save_every": 3},
         {"judge": "mock", "policy": "triage", "acceptance": "certified", "alpha": 0.9, "delta": 0.5},
-        {"num_workers": 2, "scheduler": "cosine"},
+        pytest.param({"num_workers": 2, "scheduler": "cosine"}, marks=pytest.mark.slow),
     ],
     ids=["early stopping", "warm start and dropout", "mock and certified", "data workers"],
 )
