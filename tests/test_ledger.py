@@ -242,8 +242,15 @@ def test_fault_7_a_changed_data_set_is_noticed(change: Any, scenes: Path, tmp_pa
     data, config = begun(scenes, tmp_path)
     kept = shutil.copytree(data, tmp_path / "kept")
     change(data)
+    card = (tmp_path / "run/data.json").read_bytes()
     with pytest.raises(RunError, match=CHANGES[change]) as caught:
         list(run_al(config))
+    assert (tmp_path / "run/data.json").read_bytes() == card  # reports read it: what is refused changes nothing
+    if change is rename_class:
+        (tmp_path / "run/.broken_data").write_text("a mask was broken")  # no excuse for other classes
+        with pytest.raises(RunError, match=CHANGES[change]):
+            list(run_al(config))
+        (tmp_path / "run/.broken_data").unlink()
     assert "put back what was there, or choose another output_dir" in str(caught.value)
     assert "\n" not in str(caught.value)
     shutil.rmtree(data)

@@ -133,22 +133,23 @@ POINTS: dict[str, Any] = {
 }
 
 
-ON_THE_TOY = {  # no training is needed to be killed here: `test_the_toy_killed_at` is, in every run of the tests
-    "first file of the run": lambda: at_file("*config.json*", 1, kill),
-    "data card": lambda: at_file("*data.json*", 1, kill),
-    "writing masks": lambda: at_file("*masks/*.png", 2, kill),
-    "judging": lambda: at_file("*pool.jsonl", 2, kill),
-    "writing judgements": lambda: at_file("*judgements.jsonl*", 1, kill),
-    "gallery": lambda: at_file("*gallery/*.png", 2, kill),
-    "saving the model": lambda: at_file("*round_000.tmp/model/*", 1, kill),
-    "writing the record": lambda: at_file("*round_001.tmp/.record.json*", 1, kill),
-    "renaming the round": lambda: at_file("*round_001", 1, kill, "os.rename"),
-    "dropping the work of a round": lambda: at_file("*.round_000.work", 1, kill, "shutil.rmtree"),
-    "writing the index": lambda: at_file("*rounds.jsonl*", 2, kill),
-    "between rounds": None,
-    "final evaluation": lambda: at_file("*test_001.json*", 1, kill),
-    "summary": lambda: at_file("*summary.json*", 1, kill),
-}
+OUTSIDE = (
+    "first file of the run",
+    "data card",
+    "judging",
+    "writing judgements",
+    "gallery",
+    "saving the model",
+    "writing the record",
+    "renaming the round",
+    "dropping the work of a round",
+    "writing the index",
+    "between rounds",
+    "final evaluation",
+    "summary",
+)
+# no training is needed to be killed here: `test_the_toy_killed_at` is, in every run of the tests
+ON_THE_TOY = {**{p: POINTS[p] for p in OUTSIDE}, "writing masks": lambda: at_file("*masks/*.png", 2, kill)}
 SLOW = (*ON_THE_TOY, "training, last step of round 1", "end of training not yet marked", "validating")
 
 

@@ -43,10 +43,10 @@ from vlm_itl.experiment.state import (
     State,
     Team,
     all_or_nothing,
+    checked_card,
     make_region_unit,
     noting_broken_data,
     resume,
-    write_card,
 )
 from .tracking import Tracker, make_tracker
 from ..sampler.selects import sort_options
@@ -292,8 +292,9 @@ class Loop:
 
     def _go_on(self, data: SegData) -> None:
         "Compare the data set with the one the run began with, and rebuild the state."
-        write_card(self.folder, data, self.team.simulated)
+        card = checked_card(self.folder, data)
         self._guard.check()
+        write_json(self.folder.path / "data.json", {**card, "simulated": self.team.simulated})  # refused: it stays
         resume(self.state, data, self.config.mask_seconds)
         if self.rounds and data.watch is not None:
             data.watch.settled = True

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DRAWN', 'BROKEN', 'STAMPS', 'Selection', 'Round', 'Learns', 'RegionUnit', 'make_region_unit', 'Team', 'State',
-           'all_or_nothing', 'resume', 'data_card', 'write_card', 'noting_broken_data', 'DataGuard']
+           'all_or_nothing', 'resume', 'data_card', 'checked_card', 'noting_broken_data', 'DataGuard']
 
 # %% ../../nbs/experiment/05_state.ipynb #state-imports
 import json
@@ -337,12 +337,11 @@ def data_card(
     return plain({**card, "masks": data.meaning, "validation": paid})
 
 # %% ../../nbs/experiment/05_state.ipynb #state-card-check
-def write_card(
+def checked_card(
     folder: RunFolder,  # of the run
     data: SegData,  # as it is now
-    simulated: bool,  # does the judge read the truth it is asked about?
-) -> None:
-    "Write the card; `LeakError` if it was written for other validation images, which the run has paid for."
+) -> dict[str, Any]:  # the card, not yet written
+    "What the run learns from; `LeakError` if the card on disk names other validation images, which were paid for."
     path, card = folder.path / "data.json", data_card(data)
     paid = read_json(path, dict).get("validation") if path.is_file() else None
     if paid not in (None, card["validation"]):
@@ -350,7 +349,7 @@ def write_card(
             f"{folder.path} has paid for other validation images than the data now has: the data set has "
             "changed since. Bring it back, or choose another output_dir."
         )
-    write_json(path, {**card, "simulated": simulated})
+    return card
 
 # %% ../../nbs/experiment/05_state.ipynb #state-noting
 BROKEN = ".broken_data"  # the run stopped over a file of its data set
@@ -397,7 +396,10 @@ def _reading(data: SegData) -> dict[str, Any]:
 def _check_reading(folder: RunFolder, old: dict[str, Any], new: dict[str, Any]) -> None:
     "`RunError` if a run that goes on reads its masks in another way than before: its rounds would not compare."
     changed = [key for key in new if key != "line" and old.get(key) != new[key]]
-    if not changed or ((folder.path / BROKEN).is_file() and not folder.rounds()):
+    if not changed:
+        return
+    if changed == ["palette"] and (folder.path / BROKEN).is_file() and not folder.rounds():  # mended: nothing is paid
+        remove(folder.work_path(0) / "training")
         return
     what = "the class list" if {"names", "palette"} & {*changed} else "the reading of masks"
     raise RunError(
