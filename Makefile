@@ -15,7 +15,7 @@ VENV ?= .venv
 ARGS ?=
 NBDEV_TEST_SECONDS ?= 1800
 PYTEST_SECONDS ?= 2700
-PYTEST_ARGS ?= -m "not slow" -n auto
+PYTEST_ARGS ?= -m "not slow" -n auto -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
 BIN := $(abspath $(VENV))/bin
 # The stamp carries a checksum of what the installation depends on, so that neither a fresh checkout nor nbdev rewriting

@@ -1,5 +1,6 @@
 """Real processes that are killed, or whose disk fails, at a chosen file or step; nothing of the library is replaced."""
 
+import contextlib
 import errno
 import fnmatch
 import os
@@ -80,36 +81,50 @@ def no_space() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def in_child(work: Callable[[], Any], limit_s: float = 120.0) -> tuple[int, str]:
-    """Run in a forked process: its exit code (-9: killed by SIGKILL; 0: worked; 3: raised), and what it raised."""
+def in_child(work: Callable[[], Any], limit_s: float = 120.0, with_helpers: bool = True) -> tuple[int, str]:
+    """Run in a forked process: its exit code (-9: killed by SIGKILL; 0: worked; 3: raised), and what it raised.
+
+    The child leads a group of its own. Data workers that outlive it hold its pipe open, so nobody reads to the end of
+    that pipe, and they are killed `with_helpers`.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         code = 0
+        os.setpgid(0, 0)
         os.close(reader)
         try:
             work()
         except BaseException as error:
             code = 3
             text = f"{type(error).__name__}: {error}"
-            os.write(writer, text.encode()[:60_000])
+            os.write(writer, text.encode()[:60_000])  # less than a pipe holds
             if os.environ.get("FAULTS_SHOW"):
                 traceback.print_exc()
         finally:
             os._exit(code)
     os.close(writer)
     give_up = time.monotonic() + limit_s
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            break
-        if time.monotonic() > give_up:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise AssertionError(f"the child did not end within {limit_s} s")
-        time.sleep(0.02)
-    with os.fdopen(reader, "rb") as pipe:
-        said = pipe.read().decode()
+    try:
+        while True:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                break
+            if time.monotonic() > give_up:
+                os.kill(pid, signal.SIGABRT)  # faulthandler writes where it stands
+                os.waitpid(pid, 0)
+                raise AssertionError(f"the child did not end within {limit_s} s")
+            time.sleep(0.02)
+        os.set_blocking(reader, False)
+        try:
+            said = os.read(reader, 60_000).decode()
+        except BlockingIOError:  # it said nothing, and a data worker of it is still alive
+            said = ""
+    finally:
+        os.close(reader)
+        with contextlib.suppress(ProcessLookupError):
+            if with_helpers:
+                os.killpg(pid, signal.SIGKILL)
     return os.waitstatus_to_exitcode(status), said
 
 
