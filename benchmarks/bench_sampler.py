@@ -37,9 +37,9 @@ from vlm_itl.model.doubt import uncertainty_maps
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import Segmenter, load_model
-from vlm_itl.model.uncertainty import make_second_look, scoring_options
 from vlm_itl.sampler.selects import ball_radius, probcover
 from vlm_itl.sampler.strategy import Sampler, kcenter_greedy
+from vlm_itl.sampler.uncertainty import make_second_look, scoring_options
 
 T = 10  # looks
 IMAGES = 32  # of BALD, 256 x 256

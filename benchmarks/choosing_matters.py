@@ -98,9 +98,9 @@ def report(folder: Path, name: str, command: str) -> None:
     import vlm_itl
     from vlm_itl.core.figures import save_png
     from vlm_itl.core.files import write_json
-    from vlm_itl.experiment.compare import compare, plot_compare
-    from vlm_itl.experiment.report import list_runs, round_table
-    from vlm_itl.experiment.run_figures import plot_learning_curve
+    from vlm_itl.reports.compare import compare, plot_compare
+    from vlm_itl.reports.report import list_runs, round_table
+    from vlm_itl.reports.run_figures import plot_learning_curve
 
     runs = list_runs(folder)
     result = compare(runs)

@@ -31,15 +31,15 @@ from vlm_itl.core.checks import DataError
 from vlm_itl.core.files import project_root, write_json
 from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.sources import toy_images
-from vlm_itl.experiment.compare import compare
-from vlm_itl.experiment.report import aubc
 from vlm_itl.model.doubt import AGGREGATORS, uncertainty_maps
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import load_model
-from vlm_itl.model.uncertainty import PassAccumulator, mc_passes
+from vlm_itl.reports.compare import compare
+from vlm_itl.reports.report import aubc
 from vlm_itl.sampler.selects import ball_radius, cluster, gumbel_topk, probcover, typiclust
 from vlm_itl.sampler.strategy import kcenter_greedy
+from vlm_itl.sampler.uncertainty import PassAccumulator, mc_passes
 
 PEERS = {  # package on PyPI -> how to install it
     "baal": "pip install baal==2.1.0",

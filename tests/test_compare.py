@@ -9,8 +9,8 @@ from scipy import stats
 from test_report import study, write_run
 
 from vlm_itl.core.checks import ConfigError, RunError
-from vlm_itl.experiment.compare import compare, holm, paired_interval, plot_compare
-from vlm_itl.experiment.report import list_runs, read_run
+from vlm_itl.reports.compare import compare, holm, paired_interval, plot_compare
+from vlm_itl.reports.report import list_runs, read_run
 
 
 def test_holm_against_the_definition():

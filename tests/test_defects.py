@@ -21,15 +21,15 @@ from test_report import write_run
 from vlm_itl.core.checks import DataError
 from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.sources import toy_images
-from vlm_itl.experiment.compare import compare
-from vlm_itl.experiment.report import aubc, read_run
 from vlm_itl.model.doubt import AGGREGATORS, PASS_SCORES, uncertainty_maps
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import load_model
-from vlm_itl.model.uncertainty import PassAccumulator, make_scorers, mc_passes, scoring_options
+from vlm_itl.reports.compare import compare
+from vlm_itl.reports.report import aubc, read_run
 from vlm_itl.sampler.selects import cluster, probcover, typiclust
 from vlm_itl.sampler.strategy import Sampler, kcenter_greedy
+from vlm_itl.sampler.uncertainty import PassAccumulator, make_scorers, mc_passes, scoring_options
 
 DIVERSE = ("coreset", "typiclust", "probcover")
 

@@ -18,18 +18,18 @@ from toyloop import Parrot
 from vlm_itl.core.checks import JudgeError, RunError, VlmItlError
 from vlm_itl.core.runfolder import RunFolder
 from vlm_itl.data.sources import load_data
-from vlm_itl.experiment.compare import compare
 from vlm_itl.experiment.config import Config, make_config
 from vlm_itl.experiment.loop import Loop, run_al
-from vlm_itl.experiment.report import list_runs, read_run, round_table, summary_table
-from vlm_itl.experiment.run_figures import (
+from vlm_itl.model.segmenter import load_model
+from vlm_itl.reports.compare import compare
+from vlm_itl.reports.report import list_runs, read_run, round_table, summary_table
+from vlm_itl.reports.run_figures import (
     plot_class_iou,
     plot_gallery,
     plot_judge,
     plot_learning_curve,
     save_figures,
 )
-from vlm_itl.model.segmenter import load_model
 from vlm_itl.vlm.cache import JudgementCache
 from vlm_itl.vlm.handler import Judgement, make_handler
 

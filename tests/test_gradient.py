@@ -16,10 +16,10 @@ from vlm_itl.core.checks import ConfigError
 from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.sources import load_data, toy_images
-from vlm_itl.model.gradient import GradientProbe, last_layer_gradient, projection
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import Segmenter, load_model, watch_last_layer
+from vlm_itl.sampler.gradient import GradientProbe, last_layer_gradient, projection
 from vlm_itl.sampler.selects import kmeanspp
 from vlm_itl.sampler.strategy import Sampler
 
@@ -101,7 +101,7 @@ def test_padding_and_batch_change_nothing(scenes_small: Any):
 
 def test_second_look_does_not_disturb_the_probe(scenes_small: Any):
     """Dropout looks run the network again; the gradient is that of the first look."""
-    from vlm_itl.model.uncertainty import scoring_options
+    from vlm_itl.sampler.uncertainty import scoring_options
 
     model = load_model("segformer-nano", scenes_small.labels, seed=0)
     images = scenes_small.train.select(range(3))

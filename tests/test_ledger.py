@@ -27,9 +27,9 @@ from vlm_itl.data.scenes import make_scenes
 from vlm_itl.experiment.config import Config, make_config
 from vlm_itl.experiment.loop import Loop, run_al
 from vlm_itl.experiment.pool import Ledger, priced_at, read_ledger
-from vlm_itl.experiment.report import Run, group_runs
 from vlm_itl.experiment.round import check_validation, draw_start
 from vlm_itl.judging.trial import make_judge_config, try_judge
+from vlm_itl.reports.report import Run, group_runs
 from vlm_itl.vlm.cache import CachedHandler
 from vlm_itl.vlm.handler import HANDLERS, Judgement, JudgeQuery, JudgeStopped, VLMHandler
 

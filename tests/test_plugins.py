@@ -16,7 +16,6 @@ from vlm_itl.experiment.config import Config, make_config, run_path
 from vlm_itl.judging.corruption import ERROR_KINDS, register_error
 from vlm_itl.model.doubt import AGGREGATORS, register_aggregate
 from vlm_itl.model.segmenter import MODELS, register_model
-from vlm_itl.model.uncertainty import scoring_options
 from vlm_itl.sampler.regions import REGIONS, register_regions
 from vlm_itl.sampler.strategy import (
     SCORES,
@@ -28,6 +27,7 @@ from vlm_itl.sampler.strategy import (
     register_select,
     register_short,
 )
+from vlm_itl.sampler.uncertainty import scoring_options
 from vlm_itl.vlm.handler import HANDLERS, VLMHandler, register_handler
 from vlm_itl.vlm.render import STYLES, register_style
 

@@ -25,14 +25,14 @@ from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.human_turn import policy_groups, spent_pixels
 from vlm_itl.experiment.loop import run_al
 from vlm_itl.experiment.pool import Ledger, Pool, read_ledger
-from vlm_itl.experiment.report import round_table
-from vlm_itl.experiment.run_figures import plot_learning_curve
 from vlm_itl.model.doubt import uncertainty_maps
-from vlm_itl.model.gradient import GradientProbe
 from vlm_itl.model.metrics import image_iou
 from vlm_itl.model.predict import Inference, predict_batches
 from vlm_itl.model.scoring import PoolScores, score_pool
 from vlm_itl.model.segmenter import load_model
+from vlm_itl.reports.report import round_table
+from vlm_itl.reports.run_figures import plot_learning_curve
+from vlm_itl.sampler.gradient import GradientProbe
 from vlm_itl.sampler.region_choice import cell_weights, choose_regions, name_regions, score_regions
 from vlm_itl.sampler.regions import (
     REGIONS,

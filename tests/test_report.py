@@ -15,8 +15,8 @@ from vlm_itl.core import figures
 from vlm_itl.core.checks import ConfigError, RunError
 from vlm_itl.core.figures import COLORS
 from vlm_itl.core.files import write_json, write_text
-from vlm_itl.experiment.report import aubc, find_references, list_runs, read_run, round_table, summary_table
-from vlm_itl.experiment.run_figures import (
+from vlm_itl.reports.report import aubc, find_references, list_runs, read_run, round_table, summary_table
+from vlm_itl.reports.run_figures import (
     gallery_items,
     plot_class_iou,
     plot_gallery,

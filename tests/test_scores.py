@@ -30,7 +30,7 @@ from vlm_itl.model.doubt import (
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import load_model
-from vlm_itl.model.uncertainty import (
+from vlm_itl.sampler.uncertainty import (
     PassAccumulator,
     dropout_layers,
     make_scorers,

@@ -46,13 +46,13 @@ from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.masks import MaskStore
 from vlm_itl.data.scenes import make_scenes
 from vlm_itl.data.sources import load_data
-from vlm_itl.experiment.compare import Comparison
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_al
-from vlm_itl.experiment.report import read_run, round_table, summary_table
-from vlm_itl.experiment.run_figures import asked_items, gallery_items, plot_gallery, save_figures
-from vlm_itl.experiment.tracking import public_config, read_gallery
 from vlm_itl.model.segmenter import load_model, load_weights, save_model
+from vlm_itl.reports.compare import Comparison
+from vlm_itl.reports.report import read_run, round_table, summary_table
+from vlm_itl.reports.run_figures import asked_items, gallery_items, plot_gallery, save_figures
+from vlm_itl.reports.tracking import public_config, read_gallery
 from vlm_itl.vlm.cache import JudgementCache
 from vlm_itl.vlm.free import checkpoint_classes
 from vlm_itl.vlm.handler import JudgeQuery, JudgeStopped
@@ -745,7 +745,7 @@ def test_a_tracker_shows_text_as_text(finished: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from vlm_itl.experiment.tracking import make_tracker
+    from vlm_itl.reports.tracking import make_tracker
 
     run = tmp_path / "run"
     shutil.copytree(finished, run)

@@ -22,11 +22,10 @@ from vlm_itl.data.masks import DecodeRows, make_rows
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import Loop
 from vlm_itl.model.doubt import AGGREGATORS, PASS_SCORES, PIXEL_SCORES
-from vlm_itl.model.gradient import GradientProbe
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import MODELS, Segmenter, load_model, register_model
-from vlm_itl.model.uncertainty import scoring_options
+from vlm_itl.sampler.gradient import GradientProbe
 from vlm_itl.sampler.selects import (
     ball_radius,
     class_weights,
@@ -37,6 +36,7 @@ from vlm_itl.sampler.selects import (
     typiclust,
 )
 from vlm_itl.sampler.strategy import SCORES, SELECTS, SHORT, Sampler, aggregates, kcenter_greedy, parse_strategy
+from vlm_itl.sampler.uncertainty import scoring_options
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 

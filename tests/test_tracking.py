@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm_itl.core.checks import ConfigError
 from vlm_itl.core.files import write_json
-from vlm_itl.experiment.tracking import (
+from vlm_itl.reports.tracking import (
     TRACKERS,
     Tracker,
     _wandb_id,

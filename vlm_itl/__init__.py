@@ -8,7 +8,8 @@ Parts, each with its public names; a part imports earlier ones only:
 - `vlm_itl.sampler`: which images, or which parts of them, to label next
 - `vlm_itl.vlm`: judges: local models, servers, simulated and free ones
 - `vlm_itl.judging`: what a judge is worth
-- `vlm_itl.experiment`: the loop, its configuration, tables and figures
+- `vlm_itl.reports`: trackers, tables, figures and comparisons of runs
+- `vlm_itl.experiment`: the loop and its configuration
 - `vlm_itl.cli`: the command `vlm_itl_run`
 
 Every public name of a part is known here, too, and imported when it is first asked for.
@@ -19,7 +20,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PARTS = ("core", "data", "model", "sampler", "vlm", "judging", "experiment")
+_PARTS = ("core", "data", "model", "sampler", "vlm", "judging", "reports", "experiment")
 
 
 def _names() -> dict[str, str]:

@@ -12,13 +12,9 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "tracking": ["register_tracker"],
         "config": ["Config", "make_config", "notebook_settings", "run_path"],
         "pool": ["Ledger", "Pool"],
         "state": ["Round"],
-        "report": ["read_run", "list_runs", "round_table", "summary_table"],
-        "run_figures": ["plot_gallery", "plot_learning_curve"],
-        "compare": ["compare"],
         "loop": ["Loop", "run_al", "run_baseline"],
     },
 )
