@@ -30,7 +30,7 @@ from ..model.predict import Inference, autocast, evaluate, pick_device
 from ..model.scoring import valid_cells
 from ..model.train import FitResult, TrainSettings, total_steps
 from .features import unpack
-from .probe import Probe, ProbeHead, SeenImages
+from .probe import Probe, ProbeHead, SeenImages, enlarge
 
 # %% ../../nbs/probe/03_probe_training.ipynb #training-settings
 _UNUSED = (
@@ -92,7 +92,7 @@ def weighted_loss(
     weight: torch.Tensor,  # (B,), at least 0
 ) -> torch.Tensor:  # scalar; 0 where nothing counts
     "Cross-entropy over the valid pixels at the size of the masks."
-    large = F.interpolate(logits.float(), size=truth.shape[-2:], mode="bilinear", align_corners=False)
+    large = enlarge(logits.float(), truth.shape[-2:])
     each = F.cross_entropy(large, truth.long(), ignore_index=VOID, reduction="none").sum((1, 2))
     count = (truth != VOID).sum((1, 2))
     return (weight * each).sum() / (weight * count).sum().clamp(min=1e-6)
@@ -245,7 +245,9 @@ def _learn(
         if step % max(1, steps // 20) == 0 or step == steps:
             history.append({"step": step, "loss": account.report()})
             if not math.isfinite(history[-1]["loss"]):
-                raise RunError(f"training diverged at step {step} (loss {history[-1]['loss']}): lower learning_rate.")
+                raise RunError(
+                    f"training diverged at step {step} (loss {history[-1]['loss']}): lower learning_rate."
+                )
         if settings.eval_every and (step % settings.eval_every == 0 or step == steps):
             history.append({"step": step, "eval_mean_iou": best.look(step)})
     best.restore()
