@@ -1,11 +1,11 @@
 """How good a probe is on real photographs, and what a round of it costs, with its features on disk.
 
 Run as `VLM_ITL_SHARED=... python benchmarks/bench_probe.py` (five minutes, the first time two more): a frozen
-MobileNetV2 of ImageNet under a head that learns from 40, 80 and 160 masks drawn by chance from 437 photographs of PASCAL
-VOC 2012, measured on 445 others; mean IoU of the seven classes that are there in numbers, at half the size that the
-network saw as the prototype did, and of the first seed at the size of the photographs. Then one round: train on 80, score
-the other 357, and write their masks. One thread, CPU seconds. `--write` puts all into results/probe.json; the other
-options change one thing each.
+MobileNetV2 of ImageNet under a head that learns from 40, 80 and 160 masks drawn by chance from 437 photographs of
+PASCAL VOC 2012, measured on 445 others; mean IoU of the seven classes that are there in numbers, at half the size that
+the network saw, as the prototype did, and of the first seed at the size of the photographs. Then one round: train on
+80, score the other 357, and write their masks. One thread, CPU seconds. `--write` puts all into results/probe.json;
+the other options change one thing each.
 """
 
 import argparse
