@@ -34,6 +34,7 @@ from ..core.seeds import derive_seed, seed_everything, seeded, stable_hash
 from ..data.masks import row_ids, watch_of
 from ..data.transforms import TrainingSet, TrainTransform, collate
 from .checkpoints import Checkpoints, RunningLoss
+from .mixture import draws_of, read_mixture
 from vlm_itl.model.predict import (
     PRECISIONS,
     Inference,
@@ -84,6 +85,7 @@ class TrainSettings:
     steps: int = 300  # optimizer steps
     epochs: float = 0.0  # passes over the labelled images; > 0 replaces `steps`
     batch_size: int = 8  # images per step
+    mixture: dict[str, Any] = field(default_factory=dict)  # of people's masks and pseudo-labels, see `Mixture`
     learning_rate: float = 0.0  # of the encoder; 0 = 5e-3 from scratch, 1e-4 pretrained
     head_scale: float = 0.0  # the head's learning rate is this much larger; 0 = 1 from scratch, 10 pretrained
     weight_decay: float = 0.01  # AdamW
@@ -112,6 +114,7 @@ class TrainSettings:
         check_choice("precision", self.precision, PRECISIONS)
         for name, limits in _LIMITS.items():
             check_number(name, getattr(self, name), low=0, **limits)
+        read_mixture(self.mixture)
         check_batch("batch_size", self.batch_size, image_size)
         check_workers(self.num_workers)
         if self.crop and image_size > 16 and round(self.crop * image_size) < 8:
@@ -177,12 +180,16 @@ def pixel_loss(
     logits: torch.Tensor,  # (B, C, h, w)
     truth: torch.Tensor,  # (B, H, W) class indices
     ignore_index: int = 255,  # void
+    weights: torch.Tensor | None = None,  # (B,) how much each image counts; None: all alike, as 1
 ) -> torch.Tensor:  # scalar
     "Mean cross-entropy over the valid pixels, at the size of the labels."
     truth = truth.long()
     if logits.shape[-2:] != truth.shape[-2:]:
         logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
-    if logits.is_cuda:  # the sum inside cross_entropy has no fixed order there
+    if weights is not None:
+        pixels = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none")  # (B, H, W)
+        total = (pixels * weights[:, None, None]).sum()
+    elif logits.is_cuda:  # the sum inside cross_entropy has no fixed order there
         total = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none").sum()
     else:
         total = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="sum")
@@ -216,7 +223,7 @@ class _SegTrainer(Trainer):
         pixels = inputs["pixel_values"]
         with autocast(pixels.device, self.settings.precision):
             logits = model(pixels)
-        loss = pixel_loss(logits, inputs["labels"])
+        loss = pixel_loss(logits, inputs["labels"], weights=inputs.get("weight"))
         self.loss.add(loss)
         return (loss, logits) if return_outputs else loss
 
@@ -280,7 +287,9 @@ class _Task:
         "What is drawn, in order."
         transform = train_transform(self.settings, self.model, self.view.image_size)
         transform.watch = watch_of(self.labelled)
-        return TrainingSet(self.labelled, transform, length=self.steps * self.settings.batch_size, seed=self.seed)
+        mixture, batch = read_mixture(self.settings.mixture), self.settings.batch_size
+        draws = draws_of(self.labelled, self.model.labels, mixture, self.steps, batch, self.seed)
+        return TrainingSet(self.labelled, transform, self.steps * batch, self.seed, draws.order, draws.weights)
 
 # %% ../../nbs/model/09_train.ipynb #train-fit-arguments
 def _arguments(task: _Task, folder: str, resumable: bool) -> TrainingArguments:
@@ -464,7 +473,8 @@ def _fingerprint(task: _Task) -> str:
     how = {name: value for name, value in asdict(task.settings).items() if name not in free}
     shown = {"image_size": task.view.image_size, "resize": task.view.resize}
     weights = [value.cpu().numpy() for value in task.model.state_dict().values()]
-    return stable_hash(to_json({**how, **shown}), task.seed, row_ids(task.labelled), *weights).hex()
+    worth = [np.asarray(task.labelled[name]) for name in ("human", "weight") if name in task.labelled.column_names]
+    return stable_hash(to_json({**how, **shown}), task.seed, row_ids(task.labelled), *worth, *weights).hex()
 
 
 def _resumable(task: _Task, checkpoints: str | Path) -> FitResult:
