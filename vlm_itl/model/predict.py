@@ -150,7 +150,7 @@ def predict_batches(
     model.to(device).eval()
     bar = progress(desc=desc, total=len(images), unit="img")
     with torch.inference_mode(), worker_errors(), bar:
-        for batch in view.loader(images, model.labels if "mask" in images.column_names else None):
+        for batch in model.batches(images, view):
             with autocast(device, view.precision):
                 out = model(batch["pixel_values"].to(device, non_blocking=True), features=features)
             logits, feature_map = out if features else (out, None)

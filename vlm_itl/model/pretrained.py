@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OWN_CODE', 'plain_name', 'unnamed', 'match_names', 'class_rows', 'take_rows', 'refuse_pickles', 'memory_here',
-           'read_config', 'quiet_loading', 'encoder_of', 'fix_batchnorm', 'Pretrained', 'load_pretrained']
+           'read_config', 'quiet_loading', 'encoder_of', 'fix_batchnorm', 'Pretrained', 'load_pretrained',
+           'load_encoder']
 
 # %% ../../nbs/model/03_pretrained.ipynb #pretrained-imports
 import copy
@@ -13,7 +14,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSemanticSegmentation, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 
 from ..core.checks import ConfigError, closest, one_line, show
@@ -176,10 +177,11 @@ def memory_here() -> int:
 def _check_size(
     name: str,  # of the model, for the message
     config: Any,  # of transformers
+    kind: Any = AutoModelForSemanticSegmentation,  # what it would be built as; an auto class of transformers
 ) -> None:
     "`ConfigError` for a network that does not fit into this machine's memory."
     with torch.device("meta"):
-        net = AutoModelForSemanticSegmentation.from_config(config)
+        net = kind.from_config(config)
     needed = 4 * sum(p.numel() for p in net.parameters())
     if needed > memory_here():
         raise ConfigError(
@@ -206,6 +208,7 @@ def _check_folder(
 def read_config(
     name: str,  # local folder or Hub id
     built_in: Iterable[str] = (),  # names that would have been no checkpoint, for the message
+    kind: Any = AutoModelForSemanticSegmentation,  # what it shall be loaded as; an auto class of transformers
 ) -> Any:  # of transformers
     "The checkpoint's configuration, or `ConfigError` in one clear line."
     is_local = _check_folder(name)
@@ -213,7 +216,7 @@ def read_config(
         wide = _check_numbers(name, PreTrainedConfig.get_config_dict(name)[0])
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if wide:
-            _check_size(name, config)
+            _check_size(name, config, kind)
     except ConfigError:
         raise
     except Exception as error:  # settings of any kind, read by code of any kind
@@ -262,14 +265,18 @@ class _Loaded:
     unexpected: list[str]  # what the file holds besides
 
 # %% ../../nbs/model/03_pretrained.ipynb #model-weights-from-pretrained
+_KINDS = {AutoModelForSemanticSegmentation: "a segmenter", AutoModel: "an encoder"}  # for people
+
+
 def _from_pretrained(
     name: str,  # local folder or Hub id
     settings: dict[str, Any],  # of the configuration
+    kind: Any = AutoModelForSemanticSegmentation,  # an auto class of transformers
 ) -> _Loaded:
     "The network with the checkpoint's weights, in 32 bits; `ConfigError` where that fails."
     try:
         with quiet_loading():
-            net, info = AutoModelForSemanticSegmentation.from_pretrained(
+            net, info = kind.from_pretrained(
                 name,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -281,7 +288,7 @@ def _from_pretrained(
             )
     except Exception as error:  # settings and weights of any kind
         reason = one_line(str(error) or type(error).__name__, 300)
-        raise ConfigError(f"model {name!r} cannot be loaded as a segmenter: {reason}") from error
+        raise ConfigError(f"model {name!r} cannot be loaded as {_KINDS[kind]}: {reason}") from error
     reported = [m if isinstance(m, (tuple, list)) else (str(m),) for m in info.get("mismatched_keys", [])]
     misshapen = {key: tuple(shapes) if len(shapes) == 2 else () for key, *shapes in reported}
     missing = set(info.get("missing_keys", []))
@@ -302,9 +309,9 @@ def encoder_of(
 def _check_encoder(
     name: str,  # of the model, for the message
     loaded: _Loaded,  # after its head was carried over
+    rows: Collection[str] = (),  # weights that count classes
 ) -> None:
     "`ConfigError` for an encoder that is not in the checkpoint, or has another shape there."
-    rows = class_rows(loaded.net.config) if loaded.misshapen else []
     encoder = {id(p) for p in encoder_of(loaded.net).parameters()}
     inside = {key: p.numel() for key, p in loaded.net.named_parameters() if id(p) in encoder and key not in rows}
     for key, shapes in loaded.misshapen.items():
@@ -465,6 +472,20 @@ def load_pretrained(
     mended = fix_batchnorm(loaded.net)
     if mended:
         notes.append(f"BatchNorm momentum set to 0.1 in {mended} layers (TensorFlow's convention in the configuration)")
-    _check_encoder(name, loaded)
+    _check_encoder(name, loaded, class_rows(loaded.net.config) if loaded.misshapen else ())
     _check_finite(name, loaded.net)
     return Pretrained(loaded.net, pixels.norm, frozenset(loaded.fresh), notes)
+
+# %% ../../nbs/model/03_pretrained.ipynb #pretrained-encoder-alone
+def load_encoder(
+    name: str,  # local folder or Hub id, of any network that looks at images
+    options: dict[str, Any] | None = None,  # settings of its configuration, e.g. {"output_stride": 16}
+) -> Pretrained:  # what transformers calls its base model
+    "A checkpoint without its head. No code of its own is run. `ConfigError` for one that cannot be used."
+    config = read_config(name, kind=AutoModel)
+    checked = _checked_options(name, config, options or {})
+    pixels = pixels_of(name, config.model_type)
+    loaded = _from_pretrained(name, {key: checked[key] for key in options or {}}, AutoModel)
+    _check_encoder(name, loaded)
+    _check_finite(name, loaded.net)
+    return Pretrained(loaded.net, pixels.norm, frozenset(loaded.fresh), [*_loading_notes(loaded.fresh), *pixels.notes])
