@@ -89,7 +89,7 @@ class Mixture:
         return np.where(human, 1.0, self.pseudo_weight * own).astype(np.float32)
 
 # %% ../../nbs/model/07_mixture.ipynb #mixture-read
-_LIMITS: dict[str, dict[str, float]] = {
+_LIMITS: dict[str, dict[str, Any]] = {
     "human_share": {"low": 0, "high": 1},
     "pseudo_weight": {"low": 0, "high": 1},
     "class_cap": {"low": 0.01, "high": 1},
@@ -191,6 +191,10 @@ def draws_of(
     given = np.array(table["weight"], dtype=float) if "weight" in table.column_names else np.ones(count)
     weights = mixture.weights(human, given)
     classes = classes_shown(rows, labels) if mixture.needs_classes else None
-    how = {"human_share": mixture.human_share, "class_cap": mixture.class_cap, "balance": mixture.balance}
+    how: dict[str, Any] = {
+        "human_share": mixture.human_share,
+        "class_cap": mixture.class_cap,
+        "balance": mixture.balance,
+    }
     order = mixed_order(human, weights, classes, steps, batch_size, make_rng(seed, "mixture"), **how)
     return Draws(order, None if human.all() else weights)

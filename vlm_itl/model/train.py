@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,13 +27,24 @@ import torch.nn.functional as F
 from safetensors.torch import load_model as load_safetensors
 
 # %% ../../nbs/model/09_train.ipynb #train-imports-1
-from ..core.checks import ConfigError, DataError, RunError, check_choice, check_number, one_line
+from ..core.checks import ConfigError, DataError, RunError, check_choice, check_number, one_line, show
 from ..core.files import environment, progress, to_json
 from ..core.runfolder import on_signals, worker_errors
 from ..core.seeds import derive_seed, seed_everything, seeded, stable_hash
 from ..data.masks import row_ids, watch_of
 from ..data.transforms import TrainingSet, TrainTransform, collate
 from .checkpoints import Checkpoints, RunningLoss
+from vlm_itl.model.convergence import (
+    ENOUGH_IMAGES,
+    FALLBACK_STEPS,
+    FIRST_STEPS,
+    MOST_STEPS,
+    Growth,
+    grow_steps,
+    held_out_loss,
+    hold_out,
+    human_rows,
+)
 from .mixture import draws_of, read_mixture
 from vlm_itl.model.predict import (
     PRECISIONS,
@@ -62,7 +73,6 @@ with environment(WANDB_MODE=None):  # or transformers prints "Running in WANDB o
 Scheduler = Literal["polynomial", "linear", "cosine", "constant", "constant_with_warmup"]
 SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 _LIMITS: dict[str, dict[str, Any]] = {  # of `check_number`
-    "steps": {"high": 10**9, "integer": True},
     "eval_every": {"integer": True},
     "early_stopping": {"integer": True},
     "save_every": {"integer": True},
@@ -75,17 +85,32 @@ _LIMITS: dict[str, dict[str, Any]] = {  # of `check_number`
     "warmup": {"high": 1},
     "crop": {"high": 4},
     "scheduler_power": {},
+    "consistency": {"high": 10},
 }
+
+# %% ../../nbs/model/09_train.ipynb #train-settings-steps
+def _check_steps(
+    steps: Any,  # a number, or "auto"
+    epochs: float = 0.0,  # would replace them
+) -> None:
+    "`ConfigError` for a number of steps that nobody could take."
+    if steps == "auto" and epochs:
+        raise ConfigError("steps='auto' finds how long to train, and epochs says it: set one of the two.")
+    if isinstance(steps, str) and steps != "auto":
+        raise ConfigError(f"steps must be a whole number or 'auto', not {show(steps)}.")
+    if steps != "auto":
+        check_number("steps", steps, low=0, high=10**9, integer=True)
 
 # %% ../../nbs/model/09_train.ipynb #train-settings-trainsettings
 @dataclass(frozen=True)
 class TrainSettings:
     "How a network is trained. Zero means: choose what suits the model."
 
-    steps: int = 300  # optimizer steps
+    steps: int | Literal["auto"] = 300  # optimizer steps; auto: until what is held out gains nothing more
     epochs: float = 0.0  # passes over the labelled images; > 0 replaces `steps`
     batch_size: int = 8  # images per step
     mixture: dict[str, Any] = field(default_factory=dict)  # of people's masks and pseudo-labels, see `Mixture`
+    consistency: float = 0.0  # weight of agreement with an averaged teacher on unlabelled images (probes); 0: off
     learning_rate: float = 0.0  # of the encoder; 0 = 5e-3 from scratch, 1e-4 pretrained
     head_scale: float = 0.0  # the head's learning rate is this much larger; 0 = 1 from scratch, 10 pretrained
     weight_decay: float = 0.01  # AdamW
@@ -114,6 +139,7 @@ class TrainSettings:
         check_choice("precision", self.precision, PRECISIONS)
         for name, limits in _LIMITS.items():
             check_number(name, getattr(self, name), low=0, **limits)
+        _check_steps(self.steps, self.epochs)
         read_mixture(self.mixture)
         check_batch("batch_size", self.batch_size, image_size)
         check_workers(self.num_workers)
@@ -133,8 +159,10 @@ def total_steps(
     settings: TrainSettings,  # steps or epochs
     n_images: int,  # labelled images
 ) -> int:
-    "Optimizer steps of a training on `n_images`."
-    return math.ceil(settings.epochs * n_images / settings.batch_size) if settings.epochs else settings.steps
+    "Optimizer steps of a training on `n_images`; with `steps='auto'` the most that it may take."
+    if settings.epochs:
+        return math.ceil(settings.epochs * n_images / settings.batch_size)
+    return MOST_STEPS if settings.steps == "auto" else settings.steps
 
 
 def learning_rates(
@@ -492,6 +520,39 @@ def _resumable(task: _Task, checkpoints: str | Path) -> FitResult:
     watch.end(asdict(result))
     return result
 
+# %% ../../nbs/model/09_train.ipynb #train-auto
+def _grown(task: _Task, checkpoints: Path | None) -> Growth:
+    "How many steps suit these images, found on a part of them that is held out. The network is as it was afterwards."
+    split = hold_out(human_rows(task.labelled), task.seed)
+    if split is None:
+        few = f"steps='auto' holds out a fifth of the images with human masks, and there are fewer than {ENOUGH_IMAGES}"
+        warnings.warn(f"{few}: {FALLBACK_STEPS} steps are taken.", stacklevel=3)
+        return Growth(FALLBACK_STEPS)
+    learn, held = (task.labelled.select(rows) for rows in split)
+    start = {name: value.clone() for name, value in task.model.state_dict().items()}
+
+    def loss_after(steps: int) -> float:
+        task.model.load_state_dict(start)
+        look = replace(task.settings, steps=steps, eval_every=0, early_stopping=0)
+        where = None if checkpoints is None else checkpoints / "looks" / str(steps)
+        desc = f"{task.desc}, a look at {steps} steps"
+        fit(task.model, learn, look, task.view, seed=task.seed, desc=desc, checkpoints=where)
+        return held_out_loss(task.model, held, task.view)
+
+    growth = grow_steps(loss_after, FIRST_STEPS, MOST_STEPS)
+    task.model.load_state_dict(start)
+    return growth
+
+
+def _fit_grown(task: _Task, checkpoints: Path | None) -> FitResult:
+    "Find the number of steps, and train on all images for that number."
+    growth = _grown(task, checkpoints)
+    settings = replace(task.settings, steps=growth.steps)
+    where = None if checkpoints is None else checkpoints / "all"
+    result = fit(task.model, task.labelled, settings, task.view, task.validation, task.seed, task.desc, where)
+    looks = [{"steps": steps, "held_out_loss": loss} for steps, loss in growth.looks]
+    return replace(result, history=[*looks, *result.history])
+
 # %% ../../nbs/model/09_train.ipynb #train-fit-fit
 def fit(
     model: Segmenter,  # trained in place
@@ -514,7 +575,11 @@ def fit(
         raise DataError("there is nothing to train on: no labelled images.")
     if settings.eval_every and (validation is None or len(validation) == 0):
         raise ConfigError("eval_every looks at validation images, and there are none: set val_share above 0.")
+    if settings.consistency:
+        raise ConfigError("consistency is built for probes (model='probe:...'): set consistency=0 for this network.")
     task = _Task(model, labelled, settings, view, validation, seed, desc)
+    if settings.steps == "auto":
+        return _fit_grown(task, None if checkpoints is None else Path(checkpoints))
     if task.steps == 0:
         return FitResult(0, math.nan)
     if checkpoints is not None:
