@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 
-from vlm_itl.core.checks import ConfigError, RunError
+from vlm_itl.core.checks import ConfigError, DataError, RunError
 from vlm_itl.data.masks import DecodeRows, make_rows, raw_rows
 from vlm_itl.data.sources import toy_images
 from vlm_itl.experiment.config import make_config, notebook_settings
-from vlm_itl.model import convergence, train
+from vlm_itl.model import train
 from vlm_itl.model.convergence import Growth, grow_steps, held_out_loss, hold_out
-from vlm_itl.model.predict import Inference, predict_batches
+from vlm_itl.model.predict import Inference
 from vlm_itl.model.segmenter import Segmenter, load_model
 from vlm_itl.model.train import TrainSettings, fit
 
@@ -82,23 +84,29 @@ def test_only_human_masks_are_held_out():
     assert hold_out(np.arange(50) < 9, 0) is None and hold_out(np.arange(50) < 10, 0) is not None
 
 
-def test_the_loss_is_the_best_of_the_temperatures():
-    torch.manual_seed(0)
-    logits, truth = 9 * torch.randn(4, 6, 5), torch.randint(0, 4, (6, 5))
-    truth[0] = 255
-    sums, pixels = convergence.tempered_losses(logits, truth)
-    logp = [(logits.double() / t).log_softmax(0) for t in convergence.TEMPERATURES]
-    by_hand = [-sum(float(p[truth[y, x], y, x]) for y in range(1, 6) for x in range(5)) for p in logp]
-    assert pixels == 25 and np.allclose(sums, by_hand)
-
-
-def test_a_constant_network_has_the_entropy_of_what_it_sees():
+def test_a_constant_network_is_wrong_about_all_but_one_class():
+    """By hand: everything is class 0, so what is wrong is what shows another class, at the size of the masks."""
     model = load_model("segformer-nano", TOY.labels).eval()
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
-    (batch, logits, _) = next(iter(predict_batches(model, TOY.train, VIEW)))
-    assert len(batch["mask"]) and not logits.any()
-    assert math.isclose(held_out_loss(model, TOY.train, VIEW), math.log(len(TOY.labels)), rel_tol=1e-6)
+    masks = np.concatenate([np.asarray(row["mask"]).ravel() for row in TOY.train])
+    by_hand = (masks[masks != 255] != 0).mean()
+    assert math.isclose(held_out_loss(model, TOY.train, VIEW), by_hand)
+
+
+def test_nothing_valid_held_out_is_told():
+    cells = raw_rows(TOY.train)[:]
+    void = [{"bytes": own_png(np.full((64, 64), 255, np.uint8)), "path": None}] * 4
+    images = [{"bytes": own_png(np.zeros((64, 64, 3), np.uint8)), "path": None}] * 4
+    rows = make_rows(cells["id"], images, void).with_transform(DecodeRows(TOY.labels))
+    with pytest.raises(DataError, match="no valid pixel"):
+        held_out_loss(load_model("segformer-nano", TOY.labels), rows, VIEW)
+
+
+def own_png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def weights(model: Segmenter) -> list[torch.Tensor]:
