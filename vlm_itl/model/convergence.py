@@ -51,7 +51,7 @@ def grow_steps(
             raise RunError(f"steps='auto': the held-out loss after {steps} steps is {loss}: lower learning_rate.")
         looks.append((steps, loss))
         if len(looks) > 1 and loss >= (1 - gain) * looks[-2][1]:
-            return Growth(looks[-2][0], looks)
+            return Growth(steps, looks)
         steps *= 2
     return Growth(looks[-1][0], looks, limited=True)
 
