@@ -17,7 +17,7 @@ from vlm_itl.core.checks import ConfigError, DataError, RunError
 from vlm_itl.data.masks import DecodeRows, make_rows, raw_rows
 from vlm_itl.data.sources import toy_images
 from vlm_itl.experiment.config import make_config, notebook_settings
-from vlm_itl.model import train
+from vlm_itl.model import convergence, train
 from vlm_itl.model.convergence import Growth, grow_steps, held_out_loss, hold_out
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.segmenter import Segmenter, load_model
@@ -41,8 +41,8 @@ def many(count: int, **columns: list[Any]) -> Dataset:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks of 1, 2 and 4 steps."""
-    monkeypatch.setattr(train, "FIRST_STEPS", 1)
-    monkeypatch.setattr(train, "MOST_STEPS", 4)
+    monkeypatch.setattr(convergence, "FIRST_STEPS", 1)
+    monkeypatch.setattr(convergence, "MOST_STEPS", 4)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_pseudo_labels_decide_nothing_about_the_number(short: None, monkeypatch:
 
 
 def test_too_few_masks_are_told(short: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(train, "FALLBACK_STEPS", 2)
+    monkeypatch.setattr(convergence, "FALLBACK_STEPS", 2)
     with pytest.warns(UserWarning, match="fewer than 10: 2 steps are taken"):
         result, _ = learn(many(4))
     assert result.steps == 2

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['FIRST_STEPS', 'MOST_STEPS', 'LEAST_GAIN', 'ENOUGH_IMAGES', 'FALLBACK_STEPS', 'Growth', 'grow_steps', 'hold_out',
-           'human_rows', 'held_out_loss']
+           'human_rows', 'held_out_loss', 'find_steps']
 
 # %% ../../nbs/model/08_convergence.ipynb #convergence-imports
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -89,3 +90,18 @@ def held_out_loss(
     if not np.isfinite(accuracy):
         raise DataError("steps='auto': the images that were held out have no valid pixel.")
     return 1 - accuracy
+
+# %% ../../nbs/model/08_convergence.ipynb #convergence-find
+def find_steps(
+    rows: datasets.Dataset,  # columns id, image, mask, and `human` where there are pseudo-labels
+    seed: int,  # decides what is held out
+    look: Callable[[datasets.Dataset, datasets.Dataset, int], float],  # rows to learn, rows held out, steps -> loss
+) -> Growth:
+    "How many steps suit these images. A warning where there are too few to hold any out."
+    split = hold_out(human_rows(rows), seed)
+    if split is None:
+        few = f"steps='auto' holds out a fifth of the images with human masks, and there are fewer than {ENOUGH_IMAGES}"
+        warnings.warn(f"{few}: {FALLBACK_STEPS} steps are taken.", stacklevel=3)
+        return Growth(FALLBACK_STEPS)
+    learn, held = (rows.select(part) for part in split)
+    return grow_steps(lambda steps: look(learn, held, steps), FIRST_STEPS, MOST_STEPS)

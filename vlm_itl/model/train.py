@@ -34,17 +34,7 @@ from ..core.seeds import derive_seed, seed_everything, seeded, stable_hash
 from ..data.masks import row_ids, watch_of
 from ..data.transforms import TrainingSet, TrainTransform, collate
 from .checkpoints import Checkpoints, RunningLoss
-from vlm_itl.model.convergence import (
-    ENOUGH_IMAGES,
-    FALLBACK_STEPS,
-    FIRST_STEPS,
-    MOST_STEPS,
-    Growth,
-    grow_steps,
-    held_out_loss,
-    hold_out,
-    human_rows,
-)
+from .convergence import MOST_STEPS, Growth, find_steps, held_out_loss
 from .mixture import draws_of, read_mixture
 from vlm_itl.model.predict import (
     PRECISIONS,
@@ -523,23 +513,17 @@ def _resumable(task: _Task, checkpoints: str | Path) -> FitResult:
 # %% ../../nbs/model/09_train.ipynb #train-auto
 def _grown(task: _Task, checkpoints: Path | None) -> Growth:
     "How many steps suit these images, found on a part of them that is held out. The network is as it was afterwards."
-    split = hold_out(human_rows(task.labelled), task.seed)
-    if split is None:
-        few = f"steps='auto' holds out a fifth of the images with human masks, and there are fewer than {ENOUGH_IMAGES}"
-        warnings.warn(f"{few}: {FALLBACK_STEPS} steps are taken.", stacklevel=3)
-        return Growth(FALLBACK_STEPS)
-    learn, held = (task.labelled.select(rows) for rows in split)
     start = {name: value.clone() for name, value in task.model.state_dict().items()}
 
-    def loss_after(steps: int) -> float:
+    def look(learn: datasets.Dataset, held: datasets.Dataset, steps: int) -> float:
         task.model.load_state_dict(start)
-        look = replace(task.settings, steps=steps, eval_every=0, early_stopping=0)
+        settings = replace(task.settings, steps=steps, eval_every=0, early_stopping=0)
         where = None if checkpoints is None else checkpoints / "looks" / str(steps)
         desc = f"{task.desc}, a look at {steps} steps"
-        fit(task.model, learn, look, task.view, seed=task.seed, desc=desc, checkpoints=where)
+        fit(task.model, learn, settings, task.view, seed=task.seed, desc=desc, checkpoints=where)
         return held_out_loss(task.model, held, task.view)
 
-    growth = grow_steps(loss_after, FIRST_STEPS, MOST_STEPS)
+    growth = find_steps(task.labelled, task.seed, look)
     task.model.load_state_dict(start)
     return growth
 
