@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toyloop
 from datasets import Dataset
 from transformers import MobileNetV2Config, MobileNetV2Model
 
 from vlm_itl.core.checks import ConfigError
 from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.sources import toy_images
+from vlm_itl.model import convergence
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.segmenter import load_model
-from vlm_itl.model.train import TrainSettings, fit
+from vlm_itl.model.train import FitResult, TrainSettings, fit
 from vlm_itl.probe.consistency import Consistency, agreement_loss, complementary, cut_box, follow, paste
 from vlm_itl.probe.features import FeatureCache
 from vlm_itl.probe.probe import Probe, ProbeHead
@@ -29,10 +31,13 @@ IMAGES = TOY.train.remove_columns("mask")
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny encoder with random weights."""
+    """A tiny encoder with random weights, large enough that its maps are not all zero."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("encoder")
-    MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35)).save_pretrained(folder)
+    net = MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35))
+    for weights in net.parameters():
+        weights.data *= 8 if weights.dim() == 4 else 1
+    net.save_pretrained(folder)
     return folder
 
 
@@ -43,7 +48,7 @@ def new_probe(encoder: Path) -> Probe:
 
 
 def learnt(probe: Probe, extra: Any, **settings: Any) -> dict[str, torch.Tensor]:
-    fit_probe(probe, TOY.train.select([0]), TrainSettings(**{"steps": 12, **settings}), VIEW, extra=extra)
+    fit_probe(probe, TOY.train.select([0]), TrainSettings(**{"steps": 20, **settings}), VIEW, extra=extra)
     return {key: value.clone() for key, value in probe.net.head.state_dict().items()}
 
 
@@ -70,7 +75,7 @@ def test_who_is_sure_of_nothing_teaches_nothing():
     views = [torch.randn(1, 4, 2, 2, requires_grad=True)] * 2
     loss = agreement_loss(taught, views, torch.ones(1, 2, 2, dtype=torch.bool))
     loss.backward()
-    assert float(loss) == 0 and not views[0].grad.any()
+    assert loss.item() == 0 and not views[0].grad.any()
 
 
 def test_pieces_come_from_the_next_image_at_the_same_place_on_every_scale():
@@ -142,6 +147,56 @@ def test_masks_of_unlabelled_images_are_never_read(encoder: Path):
         probe = new_probe(encoder)
         arms.append(learnt(probe, Consistency(probe, images, VIEW, 1.0, sure=0.2)))
     assert equal(*arms)
+
+
+def test_a_run_hands_over_what_nobody_has_said_anything_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Round by round: neither people's masks nor pseudo-labels, and no masks at all."""
+    told: list[tuple[set[str], set[str]]] = []
+
+    def learns(self: Any, rows: Dataset, *more: Any, unlabelled: Dataset | None = None) -> FitResult:
+        assert unlabelled is None or "mask" not in unlabelled.column_names
+        told.append((set(rows["id"]), set() if unlabelled is None else set(unlabelled["id"])))
+        return FitResult(steps=0, train_loss=0.0)
+
+    monkeypatch.setattr(toyloop.Parrot, "fit", learns)
+    config = toyloop.settings(tmp_path / "run", model="probe:nothing", consistency=0.5)
+    list(toyloop.toy_loop(config).run())
+    assert len(told) == 3
+    pool = set().union(*told[0])
+    for known, unknown in told:
+        assert not known & unknown and known | unknown == pool or not unknown and len(pool - known) < 2
+
+
+def test_steps_are_found_for_a_probe_with_consistency(encoder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(convergence, "FIRST_STEPS", 2)
+    monkeypatch.setattr(convergence, "MOST_STEPS", 4)
+    monkeypatch.setattr(convergence, "ENOUGH_IMAGES", 4)
+    monkeypatch.setattr(convergence, "hold_out", lambda human, seed: (np.array([0, 1, 2]), np.array([3])))
+    heads = []
+    for steps in ("auto", 4):
+        probe = new_probe(encoder)
+        term = Consistency(probe, IMAGES, VIEW, 1.0, sure=0.2)
+        result = fit_probe(probe, TOY.train, TrainSettings(steps=steps), VIEW, extra=term)
+        heads.append({key: value.clone() for key, value in probe.net.head.state_dict().items()})
+        if steps == "auto":
+            assert [entry["steps"] for entry in result.history if "held_out_loss" in entry] == [2, 4]
+    same = {key: value for key, value in heads[1].items() if not key.startswith(("mean", "scale"))}
+    assert result.steps == 4 and equal(same, heads[0])
+
+
+def test_a_probe_draws_by_its_mixture(encoder: Path):
+    """Pseudo-labels of weight 0 are not there; without a mixture their columns change nothing."""
+    rows = TOY.train.add_column("human", [True, True, False, False]).add_column("weight", [1.0, 1.0, 0.0, 0.0])
+    heads = {}
+    for name, (given, mixture) in {
+        "plain": (TOY.train, {}),
+        "columns": (rows, {}),
+        "weighed": (rows, {"weight_by": "p_yes"}),
+    }.items():
+        probe = new_probe(encoder)
+        fit_probe(probe, given, TrainSettings(steps=6, batch_size=2, mixture=mixture), VIEW)
+        heads[name] = dict(probe.net.head.state_dict())
+    assert equal(heads["plain"], heads["columns"]) and not equal(heads["plain"], heads["weighed"])
 
 
 def test_errors(encoder: Path):
