@@ -32,7 +32,7 @@ from ..model.predict import Inference, autocast, evaluate, pick_device
 from ..model.scoring import valid_cells
 from ..model.train import FitResult, TrainSettings, pixel_loss, total_steps
 from .features import unpack
-from .probe import Probe, ProbeHead, SeenImages
+from .probe import Probe, ProbeHead, SeenImages, enlarge
 
 # %% ../../nbs/probe/03_probe_training.ipynb #training-settings
 _UNUSED = (
@@ -209,7 +209,7 @@ def _learn(
         maps, masks, weights = batches(places, device)
         with autocast(device, settings.precision):
             logits = head(maps)
-        loss = pixel_loss(logits, masks, weights=weights)
+        loss = pixel_loss(enlarge(logits.float(), masks.shape[-2:]), masks, weights=weights)
         if extra is not None:
             loss = loss + extra(probe, step)
         account.add(loss)
