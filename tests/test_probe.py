@@ -10,6 +10,7 @@ import os
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ from vlm_itl.model.segmenter import MODELS, Segmenter, load_model, load_weights,
 from vlm_itl.model.train import TrainSettings, try_once
 from vlm_itl.probe.features import FeatureCache, MapEncoder, Seen, image_keys, look_once, pack, unpack
 from vlm_itl.probe.probe import Probe
-from vlm_itl.probe.probe_training import fit_probe, weighted_loss
+from vlm_itl.probe.probe_training import fit_probe
 from vlm_itl.sampler.gradient import GradientProbe
 from vlm_itl.sampler.region_choice import score_regions
 from vlm_itl.sampler.regions import Regions
@@ -293,8 +294,6 @@ def test_settings_and_data_that_make_no_sense(probe: Probe, toy: SegData):
         fit_probe(probe, toy.train.select([]), QUICK, VIEW)
     with pytest.raises(ConfigError, match="eval_every"):
         fit_probe(probe, toy.train, TrainSettings(eval_every=2), VIEW)
-    with pytest.raises(ConfigError, match="an order gives 8 x 4 numbers"):
-        fit_probe(probe, toy.train, QUICK, VIEW, order=lambda steps, size, rng: np.full(steps * size, 4))
     with pytest.raises(RunError, match="diverged at step"):
         fit_probe(probe, toy.train, TrainSettings(steps=20, learning_rate=1e30), VIEW)
     assert fit_probe(probe, toy.train, TrainSettings(steps=0), VIEW).steps == 0
@@ -312,43 +311,29 @@ def test_few_steps_and_validation(encoders: dict[str, str], toy: SegData):
 
 
 def test_weights_and_order_are_heard(encoders: dict[str, str], toy: SegData):
-    """An image of weight 0 teaches nothing, nor does one that is never drawn; `extra` counts."""
+    """A pseudo-label of weight 0 is never drawn, so its mask teaches nothing; `extra` counts."""
 
-    def trained(rows: datasets.Dataset, **more: Any) -> Probe:
+    def trained(rows: datasets.Dataset, mixture: dict[str, Any] | None = None, **more: Any) -> Probe:
         probe = opened(encoders, toy.labels, head_dropout=0.0)
         with torch.no_grad():
             probe.net.head.measured.fill_(True)  # else the maps of all rows set the scale
-        fit_probe(probe, rows, QUICK, VIEW, **more)
+        fit_probe(probe, rows, replace(QUICK, mixture=mixture or {}), VIEW, **more)
         return probe
 
     raw = raw_rows(toy.train)
 
-    def weighted(*weights: float) -> datasets.Dataset:
-        return raw.add_column("weight", list(weights)).with_transform(DecodeRows(toy.labels))
+    def judged(rows: datasets.Dataset, weight: float) -> datasets.Dataset:
+        rows = raw_rows(rows).add_column("human", [True, True, False, True])
+        return rows.add_column("weight", [1.0, 1.0, weight, 1.0]).with_transform(DecodeRows(toy.labels))
 
     spoilt = raw.map(lambda row, i: {**row, "mask": raw[0]["mask"]} if i == 2 else row, with_indices=True)
     spoilt = spoilt.cast(raw.features).with_transform(DecodeRows(toy.labels))
-    silent = raw_rows(spoilt).add_column("weight", [1.0, 1.0, 0.0, 1.0]).with_transform(DecodeRows(toy.labels))
-    assert heads_equal(trained(weighted(1, 1, 1, 1)), trained(toy.train))
-    assert heads_equal(trained(weighted(1.0, 1.0, 0.0, 1.0)), trained(silent))
-    assert not heads_equal(trained(weighted(1.0, 1.0, 0.0, 1.0)), trained(toy.train))
-
-    def few(steps: int, size: int, rng: np.random.Generator) -> np.ndarray:
-        return rng.choice([0, 1, 3], steps * size)
-
-    assert heads_equal(trained(spoilt, order=few), trained(toy.train, order=few))
+    heard = {"weight_by": "p_yes"}
+    assert heads_equal(trained(judged(toy.train, 0.5)), trained(toy.train))
+    assert heads_equal(trained(judged(toy.train, 0.0), heard), trained(judged(spoilt, 0.0), heard))
+    assert not heads_equal(trained(judged(toy.train, 0.5), heard), trained(judged(toy.train, 1.0), heard))
     shifted = trained(toy.train, extra=lambda probe, step: 0.1 * probe.net.head.classify.bias.sum())
     assert not heads_equal(shifted, trained(toy.train))
-
-
-def test_the_loss_of_equal_weights_is_the_plain_one():
-    torch.manual_seed(0)
-    logits, truth = torch.randn(3, 4, 8, 8), torch.randint(0, 4, (3, 16, 16))
-    truth[0, :5] = 255
-    large = torch.nn.functional.interpolate(logits, size=(16, 16), mode="bilinear")
-    plain = torch.nn.functional.cross_entropy(large, truth, ignore_index=255)
-    assert torch.allclose(weighted_loss(logits, truth, torch.ones(3)), plain, atol=1e-6)
-    assert weighted_loss(logits, truth * 0 + 255, torch.ones(3)) == 0
 
 
 def test_a_saved_probe_is_a_whole_model(probe: Probe, toy: SegData, tmp_path: Path):

@@ -163,7 +163,9 @@ def _head_weights(
     try:
         return load_file(Path(folder, _HEAD))
     except Exception as error:  # the file system's, or safetensors' own
-        raise ConfigError(f"model {str(folder)!r}: its {_HEAD} cannot be read ({one_line(str(error), 160)}).") from error
+        raise ConfigError(
+            f"model {str(folder)!r}: its {_HEAD} cannot be read ({one_line(str(error), 160)})."
+        ) from error
 
 # %% ../../nbs/probe/02_probe.ipynb #probe-class
 class Probe(Segmenter):
