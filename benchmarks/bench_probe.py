@@ -125,6 +125,9 @@ def main() -> None:
         "settings": {k: v for k, v in vars(given).items() if k not in ("write", "encoder", "native")}
     }
     found |= {**known, "bytes_per_image": size, "budgets": {}}
+    if given.native:
+        found["round"] = one_round(new_probe(0), rows, settings, view)
+        print(json.dumps(found["round"]), flush=True)
     for budget in given.budgets:
         scores: list[float] = []
         seconds: list[float] = []
@@ -146,9 +149,6 @@ def main() -> None:
         row |= {"prototype": BEFORE.get(budget), "train_s": round(mean(seconds), 1)}
         found["budgets"][str(budget)] = row
         print(json.dumps({"masks": budget, **row}), flush=True)
-    if given.native:
-        found["round"] = one_round(new_probe(0), rows, settings, view)
-        print(json.dumps(found["round"]), flush=True)
     if given.write:
         write_json(project_root() / "results" / "probe.json", found)
 

@@ -285,13 +285,18 @@ def predicted_classes(
     size: int,  # side of the square
     native: tuple[int, int],  # rows and columns of the original
 ) -> torch.Tensor:  # (H, W) whole numbers, the class with the largest logit
-    "`unpad_one(...).argmax(0)`; a large image takes 20 bytes per pixel instead of four for each class."
-    if native[0] * native[1] < _LARGE:
+    """`unpad_one(...).argmax(0)`; a large image takes 20 bytes per pixel instead of four for each class.
+
+    A running maximum, since `argmax` along the classes takes a CPU four times as long.
+    """
+    large = native[0] * native[1] >= _LARGE
+    if not large and logits.device.type != "cpu":
         return unpad_one(logits, box, size, native).argmax(0)
-    best = unpad_one(logits[:1], box, size, native)[0]
+    whole = None if large else unpad_one(logits, box, size, native)
+    rows = (unpad_one(row[None], box, size, native)[0] for row in logits) if whole is None else iter(whole)
+    best = next(rows).clone()
     classes = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
-    for index in range(1, len(logits)):
-        other = unpad_one(logits[index : index + 1], box, size, native)[0]
+    for index, other in enumerate(rows, start=1):
         classes.masked_fill_(other > best, index)
         torch.maximum(best, other, out=best)
     return classes
