@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from PIL import Image
 from toyloop import Eye, Listener, Parrot, no_figures, settings
 
 from vlm_itl.core.checks import ConfigError, DataError, JudgeError, LeakError, RunError
-from vlm_itl.data.masks import DecodeRows
+from vlm_itl.data.masks import DecodeRows, make_rows
 from vlm_itl.data.sources import SegData, toy_images
 from vlm_itl.experiment.loop import Loop
 from vlm_itl.experiment.state import Round
@@ -307,3 +308,28 @@ def test_what_cannot_work_with_proposals_is_one_line(toy: SegData, tmp_path: Pat
     with pytest.raises(DataError, match="no such folder"):
         loop_of(toy, tmp_path / "none", proposer="folder", proposer_options={"path": str(tmp_path / "nowhere")})
     assert not (tmp_path / "none" / "round_000").exists()
+
+
+def test_true_masks_are_no_proposals(toy: SegData, tmp_path: Path) -> None:
+    """The folder of the data set's own masks, taken for proposals, would be the truth of the whole pool, unpaid."""
+    for name in ("images", "masks"):
+        (tmp_path / name).mkdir()
+    ids = [row["id"] for row in toy.train]
+    for row in toy.train:
+        row["image"].save(tmp_path / "images" / f"{row['id']}.png")
+        Image.fromarray(row["mask"]).save(tmp_path / "masks" / f"{row['id']}.png")
+    files = {name: [tmp_path / name / f"{i}.png" for i in ids] for name in ("images", "masks")}
+    rows = make_rows(ids, files["images"], files["masks"]).with_transform(DecodeRows(toy.labels))
+    options = {"proposer": "folder", "proposer_options": {"path": str(tmp_path / "masks")}}
+    with pytest.raises(LeakError, match="the true mask of image 'toy-0', for which nobody has paid"):
+        loop_of(replace(toy, train=rows), tmp_path / "run", **options)
+
+
+def test_a_run_goes_on_where_the_folder_is_gone(toy: SegData, tmp_path: Path) -> None:
+    """Its proposals are in the run folder."""
+    more = proposals_of(toy, tmp_path / "masks")
+    loop = loop_of(toy, tmp_path / "run", **more)
+    loop.run_round()
+    loop.folder.close()
+    shutil.rmtree(tmp_path / "masks")
+    assert len(list(loop_of(toy, tmp_path / "run", **more).run())) == 3

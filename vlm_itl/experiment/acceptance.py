@@ -103,12 +103,12 @@ def refuse_truth(
     data: SegData,  # not yet sealed
 ) -> None:
     "`LeakError` where a folder of proposals is the folder of the pool's true masks."
-    cells = raw_rows(data.train).select_columns(["id", "mask"])
+    files = {i: path for part in proposer.parts() for i, path in getattr(part, "files", {}).items()}
+    cells = raw_rows(data.train).select_columns(["id", "mask"]) if files else []
     truths = {row["id"]: Path(row["mask"]["path"]).resolve() for row in cells if (row["mask"] or {}).get("path")}
-    for part in proposer.parts():
-        for image_id, path in getattr(part, "files", {}).items():
-            if truths.get(image_id) == path.resolve():
-                raise LeakError(f"{path}: the true mask of image {image_id!r}, for which nobody has paid.")
+    for image_id, path in files.items():
+        if truths.get(image_id) == path.resolve():
+            raise LeakError(f"{path}: the true mask of image {image_id!r}, for which nobody has paid.")
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-shown
 @dataclass

@@ -313,12 +313,16 @@ class Loop:
         "What other models propose fits the data, is no truth, and is what it was when the run began."
         path, team = self.folder.path / "data.json", self.team
         known = read_json(path, dict).get("proposals") if path.is_file() else None
-        if team.handler is not None and self.folder.summary is None:
+        told = {} if known is None else {"proposals": known}
+        if team.handler is None or self.folder.summary is not None:
+            return told
+        if known is None:
             team.proposer.prepare(proposal_images(team), team.data.labels)
             refuse_truth(team.proposer, data)
-            for card, (number, store) in zip(known or [], kept_proposals(team, self.state).items(), strict=False):
+        else:
+            for card, (number, store) in zip(known, kept_proposals(team, self.state).items(), strict=False):
                 store.check(card, team.proposer.parts()[number])
-        return {} if known is None else {"proposals": known}
+        return told
 
     def run_round(self) -> Round:  # the record, safely on disk
         "Do the next round and write it."

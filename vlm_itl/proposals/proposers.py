@@ -302,7 +302,8 @@ class Folder(Proposer):
         self._scores = read_scores(resolve_path(file), labels) if self.scores_file else {}
 
     def stamps(self, ids: Sequence[str]) -> dict[str, str]:
-        there = {i: self.files[i] for i in ids if i in self.files and self.files[i].is_file()}
+        found = self.files or (_pairs(self.folder, ids, self.mask_suffix) if ids and self.folder.is_dir() else {})
+        there = {i: found[i] for i in ids if i in found and found[i].is_file()}
         return {i: hashlib.sha256(path.read_bytes()).hexdigest() for i, path in there.items()}
 
     def propose(self, images: datasets.Dataset, masks: MaskStore) -> dict[str, Proposal]:
