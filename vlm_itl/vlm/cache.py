@@ -26,7 +26,7 @@ from ..core.seeds import stable_hash
 from .handler import NEEDS, Judgement, JudgeQuery, JudgeStopped, VLMHandler, make_handler, register_handler
 
 # %% ../../nbs/vlm/06_cache.ipynb #cache-identity
-_NO_MATTER = ("batch_size", "name", "parts", *NEEDS)  # cannot change an answer
+_NO_MATTER = ("batch_size", "name", "least_labelled", *NEEDS)  # cannot change an answer
 
 
 def handler_identity(

@@ -282,7 +282,7 @@ class Shown:
     others: Sequence[Any] = ()  # MaskStores of further proposers
 
 # %% ../../nbs/vlm/02_handler.ipynb #vlm-equipped
-NEEDS = ("needs_truth", "needs_segmenter", "needs_pool", "needs_labelled")  # what a judge may want to be handed
+NEEDS = ("needs_truth", "needs_segmenter", "needs_pool", "needs_labelled", "needs_unseen")  # what a judge may ask for
 
 
 class Equipped:
@@ -293,7 +293,8 @@ class Equipped:
     needs_segmenter: bool = False  # looks at the segmenter's probabilities: `bind_segmenter` must be called
     needs_pool: bool = False  # reckons with all masks of a round: `bind_pool` must be called
     needs_labelled: bool = False  # learns from paid masks: `bind_labelled` must be called
-    parts: int = 1  # in how many parts it wants the labelled images, each unseen by the segmenter that comes with it
+    needs_unseen: bool = False  # and asks the segmenter about them, so one that was not trained on them must come along
+    least_labelled: int = 0  # labelled images without which it cannot learn
 
     _truth: Callable[[str], np.ndarray] | None = None
     _segmenter: tuple[Any, Any] | None = None
@@ -308,7 +309,7 @@ class Equipped:
         "Ask to be handed whatever a judge inside needs."
         for need in NEEDS:
             setattr(self, need, any(getattr(judge, need) for judge in self.inner()))
-        self.parts = max((judge.parts for judge in self.inner()), default=1)
+        self.least_labelled = max((judge.least_labelled for judge in self.inner()), default=0)
 
     def bind_truth(
         self,
@@ -343,7 +344,7 @@ class Equipped:
         shown: Shown,  # images with human masks that were paid for, and the masks that a judge would be shown
         part: int = 0,  # which part of them; part 0 begins anew
     ) -> None:
-        "Let a judge learn from images whose truth was paid for; the segmenter in `shown` was not trained on them."
+        "Let a judge learn from images whose truth was paid for; a segmenter that comes along was not trained on them."
         for judge in self.inner():
             judge.bind_labelled(shown, part)
 
