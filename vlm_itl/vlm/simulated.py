@@ -200,7 +200,7 @@ def _model_name(who: str, kind: str, curve: Any, settings: dict[str, Any], absta
 # %% ../../nbs/vlm/10_simulated.ipynb #simulated-handler-mockhandler
 @register_handler("mock")
 class MockHandler(VLMHandler):
-    "A simulated judge: a pure function of (seed, judge, id, mask bytes, question); an echo also of the segmenter."
+    "A simulated judge: a pure function of (seed, judge, id, mask bytes, question, its classes); an echo also of the segmenter."
 
     needs_truth = True
     batch_size = 256
@@ -270,11 +270,12 @@ class MockHandler(VLMHandler):
 
     def _judge_one(self, query: JudgeQuery) -> Judgement:
         name = f"{self.name} {self.who}" if self.who else self.name
-        dice = stable_hash(self.seed, name, query.id, query.mask, query.question)
+        alone = query.alone()
+        dice = stable_hash(self.seed, name, query.id, query.mask, query.question, *([alone] if alone else []))
         free: dict[str, Any] = {"tokens": 0, "usd": 0.0, "latency_s": 0.0}
         if stable_uniform(dice, "abstain") < self.abstain_rate:
             return Judgement("abstain", raw="I cannot tell.", **free)
-        iou = image_iou(query.mask, self.truth(query.id), len(query.labels))
+        iou = image_iou(query.mask, self.truth(query.id), len(query.labels), classes=alone or None)
         if not np.isfinite(iou):
             return abstain("the truth is void everywhere: there is no reality to agree with", **free)
         good, rho, u = iou >= self.tau, self.settings.get("rho", 0.0), stable_uniform(dice, "verdict")
