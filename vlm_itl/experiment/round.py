@@ -44,6 +44,7 @@ from vlm_itl.experiment.judge_turn import (
     foresee,
     judge_masks,
     measure_judge,
+    teach,
 )
 from .pool import Ledger, budget_schedule
 from .state import Round, State, Team, make_region_unit
@@ -335,6 +336,7 @@ def judge(
     assert handler is not None
     images = team.annotator.images.select(team.annotator.rows(images_to_judge(team, state)))
     bind_payer(handler, state.folder.work_path(index) / "payer")
+    teach(team, state, here, images, masks)
     journal = _journal_of(state, "pool")
     judgements = judge_masks(handler, images, masks, config.question, journal)
     certified = certify_round(team, state, here, judgements) if config.acceptance == "certified" else None
