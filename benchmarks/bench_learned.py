@@ -1,6 +1,6 @@
 """What a judge that learns from paid masks is worth on photographs, and what carries it.
 
-    python benchmarks/bench_learned.py --shared ../shared                 # 5 seeds, 40, 80 and 160 labelled: an hour on a core
+    python benchmarks/bench_learned.py --shared ../shared   # 5 seeds, 40 to 160 labelled: half an hour on a core
     python benchmarks/bench_learned.py --shared ../shared --labelled 40
 
 `--shared` holds data/VOCdevkit/VOC2012 (437 training images), data/grounded_sam_voc (masks of a foundation model for
@@ -72,7 +72,9 @@ class Probe:
     def __init__(self, maps: torch.Tensor, truths: list[np.ndarray], rows: np.ndarray, seed: int):
         sample = maps[::7].float()
         self.centre, self.scale = sample.mean((0, 2, 3)), sample.std((0, 2, 3)) + 1e-3
-        small = np.stack([np.asarray(Image.fromarray(truths[i]).resize((32, 32), Image.Resampling.NEAREST)) for i in rows])
+        small = np.stack(
+            [np.asarray(Image.fromarray(truths[i]).resize((32, 32), Image.Resampling.NEAREST)) for i in rows]
+        )
         x, y = self._cells(maps[torch.as_tensor(rows)]), torch.as_tensor(small).long().flatten()
         keep = torch.nonzero(y != 255)[:, 0]
         keep = keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(seed))[:40_000]]
@@ -142,7 +144,9 @@ class NoClass(Scholar):
         return super().columns(segments, without)[:, : segments.values.shape[1]]
 
 
-def judge(lesson: Lesson, tables: list[Segments], ious: list[np.ndarray], stratum: np.ndarray, kind: Any = Scholar) -> dict:
+def judge(
+    lesson: Lesson, tables: list[Segments], ious: list[np.ndarray], stratum: np.ndarray, kind: Any = Scholar
+) -> dict:
     """Learn, guess about the pool, compare."""
     each, whole = kind(lesson, len(VOC), tau=0.5).judge(Segments.join(tables))
     truth = np.concatenate([values[t.class_ids] for values, t in zip(ious, tables, strict=True)])
@@ -192,7 +196,9 @@ class Bench:
         yield from self.masks_of("gsam", human, pool, seen, unseen, lambda j, p: self.gsam[j])
         yield from self.masks_of("own", human, pool, seen, unseen, lambda j, p: p.argmax(0).astype(np.uint8))
 
-    def masks_of(self, kind: str, human: Any, pool: Any, seen: Any, unseen: Any, mask: Any) -> Iterator[tuple[str, str, dict]]:
+    def masks_of(
+        self, kind: str, human: Any, pool: Any, seen: Any, unseen: Any, mask: Any
+    ) -> Iterator[tuple[str, str, dict]]:
         truth = self.truths if kind == "gsam" else [grid_mask(t) for t in self.truths]
         there = {j: self.table(j, mask(j, seen[j]), seen[j]) for j in range(len(self.ids))}
         honest = there | {j: self.table(j, mask(j, unseen[j]), unseen[j]) for j in human.tolist()}
@@ -245,7 +251,9 @@ def main() -> None:
         for seed in range(given.seeds):
             if (seed, count) in done:
                 continue
-            fresh = [{"seed": seed, "labelled": count, "proposals": p, "judge": j, **m} for p, j, m in bench.run(seed, count)]
+            fresh = [
+                {"seed": seed, "labelled": count, "proposals": p, "judge": j, **m} for p, j, m in bench.run(seed, count)
+            ]
             runs += fresh
             write_json(given.out, {"summary": summary(runs), "runs": runs})
             print(count, seed, "done", flush=True)

@@ -535,7 +535,10 @@ def two_judges(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray
     model, judge = (quality + rng.normal(size=n) for _ in range(2))
     said = {"sees": judge, "parrot": model + 1e-3 * rng.normal(size=n)}
     scored = {
-        name: [Judgement("yes" if x > 0 else "no", p_yes=float(1 / (1 + np.exp(-x))), id=f"im{i}") for i, x in enumerate(xs)]
+        name: [
+            Judgement("yes" if x > 0 else "no", p_yes=float(1 / (1 + np.exp(-x))), id=f"im{i}")
+            for i, x in enumerate(xs)
+        ]
         for name, xs in said.items()
     }
     return (quality > 0).astype(float), model, scored
@@ -543,7 +546,9 @@ def two_judges(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray
 
 def test_a_parrot_adds_nothing_though_its_auc_is_as_high():
     ious, model, said = two_judges(np.random.default_rng(0), 1500)
-    added = {name: report_card(answers, ious, agreement=model, resamples=200)["added"] for name, answers in said.items()}
+    added = {
+        name: report_card(answers, ious, agreement=model, resamples=200)["added"] for name, answers in said.items()
+    }
     assert all(0.8 < a["roc_auc"]["value"] < 0.88 for a in added.values())
     assert added["sees"]["partial_auc"]["low"] > 0.65 and added["parrot"]["partial_auc"]["value"] < 0.62
     assert added["sees"]["gain"]["value"] > 3 * added["parrot"]["gain"]["value"]

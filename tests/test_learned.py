@@ -28,7 +28,7 @@ from vlm_itl.proposals.segments import Segments, segment_ious
 from vlm_itl.vlm.cache import CachedHandler, handler_identity
 from vlm_itl.vlm.handler import HANDLERS, JudgeQuery, Shown, VLMHandler, handler_options, make_handler
 
-from faults import at_file, at_step, in_child, kill  # isort: skip
+from faults import at_step, in_child, kill  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -140,7 +140,9 @@ def test_the_same_lesson_the_same_guesses_in_any_order():
 def test_likeness_leaves_out_the_image_itself():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(12, 6)).astype(np.float32)
-    table = Segments(np.repeat(list("abcdef"), 2), np.tile([0, 1], 6), np.zeros((12, 0), np.float32), (), vectors, vectors)
+    table = Segments(
+        np.repeat(list("abcdef"), 2), np.tile([0, 1], 6), np.zeros((12, 0), np.float32), (), vectors, vectors
+    )
     judged = room.Likeness(table, 2)
     rows = table.ids == "a"
     with_it, without = judged.compare(table)[rows], judged.compare(table.take(rows), without=["a"])
@@ -162,7 +164,9 @@ def test_balanced_acceptance_keeps_the_mix():
     fifth = (belief * 5).astype(int)
     spread = [np.ptp([taken[fifth == k].mean() for k in range(5)]) for taken in (chosen, plain)]
     assert spread[0] < 0.25 and spread[1] > 2 * spread[0]
-    assert not balanced_choice(scores, classes, belief, 0.0).any() and balanced_choice(scores, classes, belief, 1.0).all()
+    assert (
+        not balanced_choice(scores, classes, belief, 0.0).any() and balanced_choice(scores, classes, belief, 1.0).all()
+    )
     assert len(balanced_choice(scores[:0], classes[:0], belief[:0], 0.5)) == 0
 
 
@@ -221,7 +225,9 @@ def test_it_tells_good_masks_from_bad_ones_whole_and_by_class(photographs):
     assert roc_auc_score(good, [j.p_yes for j in said]) > 0.9
     assert all((j.verdict == "yes") == (j.p_yes >= 0.5) and j.usd == 0 and j.raw.startswith("IoU ") for j in said)
     asked = [
-        JudgeQuery(q.id, None, q.mask, (c,), "label", labels=q.labels) for q in questions(photographs) for c in q.classes()
+        JudgeQuery(q.id, None, q.mask, (c,), "label", labels=q.labels)
+        for q in questions(photographs)
+        for c in q.classes()
     ]
     answers = handler.judge(asked)
     right = [truth[q.id][q.class_ids[0]] >= 0.7 for q in asked]
@@ -280,7 +286,10 @@ def test_with_model_encoder_balance_and_cache(photographs, tmp_path):
     assert abs(accepted - sure) <= 3
     cached = CachedHandler(judge=taught(photographs), path=tmp_path / "c.sqlite")
     assert cached.needs_labelled and cached.needs_pool and cached.least_labelled == 10
-    asked = [JudgeQuery(q.id, data.train[24 + n]["image"], q.mask, labels=q.labels) for n, q in enumerate(questions(photographs))]
+    asked = [
+        JudgeQuery(q.id, data.train[24 + n]["image"], q.mask, labels=q.labels)
+        for n, q in enumerate(questions(photographs))
+    ]
     first = cached.judge(asked)
     assert [j.p_yes for j in cached.judge(asked)] == [j.p_yes for j in first] and cached.judge(asked)[0].cached
 
@@ -347,7 +356,10 @@ def test_a_run_that_is_killed_while_it_learns_ends_alike_and_reads_no_unpaid_mas
     for path in (tmp_path / "spoilt" / "SegmentationClass").glob("train_*.png"):
         if path.stem not in paid:
             with Image.open(path) as old:
-                new, palette = np.random.default_rng(0).integers(0, 21, old.size[::-1], dtype=np.uint8), old.getpalette()
+                new, palette = (
+                    np.random.default_rng(0).integers(0, 21, old.size[::-1], dtype=np.uint8),
+                    old.getpalette(),
+                )
             picture = Image.fromarray(new)
             picture.putpalette(palette)
             picture.save(path)

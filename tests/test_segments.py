@@ -19,7 +19,16 @@ from vlm_itl.model.scoring import grid_mask, grid_size, look_on_grid
 from vlm_itl.model.segmenter import load_model
 from vlm_itl.proposals import segments as room
 from vlm_itl.proposals.proposers import Proposal
-from vlm_itl.proposals.segments import MODEL, PROPOSER, SHAPE, Segments, describe, describe_one, segment_ious, split_mask
+from vlm_itl.proposals.segments import (
+    MODEL,
+    PROPOSER,
+    SHAPE,
+    Segments,
+    describe,
+    describe_one,
+    segment_ious,
+    split_mask,
+)
 from vlm_itl.vlm.handler import Shown
 
 VOC = LabelSpace.voc()
@@ -83,7 +92,11 @@ def test_a_networks_opinion_equals_loops_over_cells(seed: int):
         ranked = np.sort(p, axis=0)
         maps = {"entropy": -(p * np.log(p + 1e-300)).sum(0) / np.log(21), "margin": ranked[-1] - ranked[-2]}
         maps |= {"largest_p": ranked[-1], "support": p[c]}
-        wanted = {f"{n}{s}": m[layer].mean() if layer.any() else np.nan for n, m in maps.items() for s, layer in layers.items()}
+        wanted = {
+            f"{n}{s}": m[layer].mean() if layer.any() else np.nan
+            for n, m in maps.items()
+            for s, layer in layers.items()
+        }
         wins = p.argmax(0) == c
         wanted |= {
             "missed": p[c][~inside].sum() / max(p[c].sum(), 1),

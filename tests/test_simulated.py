@@ -326,7 +326,9 @@ RATES: list[dict[str, Any]] = [{"accuracy": 0.85}, {"sensitivity": 0.9, "specifi
 
 
 @pytest.mark.parametrize("options", RATES, ids=str)
-def test_the_quality_of_an_echo_does_not_depend_on_rho(many: list[JudgeQuery], believed: Believer, options: dict[str, Any]):
+def test_the_quality_of_an_echo_does_not_depend_on_rho(
+    many: list[JudgeQuery], believed: Believer, options: dict[str, Any]
+):
     """Rates, AUC and calibration stay; errors move to where the segmenter errs."""
     right = stats.norm.cdf(separation(options["auc"]) / 2) if "auc" in options else 0.0
     sensitivity = options.get("sensitivity", options.get("accuracy", right))
@@ -344,7 +346,9 @@ def test_the_quality_of_an_echo_does_not_depend_on_rho(many: list[JudgeQuery], b
     assert shared == sorted(shared) and abs(shared[0] - astray.mean()) < 0.05 and shared[-1] > 0.6
 
 
-def test_an_echo_of_nothing_is_the_plain_judge_and_a_full_one_is_the_segmenter(many: list[JudgeQuery], believed: Believer):
+def test_an_echo_of_nothing_is_the_plain_judge_and_a_full_one_is_the_segmenter(
+    many: list[JudgeQuery], believed: Believer
+):
     for plain, same in (({"accuracy": 0.8}, {"accuracy": 0.8}), ({"kind": "binormal", "auc": 0.8}, {"auc": 0.8})):
         said = [j.p_yes for j in mock(**plain).judge(many[:500])]
         assert [j.p_yes for j in echo(believed, rho=0, **same).judge(many[:500])] == said

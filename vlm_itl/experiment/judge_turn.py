@@ -344,8 +344,8 @@ def _check_enough(team: Team) -> None:
     handler = team.handler
     if handler is not None and team.schedule[0] < handler.least_labelled:
         raise ConfigError(
-            f"judge {team.config.judge!r} learns from labelled images and needs {handler.least_labelled} of them in round "
-            f"0, and there are {team.schedule[0]}: set initial to {handler.least_labelled} or more."
+            f"judge {team.config.judge!r} learns from labelled images and needs {handler.least_labelled} of them in "
+            f"round 0, and there are {team.schedule[0]}: set initial to {handler.least_labelled} or more."
         )
 
 # %% ../../nbs/experiment/05_judge_turn.ipynb #turns-ask-known

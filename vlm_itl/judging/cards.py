@@ -142,9 +142,15 @@ def _added_words(added: Mapping[str, Any]) -> str:
     if added["partial_auc"]["value"] is None:
         return "What the judge adds cannot be said: no stratum has a scored good and a scored bad mask."
     low = added["partial_auc"]["low"]
-    verdict = "it adds to what the model knows" if (low or 0) > 0.5 else "it is not shown to add to what the model knows"
-    words = f"Among masks that the model likes equally, the judge's AUC is {partial}, against {plain} over all: {verdict}"
-    return f"{words}; what it accepts is more often good than as many masks drawn by lot from the same strata by {gain}."
+    verdict = (
+        "it adds to what the model knows" if (low or 0) > 0.5 else "it is not shown to add to what the model knows"
+    )
+    words = (
+        f"Among masks that the model likes equally, the judge's AUC is {partial}, against {plain} over all: {verdict}"
+    )
+    return (
+        f"{words}; what it accepts is more often good than as many masks drawn by lot from the same strata by {gain}."
+    )
 
 
 def added_value(
@@ -161,7 +167,9 @@ def added_value(
     told = replace(answers, p_yes=agreement, judged=np.ones(len(answers), bool))
 
     def measures(weights: np.ndarray) -> dict[str, np.ndarray]:
-        plain = {name: score_measures(weights, a)["roc_auc"] for name, a in (("roc_auc", answers), ("agreement_auc", told))}
+        plain = {
+            name: score_measures(weights, a)["roc_auc"] for name, a in (("roc_auc", answers), ("agreement_auc", told))
+        }
         return {**plain, **_within(weights, answers, which)}
 
     rng = make_rng(seed, "added value")
@@ -212,7 +220,8 @@ def report_card(
     tau: float = 0.7,  # IoU from which a mask is good
     *,
     by: Mapping[str, Sequence[Any]] | None = None,  # column -> N groups, e.g. {"class": [("cat",), ("cat", "dog")]}
-    agreement: Sequence[float] | None = None,  # N: how much the model agrees with each mask, any scale; see `added_value`
+    agreement: Sequence[float]
+    | None = None,  # N: how much the model agrees with each mask, any scale; see `added_value`
     images: Sequence[Any] | None = None,  # N: as for `gather_answers`
     resamples: int = 1000,  # bootstrap samples
     level: float = 0.95,  # of the intervals

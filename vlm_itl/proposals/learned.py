@@ -102,7 +102,10 @@ class Likeness:
     ) -> np.ndarray:  # float (S, 4): own class, lead over the next class, ring, true segments of the class
         "How much each segment looks like its class."
         use = ~np.isin(self.ids, list(without))
-        sums, count = np.zeros((self.classes, self.vectors.shape[1])), np.bincount(self.class_ids[use], minlength=self.classes)
+        sums, count = (
+            np.zeros((self.classes, self.vectors.shape[1])),
+            np.bincount(self.class_ids[use], minlength=self.classes),
+        )
         np.add.at(sums, self.class_ids[use], self.vectors[use])
         means = np.where(count[:, None] > 0, _unit(sums), np.nan)
         own, rows = segments.class_ids, np.arange(len(segments))
@@ -287,6 +290,7 @@ def _main_class(segments: Segments, background: int | None) -> int:
     objects = np.flatnonzero(segments.class_ids != (-1 if background is None else background))
     rows = objects if len(objects) else np.arange(len(segments))
     return int(segments.class_ids[rows[np.argmax(segments.values[rows, 0])]])
+
 
 def _alone(query: JudgeQuery) -> dict[str, Any]:
     "The rows and masks of a single question."

@@ -261,7 +261,9 @@ class Segments:
     ) -> "Segments":
         "One table below the other."
         columns = [np.concatenate([getattr(s, name) for s in several]) for name in ("ids", "class_ids", "values")]
-        return Segments(*columns, several[0].names, *(np.concatenate([getattr(s, n) for s in several]) for n in _VECTORS))
+        return Segments(
+            *columns, several[0].names, *(np.concatenate([getattr(s, n) for s in several]) for n in _VECTORS)
+        )
 
 
 _VECTORS = ("pooled", "ring")

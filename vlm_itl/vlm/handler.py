@@ -281,7 +281,9 @@ class Shown:
 
     rows: Any  # datasets.Dataset: columns id, image; and mask where a human drew it and was paid
     masks: Any  # MaskStore with a mask of each
-    segmenter: tuple[Any, Any] | None = None  # `Segmenter`, `Inference`: not trained on these images; None: nobody looks
+    segmenter: tuple[Any, Any] | None = (
+        None  # `Segmenter`, `Inference`: not trained on these images; None: nobody looks
+    )
     proposals: Mapping[str, Any] = field(default_factory=dict)  # image id -> what its proposer tells of the mask
     others: Sequence[Any] = ()  # MaskStores of further proposers
 

@@ -167,7 +167,9 @@ def _settings(kind: str, given: dict[str, Any]) -> dict[str, Any]:
     wanted = ["rho"] if kind == "echo" and not scored else [n for n in MOCK_KINDS[kind] if n in _SCORE_DEFAULTS]
     filled = {name: given.get(name, _SCORE_DEFAULTS[name]) for name in wanted}
     confused = _confusion(rates) if "auc" not in filled else {}
-    return confused | {name: check_number(f"judge 'mock': {name}", value, *_LIMITS[name]) for name, value in filled.items()}
+    return confused | {
+        name: check_number(f"judge 'mock': {name}", value, *_LIMITS[name]) for name, value in filled.items()
+    }
 
 
 def _normal(*parts: Any) -> float:
@@ -200,7 +202,7 @@ def _model_name(who: str, kind: str, curve: Any, settings: dict[str, Any], absta
 # %% ../../nbs/vlm/10_simulated.ipynb #simulated-handler-mockhandler
 @register_handler("mock")
 class MockHandler(VLMHandler):
-    "A simulated judge: a pure function of (seed, judge, id, mask bytes, question, its classes); an echo also of the segmenter."
+    "A simulated judge: a pure function of (seed, judge, id, mask bytes, question, classes), an echo also of the model."
 
     needs_truth = True
     batch_size = 256
@@ -211,7 +213,8 @@ class MockHandler(VLMHandler):
         seed: int = 0,  # other seed, other errors
         tau: float = 0.7,  # IoU from which a mask is good, in [0, 1]
         kind: str = "confusion",  # a row of `MOCK_KINDS`
-        accuracy: float | None = None,  # confusion, echo: P(verdict agrees with reality), in [0, 1]; 0.9 if nothing is given
+        accuracy: float
+        | None = None,  # confusion, echo: P(verdict agrees with reality), in [0, 1]; 0.9 if nothing is given
         sensitivity: float | None = None,  # confusion, echo: P(yes | good); with `specificity`, instead of `accuracy`
         specificity: float | None = None,  # confusion, echo: P(no | bad)
         auc: float | None = None,  # binormal, difficulty, echo: in [0.5, 0.9999]; 0.85
