@@ -494,3 +494,88 @@ def test_a_rival_may_choose_its_threshold():
     assert [j.verdict for j in match_acceptance(free, 9)][:4] == ["yes"] * 4
     with pytest.raises(ConfigError, match="count"):
         match_acceptance(free, -1)
+
+
+# ---- what a judge adds ----
+
+
+def added_by_hand(p_yes: np.ndarray, yes: np.ndarray, good: np.ndarray, agreement: np.ndarray) -> dict[str, float]:
+    """All pairs of a good and a bad mask in one fifth of the agreement, one by one."""
+    edges = sorted({float(np.quantile(agreement, q)) for q in (0.2, 0.4, 0.6, 0.8)})
+    stratum = [sum(a >= edge for edge in edges) for a in agreement]
+    ordered = pairs = lot = 0.0
+    for i, j in itertools.product(np.flatnonzero(good), np.flatnonzero(~good)):
+        if stratum[i] == stratum[j] and not np.isnan(p_yes[[i, j]]).any():
+            pairs += 1
+            ordered += 1.0 if p_yes[i] > p_yes[j] else 0.5 if p_yes[i] == p_yes[j] else 0.0
+    for i in np.flatnonzero(yes):
+        lot += np.mean([good[j] for j in range(len(good)) if stratum[j] == stratum[i]])
+    return {"partial_auc": ordered / pairs, "precision": good[yes].mean(), "by_lot": lot / yes.sum()}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_added_value_equals_counting_all_pairs(seed: int):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(60, 160))
+    ious, agreement = rng.random(n), np.round(rng.random(n), int(rng.integers(1, 4)))  # with ties
+    p = np.round(rng.random(n), 1)
+    p[rng.random(n) < 0.1 * (seed % 2)] = np.nan  # answers without a score
+    said = [Judgement("yes" if np.nan_to_num(x) >= 0.5 else "no", p_yes=None if np.isnan(x) else float(x)) for x in p]
+    added = report_card(said, ious, agreement=agreement, resamples=20)["added"]
+    wanted = added_by_hand(p, np.nan_to_num(p) >= 0.5, ious >= 0.7, agreement)
+    for name, value in wanted.items():
+        assert math.isclose(added[name]["value"], value, abs_tol=1e-12), name
+    assert math.isclose(added["gain"]["value"], wanted["precision"] - wanted["by_lot"], abs_tol=1e-12)
+    assert sum(part["n"] for part in added["strata"]) == n
+
+
+def two_judges(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, dict[str, list[Judgement]]]:
+    """A model that agrees with good masks, a judge that sees for itself, and one that repeats the model."""
+    quality = rng.normal(size=n)
+    model, judge = (quality + rng.normal(size=n) for _ in range(2))
+    said = {"sees": judge, "parrot": model + 1e-3 * rng.normal(size=n)}
+    scored = {
+        name: [
+            Judgement("yes" if x > 0 else "no", p_yes=float(1 / (1 + np.exp(-x))), id=f"im{i}")
+            for i, x in enumerate(xs)
+        ]
+        for name, xs in said.items()
+    }
+    return (quality > 0).astype(float), model, scored
+
+
+def test_a_parrot_adds_nothing_though_its_auc_is_as_high():
+    ious, model, said = two_judges(np.random.default_rng(0), 1500)
+    added = {
+        name: report_card(answers, ious, agreement=model, resamples=200)["added"] for name, answers in said.items()
+    }
+    assert all(0.8 < a["roc_auc"]["value"] < 0.88 for a in added.values())
+    assert added["sees"]["partial_auc"]["low"] > 0.65 and added["parrot"]["partial_auc"]["value"] < 0.62
+    assert added["sees"]["gain"]["value"] > 3 * added["parrot"]["gain"]["value"]
+    assert "it adds to what the model knows" in added["sees"]["sentence"]
+
+
+def test_the_interval_of_what_a_judge_adds_covers_and_is_drawn_by_image():
+    """40 pools of 150 masks: about 95 % of the intervals hold the value of a large pool."""
+    ious, model, said = two_judges(np.random.default_rng(1), 20_000)
+    true = report_card(said["sees"], ious, agreement=model, resamples=1)["added"]["partial_auc"]["value"]
+    hits = 0
+    for seed in range(40):
+        ious, model, said = two_judges(np.random.default_rng(100 + seed), 150)
+        found = report_card(said["sees"], ious, agreement=model, resamples=100)["added"]["partial_auc"]
+        hits += found["low"] <= true <= found["high"]
+    assert hits >= 34
+    twice = [answer for answer in said["sees"] for _ in range(2)]  # each mask told twice: no more is known
+    again = report_card(twice, np.repeat(ious, 2), agreement=np.repeat(model, 2), resamples=100)["added"]["partial_auc"]
+    assert math.isclose(again["high"] - again["low"], found["high"] - found["low"], rel_tol=0.15)
+
+
+def test_what_cannot_be_said_of_what_a_judge_adds():
+    silent = report_card(["yes", "no", "abstain"], [0.9, 0.1, 0.9], agreement=[0.1, 0.2, 0.3], resamples=10)["added"]
+    assert silent["partial_auc"]["value"] is None and "cannot be said" in silent["sentence"]
+    assert report_card([], [], agreement=[], resamples=5)["added"]["strata"] == []
+    unknown = report_card(["yes"] * 4, [0.9, 0.1, 0.9, 0.2], agreement=[math.nan] * 4, resamples=5)["added"]
+    assert unknown["strata"] == [] and unknown["precision"]["value"] is None
+    with pytest.raises(DataError, match="agreement has 1 values for 2"):
+        report_card(["yes", "no"], [0.9, 0.1], agreement=[0.5])
+    to_json(silent)

@@ -6,18 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
+from scipy.special import ndtr
 from sklearn.metrics import roc_auc_score
 
 from vlm_itl.core.checks import ConfigError, JudgeError
 from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.data.masks import MaskStore, truth_reader
+from vlm_itl.data.sources import load_data
 from vlm_itl.judging.measures import break_even
 from vlm_itl.model.metrics import image_iou
+from vlm_itl.model.predict import Inference
+from vlm_itl.model.scoring import look_on_grid
+from vlm_itl.model.segmenter import load_model
 from vlm_itl.vlm.cache import CachedHandler, handler_identity
-from vlm_itl.vlm.handler import Judgement, JudgeQuery, VLMHandler, handler_options, make_handler
+from vlm_itl.vlm.handler import Judgement, JudgeQuery, Shown, VLMHandler, handler_options, make_handler
 from vlm_itl.vlm.simulated import APPROVAL_CURVES, MOCK_KINDS, approval, check_curve, separation
 
 VOC = LabelSpace.voc()
@@ -47,7 +55,7 @@ def quick_iou(monkeypatch: pytest.MonkeyPatch):
             known[key] = image_iou(prediction, truth, classes)
         return known[key]
 
-    monkeypatch.setattr("vlm_itl.model.metrics.image_iou", iou)
+    monkeypatch.setattr("vlm_itl.vlm.simulated.image_iou", iou)
 
 
 def ask(i: int = 0, mask: Any = TRUTH, **fields: Any) -> JudgeQuery:
@@ -107,8 +115,12 @@ def test_options_and_kinds():
         ({"tau": 2}, "tau"),
         ({"seed": 1.5}, "seed"),
         ({"kind": "binomial"}, "Did you mean 'binormal'"),
-        ({"auc": 0.9}, "auc is an option of kind 'binormal' or 'difficulty', not of 'confusion'"),
+        ({"auc": 0.9}, "auc is an option of kind 'binormal' or 'difficulty' or 'echo', not of 'confusion'"),
         ({"kind": "binormal", "rho": 0.3}, "rho is an option of kind 'difficulty'"),
+        ({"kind": "echo", "accuracy": 0.9, "auc": 0.8}, "accuracy and auc: give either"),
+        ({"kind": "echo", "sensitivity": 0.9}, "go together"),
+        ({"kind": "echo", "rho": -0.1}, "rho"),
+        ({"kind": "echo", "curve": "ovis2"}, "curve is an option of kind 'curve'"),
         ({"kind": "binormal", "accuracy": 0.9}, "accuracy is an option of kind 'confusion'"),
         ({"kind": "difficulty", "curve": "ovis2"}, "curve is an option of kind 'curve'"),
         ({"kind": "curve", "temperature": 2.0}, "temperature"),
@@ -276,6 +288,106 @@ def test_errors_come_back_on_the_same_image(many: list[JudgeQuery], rho: float):
         assert within((first & second).sum(), N, both)
     p = [j.p_yes for j in mock(who="A", **options).judge(many)]
     assert abs(roc_auc_score(GOOD, p) - 0.85) < 0.025
+
+
+# ---- echo ----
+
+
+class Believer:
+    """Stands for the pool of a round: the segmenter's belief in each mask is set by hand."""
+
+    def __init__(self, beliefs: np.ndarray, masks: list[np.ndarray]):
+        self.rows = datasets.Dataset.from_dict({"id": [f"im{i}" for i in range(len(masks))]})
+        self.masks = Store({f"im{i}": mask for i, mask in enumerate(masks)})
+        self.of = {f"im{i}": float(b) for i, b in enumerate(beliefs)}
+
+
+class Store(dict):
+    labels = VOC
+
+
+@pytest.fixture
+def believed(monkeypatch: pytest.MonkeyPatch, many: list[JudgeQuery]) -> Believer:
+    """Right about four good masks of five, and about four bad ones of five."""
+    rng = np.random.default_rng(0)
+    side = np.where(GOOD, 1, -1) * np.where(rng.random(N) < 0.8, 1, -1)
+    pool = Believer(ndtr(rng.normal(2.0 * side, 0.5)), [q.mask for q in many])
+    monkeypatch.setattr("vlm_itl.vlm.simulated._beliefs", lambda shown, masks: {i: shown.of[i] for i in masks})
+    return pool
+
+
+def echo(pool: Believer, **options: Any) -> VLMHandler:
+    handler = mock(kind="echo", **options)
+    handler.bind_pool(pool)  # type: ignore[arg-type]
+    return handler
+
+
+RATES: list[dict[str, Any]] = [{"accuracy": 0.85}, {"sensitivity": 0.9, "specificity": 0.7}, {"auc": 0.9}]
+
+
+@pytest.mark.parametrize("options", RATES, ids=str)
+def test_the_quality_of_an_echo_does_not_depend_on_rho(
+    many: list[JudgeQuery], believed: Believer, options: dict[str, Any]
+):
+    """Rates, AUC and calibration stay; errors move to where the segmenter errs."""
+    right = stats.norm.cdf(separation(options["auc"]) / 2) if "auc" in options else 0.0
+    sensitivity = options.get("sensitivity", options.get("accuracy", right))
+    specificity = options.get("specificity", options.get("accuracy", right))
+    astray = np.array([(believed.of[q.id] >= 0.5) != good for q, good in zip(many, GOOD, strict=True)])
+    shared = []
+    for rho in (0.0, 0.3, 0.7, 1.0):
+        answers = echo(believed, rho=rho, **options).judge(many)
+        yes = np.array([j.verdict == "yes" for j in answers])
+        assert within(yes[GOOD].sum(), N // 2, sensitivity) and within((~yes[~GOOD]).sum(), N // 2, specificity)
+        if "auc" in options:
+            p = np.array([j.p_yes for j in answers])
+            assert abs(roc_auc_score(GOOD, p) - 0.9) < 0.02 and calibration_gap(p) < 0.05
+        shared.append(astray[yes != GOOD].mean())
+    assert shared == sorted(shared) and abs(shared[0] - astray.mean()) < 0.05 and shared[-1] > 0.6
+
+
+def test_an_echo_of_nothing_is_the_plain_judge_and_a_full_one_is_the_segmenter(
+    many: list[JudgeQuery], believed: Believer
+):
+    for plain, same in (({"accuracy": 0.8}, {"accuracy": 0.8}), ({"kind": "binormal", "auc": 0.8}, {"auc": 0.8})):
+        said = [j.p_yes for j in mock(**plain).judge(many[:500])]
+        assert [j.p_yes for j in echo(believed, rho=0, **same).judge(many[:500])] == said
+    yes = np.array([j.verdict == "yes" for j in echo(believed, rho=1, accuracy=0.9).judge(many)])
+    belief = np.array([believed.of[q.id] for q in many])
+    for good, wrongly in ((GOOD, ~yes), (~GOOD, yes)):  # by hand: the tenth believed least, or most
+        order = np.argsort(belief if good is GOOD else -belief)
+        expected = [i for i in order if good[i]][: N // 20]
+        assert set(np.flatnonzero(good & wrongly)) == set(expected)
+
+
+def test_an_echo_is_a_pure_function_of_question_and_segmenter(many: list[JudgeQuery], believed: Believer):
+    said = [j.p_yes for j in echo(believed, auc=0.8).judge(many[:200])]
+    assert [j.p_yes for j in echo(believed, auc=0.8).judge(many[:200][::-1])][::-1] == said
+    assert handler_identity(echo(believed)) == handler_identity(echo(believed))
+    before = handler_identity(echo(believed))
+    believed.of["im3"] = 0.123
+    assert handler_identity(echo(believed)) != before
+    with pytest.raises(JudgeError, match="bind_pool"):
+        mock(kind="echo").judge(many[:1])
+
+
+def test_an_echo_looks_through_the_segmenters_eyes(tmp_path: Path):
+    """With a real network: beliefs are those of the formula, and a mask that the round does not have is looked at."""
+    data, view = load_data("toy"), Inference(image_size=64)
+    model, store = load_model("segformer-nano", data.labels), MaskStore(tmp_path, data.labels)
+    for row in data.train:
+        store.write(row["id"], row["mask"])
+    handler = make_handler("mock", kind="echo", rho=1, accuracy=0.75)
+    handler.bind_truth(truth_reader(data.train))
+    handler.bind_pool(Shown(data.train, store, segmenter=(model, view)))
+    queries = [JudgeQuery(row["id"], row["image"], row["mask"], labels=data.labels) for row in data.train]
+    said = {j.id: j.verdict for j in handler.judge(queries)}
+    by_hand = {}
+    for row, (image_id, p) in zip(data.train, look_on_grid(model, data.train, view), strict=True):
+        by_hand[image_id] = np.mean([p[c][row["mask"] == c].mean() for c in np.unique(row["mask"])])
+    assert [i for i, verdict in said.items() if verdict == "no"] == [min(by_hand, key=by_hand.__getitem__)]
+    other = np.where(queries[2].mask == 1, 2, queries[2].mask).astype(np.uint8)  # not among the masks of the round
+    assert handler.judge([replace(queries[2], mask=other)])[0].verdict in ("yes", "no")
 
 
 # ---- all kinds ----

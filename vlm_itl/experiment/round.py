@@ -26,13 +26,32 @@ from ..data.masks import MaskStore, row_ids, truth_reader
 from ..data.sources import SegData
 
 # %% ../../nbs/experiment/07_round.ipynb #round-imports-1
-from .acceptance import JudgeTurn, check_validation, images_to_judge, judge, judge_first
+from vlm_itl.experiment.acceptance import (
+    JudgeTurn,
+    check_validation,
+    images_to_judge,
+    judge,
+    judge_first,
+)
 from .annotator import Oracle, mask_pixels, training_rows
 from .config import Config, make_config
-from .human_turn import choose, choose_parts, instructive, policy_groups, write_asked, write_gallery
+from vlm_itl.experiment.human_turn import (
+    choose,
+    choose_parts,
+    instructive,
+    policy_groups,
+    write_asked,
+    write_gallery,
+)
 from .judge_turn import doubts, examine
 from .pool import Ledger, budget_schedule
-from .state import FIXED, Round, State, Team, make_region_unit
+from vlm_itl.experiment.state import (
+    FIXED,
+    Round,
+    State,
+    Team,
+    make_region_unit,
+)
 from ..judging.measures import verdict_metrics
 
 # %% ../../nbs/experiment/07_round.ipynb #round-imports-2

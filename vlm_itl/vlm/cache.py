@@ -23,10 +23,10 @@ import numpy as np
 from ..core.checks import ConfigError, DataError, JudgeError, check_number
 from ..core.files import plain, resolve_path
 from ..core.seeds import stable_hash
-from .handler import Judgement, JudgeQuery, JudgeStopped, VLMHandler, make_handler, register_handler
+from .handler import NEEDS, Judgement, JudgeQuery, JudgeStopped, VLMHandler, make_handler, register_handler
 
 # %% ../../nbs/vlm/06_cache.ipynb #cache-identity
-_NO_MATTER = ("batch_size", "name", "needs_truth", "needs_segmenter")  # cannot change an answer
+_NO_MATTER = ("batch_size", "name", "least_labelled", *NEEDS)  # cannot change an answer
 
 
 def handler_identity(
@@ -419,8 +419,7 @@ class CachedHandler(VLMHandler):
         check_number("batch_size", size, 1, integer=True)
         self.batch_size = min(size, self.judge_handler.batch_size)  # one batch here is one batch there
         self.patience = self.judge_handler.patience
-        self.needs_truth = self.judge_handler.needs_truth
-        self.needs_segmenter = self.judge_handler.needs_segmenter
+        self.need_what_they_need()
         self.model = self.judge_handler.model or self.judge_handler.name
         self.cache = JudgementCache(path)
         self.hits = 0  # questions so far whose answer was there

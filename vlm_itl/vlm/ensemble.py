@@ -108,8 +108,7 @@ class BothHandler(VLMHandler):
         self.threshold = check_number("judge 'both': threshold", threshold, 0, 1)
         self.judge_handler = _inner("both", judge, options, seed, tau)
         self.batch_size = max(1, self.judge_handler.batch_size // len(questions))  # one batch here is one batch there
-        self.needs_truth = self.judge_handler.needs_truth
-        self.needs_segmenter = self.judge_handler.needs_segmenter
+        self.need_what_they_need()
         self.model = self.judge_handler.model or self.judge_handler.name
 
     def inner(self) -> tuple[VLMHandler, ...]:
@@ -300,8 +299,7 @@ class EnsembleHandler(VLMHandler):
         self.threshold = check_number("judge 'ensemble': threshold", threshold, 0, 1)
         self.quorum = check_number("judge 'ensemble': quorum", quorum, 1, len(judges), integer=True)
         self.batch_size = min(judge.batch_size for judge in self._judges)  # one batch here is one batch there
-        self.needs_truth = any(judge.needs_truth for judge in self._judges)
-        self.needs_segmenter = any(judge.needs_segmenter for judge in self._judges)
+        self.need_what_they_need()
         if weights is not None and method == "vote":
             raise ConfigError("judge 'ensemble': a vote takes no weights; use method mean or stack.")
         self.weights = None if weights is None else checked_weights(weights, method, self.names)
