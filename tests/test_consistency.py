@@ -185,8 +185,8 @@ def test_steps_are_found_for_a_probe_with_consistency(encoder: Path, monkeypatch
 
 
 def test_a_probe_draws_by_its_mixture(encoder: Path):
-    """Pseudo-labels of weight 0 are not there; without a mixture their columns change nothing."""
-    rows = TOY.train.add_column("human", [True, True, False, False]).add_column("weight", [1.0, 1.0, 0.0, 0.0])
+    """Pseudo-labels that the judge is sure are bad are not there; without a mixture its doubt changes nothing."""
+    rows = TOY.train.add_column("human", [True, True, False, False]).add_column("p_yes", [1.0, 1.0, 0.0, 0.0])
     heads = {}
     for name, (given, mixture) in {
         "plain": (TOY.train, {}),

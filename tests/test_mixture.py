@@ -142,7 +142,7 @@ def test_wrong_options_are_one_line(options: Any, words: str):
 def judged_rows() -> Dataset:
     """The toy, one image of four by people."""
     rows = toy_images().train
-    return rows.add_column("human", [True, False, False, False]).add_column("weight", [1.0, 0.5, 0.25, 1.0])
+    return rows.add_column("human", [True, False, False, False]).add_column("p_yes", [1.0, 0.5, 0.25, 1.0])
 
 
 def test_nothing_asked_for_nothing_changed():
@@ -152,6 +152,12 @@ def test_nothing_asked_for_nothing_changed():
     settings = TrainSettings(steps=3, batch_size=2)
     plain = TrainingSet(toy.train, train_transform(settings, model, 32), 6, seed=0)
     assert "weight" not in plain[0]
+
+
+def test_weights_in_the_rows_count_without_a_mixture():
+    rows = toy_images().train.add_column("weight", [1.0, 0.5, 1.0, 1.0])
+    draws = draws_of(rows, toy_images().labels, Mixture(), 9, 4, seed=3)
+    assert draws.order is None and draws.weights is not None and draws.weights.tolist() == [1.0, 0.5, 1.0, 1.0]
 
 
 def test_weights_are_those_of_a_loss_by_hand():

@@ -325,9 +325,9 @@ def test_weights_and_order_are_heard(encoders: dict[str, str], toy: SegData):
 
     raw = raw_rows(toy.train)
 
-    def judged(rows: datasets.Dataset, weight: float) -> datasets.Dataset:
+    def judged(rows: datasets.Dataset, sure: float) -> datasets.Dataset:
         rows = raw_rows(rows).add_column("human", [True, True, False, True])
-        return rows.add_column("weight", [1.0, 1.0, weight, 1.0]).with_transform(DecodeRows(toy.labels))
+        return rows.add_column("p_yes", [1.0, 1.0, sure, 1.0]).with_transform(DecodeRows(toy.labels))
 
     spoilt = raw.map(lambda row, i: {**row, "mask": raw[0]["mask"]} if i == 2 else row, with_indices=True)
     spoilt = spoilt.cast(raw.features).with_transform(DecodeRows(toy.labels))

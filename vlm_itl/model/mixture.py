@@ -70,7 +70,7 @@ class Mixture:
 
     human_share: float | None = None  # of the draws of each batch, in [0, 1]; None: as many as there are images
     pseudo_weight: float = 1.0  # of a pseudo-labelled image in the loss, in [0, 1]; a human mask has 1
-    weight_by: str = "none"  # none, or p_yes: times what the judge gave for it
+    weight_by: str = "none"  # none, or p_yes: times the judge's probability that it is good
     class_cap: float | None = None  # largest share of pseudo-labelled draws in which a class may be; None: no cap
     balance: float = 0.0  # exponent, in [0, 2]: 0 = all images alike, 1 = inverse to how common a class is
 
@@ -82,11 +82,12 @@ class Mixture:
     def weights(
         self,
         human: np.ndarray,  # bool (N,): whose masks people drew
-        given: np.ndarray,  # (N,) what is known of the masks' worth, in [0, 1]
+        given: np.ndarray,  # (N,) weights that whoever made the rows has written
+        p_yes: np.ndarray,  # (N,) how sure the judge was, in [0, 1]
     ) -> np.ndarray:  # float32 (N,)
         "How much each image counts in the loss."
-        own = given if self.weight_by == "p_yes" else 1.0
-        return np.where(human, 1.0, self.pseudo_weight * own).astype(np.float32)
+        own = given * p_yes if self.weight_by == "p_yes" else given
+        return np.where(human, given, self.pseudo_weight * own).astype(np.float32)
 
 # %% ../../nbs/model/07_mixture.ipynb #mixture-read
 _LIMITS: dict[str, dict[str, Any]] = {
@@ -176,7 +177,7 @@ class Draws:
 
 
 def draws_of(
-    rows: datasets.Dataset,  # columns id, mask; human, weight where there are pseudo-labels
+    rows: datasets.Dataset,  # columns id, mask; human, weight, p_yes where there are pseudo-labels
     labels: LabelSpace,  # what the masks mean
     mixture: Mixture,
     steps: int,  # batches
@@ -184,17 +185,15 @@ def draws_of(
     seed: int,  # decides the order
 ) -> Draws:
     "The order and the weights of a training by its mixture."
+    table, ones = raw_rows(rows), np.ones(len(rows))
+    known = {name: np.array(table[name]) for name in ("human", "weight", "p_yes") if name in table.column_names}
+    human = known.get("human", ones).astype(bool)
+    weights = mixture.weights(human, known.get("weight", ones), known.get("p_yes", ones))
+    in_loss = None if (weights == 1).all() else weights
     if mixture == Mixture():
-        return Draws()
-    table, count = raw_rows(rows), len(rows)
-    human = np.array(table["human"], dtype=bool) if "human" in table.column_names else np.ones(count, dtype=bool)
-    given = np.array(table["weight"], dtype=float) if "weight" in table.column_names else np.ones(count)
-    weights = mixture.weights(human, given)
+        return Draws(None, in_loss)
     classes = classes_shown(rows, labels) if mixture.needs_classes else None
-    how: dict[str, Any] = {
-        "human_share": mixture.human_share,
-        "class_cap": mixture.class_cap,
-        "balance": mixture.balance,
-    }
+    how: dict[str, Any] = {"human_share": mixture.human_share, "class_cap": mixture.class_cap}
+    how["balance"] = mixture.balance
     order = mixed_order(human, weights, classes, steps, batch_size, make_rng(seed, "mixture"), **how)
-    return Draws(order, None if human.all() else weights)
+    return Draws(order, in_loss)

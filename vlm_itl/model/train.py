@@ -491,7 +491,9 @@ def _fingerprint(task: _Task) -> str:
     how = {name: value for name, value in asdict(task.settings).items() if name not in free}
     shown = {"image_size": task.view.image_size, "resize": task.view.resize}
     weights = [value.cpu().numpy() for value in task.model.state_dict().values()]
-    worth = [np.asarray(task.labelled[name]) for name in ("human", "weight") if name in task.labelled.column_names]
+    worth = [
+        np.asarray(task.labelled[name]) for name in ("human", "weight", "p_yes") if name in task.labelled.column_names
+    ]
     return stable_hash(to_json({**how, **shown}), task.seed, row_ids(task.labelled), *worth, *weights).hex()
 
 
