@@ -253,6 +253,9 @@ def test_everything_that_looks_at_a_pool_works_from_memory(probe: Probe, tmp_pat
     rows, store = narrow(probe.labels), MaskStore(tmp_path / "masks", probe.labels)
     member = opened({"segformer": probe.name.removeprefix("probe:")}, probe.labels, seed=1)
     probe.seen(rows, VIEW)
+    covers = Regions(rows, "window", side=32)
+    for image_id in row_ids(rows):
+        covers.areas(image_id)  # regions look at photographs for themselves
     monkeypatch.setattr("vlm_itl.data.transforms.read_image", None)
     monkeypatch.setattr(Probe, "encode", None)
     keys = ["entropy-topk", "margin-boundary", "bald-mean", "variation_ratio-mean", "expected_entropy-patch_max"]
@@ -263,9 +266,9 @@ def test_everything_that_looks_at_a_pool_works_from_memory(probe: Probe, tmp_pat
     several = score_pool(probe, rows, VIEW, **scoring_options(["bald-mean"], members=[member]))
     assert several.scores["bald-mean"].max() > 0
     assert 0 <= evaluate(probe, rows, VIEW)["mean_iou"] < 1
-    regions = Regions.build(rows, "window", {"side": 32}) if hasattr(Regions, "build") else None
-    if regions is not None:
-        assert len(score_regions(probe, rows, regions, VIEW, key="entropy-mean"))
+    for key in ("entropy-topk", "bald-mean"):
+        parts = score_regions(probe, rows, covers, VIEW, key=key, looks={"passes": 3})
+        assert len(parts) > 3 and np.isfinite(parts.scores[key]).all()
     assert sum(p.requires_grad for p in probe.parameters()) == len(list(probe.net.head.parameters()))
 
 
