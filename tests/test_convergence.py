@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
+from vlm_itl.cli.run import check_parameters, notebook_parameters
 from vlm_itl.core.checks import ConfigError, DataError, RunError
 from vlm_itl.data.masks import DecodeRows, make_rows, raw_rows
 from vlm_itl.data.sources import toy_images
@@ -188,6 +189,15 @@ def test_settings():
 def test_a_time_limit_for_demos_holds_for_auto(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("VLM_ITL_MAX_STEPS", "30")
     assert notebook_settings({"steps": "auto"})["steps"] == 30
+
+
+@pytest.mark.parametrize("name", ["run_al", "run_baseline"])
+def test_the_command_line_takes_auto_and_numbers(name: str):
+    known = notebook_parameters(Path(__file__).parent.parent / "nbs" / f"{name}.ipynb")
+    assert check_parameters({"steps": "auto"}, known) == {"steps": "auto"}
+    assert check_parameters({"steps": "70"}, known) == {"steps": 70}
+    with pytest.raises(ConfigError, match="does not fit"):
+        check_parameters({"steps": "1.5"}, known)
 
 
 def test_growth_says_whether_it_was_cut_off():

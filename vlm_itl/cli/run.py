@@ -129,11 +129,13 @@ def guess_value(
 def typed_value(
     name: str,  # of the parameter, for the message
     value: Any,  # from the command line (text) or from YAML (anything)
-    kind: str,  # its annotation; only "int", "float", "bool" and "str" are checked
+    kind: str,  # its annotation: "int", "float", "bool", "str", or "object" = a whole number or a word in its place
 ) -> Any:  # of that type; None passes, since the notebook judges it
     "Read a value as its annotation wants it; `ConfigError` if it does not fit."
-    if value is None or kind not in ("int", "float", "bool", "str"):
+    if value is None or kind not in ("int", "float", "bool", "str", "object"):
         return value
+    if kind == "object" and isinstance(value, str) and value.isalpha():
+        return value  # such as "auto"; the notebook knows which words there are
     if kind == "str" and isinstance(value, str):
         return value
     if kind == "bool" and str(value).lower() in ("true", "false"):
@@ -141,7 +143,7 @@ def typed_value(
     if isinstance(value, str) and (why := unclear(value)):
         raise ConfigError(f"{name}: {why}")
     number = guess_value(value) if isinstance(value, str) else value
-    wanted = {"int": (int,), "float": (int, float)}.get(kind, ())
+    wanted = {"int": (int,), "object": (int,), "float": (int, float)}.get(kind, ())
     if isinstance(number, wanted) and not isinstance(number, bool):
         return number
     hint = " Put it in quotes." if kind == "str" else ""
