@@ -149,9 +149,9 @@ def predict_batches(
     device = pick_device(view.device)
     model.to(device).eval()
     bar = progress(desc=desc, total=len(images), unit="img")
-    with torch.inference_mode(), worker_errors(), bar:
+    with worker_errors(), bar:
         for batch in model.batches(images, view):
-            with autocast(device, view.precision):
+            with torch.inference_mode(), autocast(device, view.precision):
                 out = model(batch["pixel_values"].to(device, non_blocking=True), features=features)
             logits, feature_map = out if features else (out, None)
             _check_finite(logits, batch["id"])
