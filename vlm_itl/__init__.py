@@ -7,6 +7,7 @@ Parts, each with its public names; a part imports earlier ones only:
 - `vlm_itl.model`: any segmenter: loaded, trained, evaluated, asked how unsure it is
 - `vlm_itl.sampler`: which images, or which parts of them, to label next
 - `vlm_itl.vlm`: judges: local models, servers, simulated and free ones
+- `vlm_itl.proposals`: whose masks a judge sees, how much of one to believe, what it costs to correct it
 - `vlm_itl.judging`: what a judge is worth
 - `vlm_itl.reports`: trackers, tables, figures and comparisons of runs
 - `vlm_itl.experiment`: the loop and its configuration
@@ -20,7 +21,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PARTS = ("core", "data", "model", "sampler", "vlm", "judging", "reports", "experiment")
+_PARTS = ("core", "data", "model", "sampler", "vlm", "proposals", "judging", "reports", "experiment")
 
 
 def _names() -> dict[str, str]:
