@@ -6,7 +6,7 @@ import torch
 from transformers import BeitConfig, BeitForSemanticSegmentation
 
 from vlm_itl.data.labels import LabelSpace
-from vlm_itl.model.heads import class_rows, match_names
+from vlm_itl.model.pretrained import class_rows, match_names
 from vlm_itl.model.segmenter import load_model
 
 SEVEN = LabelSpace(tuple("abcdefg"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -227,3 +228,30 @@ def test_29_plugins_that_are_not_there(given: Any, said: str, tmp_path: Path, mo
     Path("mine.py").write_text("")
     with pytest.raises(ConfigError, match=said):
         make_config(plugins=given)
+
+
+def test_a_promised_part_is_known_before_its_module_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Listed, counted and found by word or by prefix; imported once, when it is first looked up."""
+    from vlm_itl.core.registry import Registry
+
+    later: Registry[Any] = Registry("greeting", homes={"late": "greetings_of_a_test", "to:": "greetings_of_a_test"})
+    try:
+        register = "from vlm_itl.core.registry import Registry\n"
+        register += "[Registry.all[-1].add(word, word.upper()) for word in ('late', 'to:')]\n"
+        (tmp_path / "greetings_of_a_test.py").write_text(register)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        later.add("early", "EARLY")
+        assert later["early"] == "EARLY" and "greetings_of_a_test" not in sys.modules
+        assert list(later) == ["early", "late", "to:"] and len(later) == 3
+        assert "to:me" in later and "to" not in later and "from:me" not in later and 3 not in later
+        with pytest.raises(KeyError):
+            later["from:me"]
+        restore = later.keep()  # a plugin that asks for it, and then fails
+        assert later["to:me"] == later["to:"] == "TO:" and later["late"] == "LATE"
+        restore()
+        assert later["to:me"] == "TO:" and len(later) == 3
+        with pytest.raises(ConfigError, match="must be"):
+            later.add("from:", "not promised, so no word")
+    finally:
+        Registry.all.remove(later)
+        sys.modules.pop("greetings_of_a_test", None)

@@ -9,12 +9,13 @@ __all__ = ['Part', 'checked_part', 'Registry']
 import builtins
 import functools
 import hashlib
+import importlib
 import inspect
 import re
 import sys
 import traceback
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, TypeVar
@@ -137,10 +138,12 @@ class Registry(UserDict[str, Part]):
         kind: str,  # what the parts are, for messages: "select"
         words: str = r"[A-Za-z][A-Za-z0-9_.-]*",  # what a word may look like
         rule: str = "letters, digits, and . _ - after the first letter",  # the same for people
+        homes: Mapping[str, str] | None = None,  # word or prefix ("probe:") -> module that registers it when asked
     ):
         self.kind, self.words, self.rule = kind, words, rule
         self.about: dict[str, str] = {}  # word -> one line
         self._homes: dict[str, _Home] = {}
+        self._promised = dict(homes or {})
         super().__init__()
         Registry.all.append(self)
 
@@ -148,9 +151,35 @@ class Registry(UserDict[str, Part]):
         "The word, if it may be one; `ConfigError` otherwise."
         if callable(name):
             raise ConfigError(f"a {self.kind} needs a name: write @register_...('a_name') above the function.")
-        if not isinstance(name, str) or not re.fullmatch(self.words, name, re.ASCII):
+        promised = isinstance(name, str) and name in self._promised
+        if not promised and not (isinstance(name, str) and re.fullmatch(self.words, name, re.ASCII)):
             raise ConfigError(f"{self.kind} name {show(name, 80)} must be {self.rule}.")
         return name
+
+    def word(
+        self,
+        name: Any,  # as in a setting: "mock", "probe:google/mobilenet_v2"
+    ) -> str | None:  # the word that it is known by: itself, or its prefix "probe:"; None: not known
+        "What a name is looked up by. A part that a later module brings is known before that module is imported."
+        words = (name, name[: name.find(":") + 1]) if isinstance(name, str) else ()
+        return next((word for word in words if word in self.data or word in self._promised), None)
+
+    def __contains__(self, name: Any) -> bool:
+        return self.word(name) is not None
+
+    def __getitem__(self, name: str) -> Part:
+        word = self.word(name)
+        if word is None:
+            raise KeyError(name)
+        if word not in self.data:
+            importlib.import_module(self._promised[word])
+        return self.data[word]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from [*self.data, *(word for word in self._promised if word not in self.data)]
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
 
     def add(
         self,
@@ -189,6 +218,12 @@ class Registry(UserDict[str, Part]):
         data, homes, about = dict(self.data), dict(self._homes), dict(self.about)
 
         def restore() -> None:
-            self.data, self._homes, self.about = data, homes, about
+            late = [word for word in self._promised if word in self.data]  # their modules are not imported twice
+            tables: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+                (self.data, data),
+                (self._homes, homes),
+                (self.about, about),
+            )
+            self.data, self._homes, self.about = ({**{w: now[w] for w in late}, **then} for now, then in tables)
 
         return restore
