@@ -22,7 +22,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ..core.checks import LeakError
+from ..core.checks import ConfigError, LeakError
 from ..core.files import plain, to_json, write_json, write_text
 from ..core.seeds import derive_seed, make_rng
 from ..data.labels import LabelSpace
@@ -56,6 +56,8 @@ from ..model.predict import evaluate
 from ..model.scoring import PoolScores, score_pool
 from ..model.segmenter import Segmenter, load_model, load_weights, save_model
 from ..model.train import FitResult, fit, try_once
+from ..probe.probe import Probe
+from ..probe.probe_training import check_probe_settings, fit_probe
 from ..sampler.gradient import GradientProbe
 from ..sampler.region_choice import name_regions, score_regions
 from ..sampler.regions import Regions, split_region
@@ -87,16 +89,10 @@ class Learner:
 
     def fit(self, rows: datasets.Dataset, validation: datasets.Dataset, desc: str, checkpoints: Path) -> FitResult:
         config = self.config
-        return fit(
-            self.segmenter,
-            rows,
-            config.train_settings,
-            config.view,
-            validation=validation,
-            seed=config.seed,
-            desc=desc,
-            checkpoints=checkpoints,
-        )
+        how: dict[str, Any] = {"validation": validation, "seed": config.seed, "desc": desc}
+        if isinstance(self.segmenter, Probe):  # done in seconds, so a killed training is begun again
+            return fit_probe(self.segmenter, rows, config.train_settings, config.view, **how)
+        return fit(self.segmenter, rows, config.train_settings, config.view, **how, checkpoints=checkpoints)
 
     def evaluate(self, rows: datasets.Dataset, desc: str) -> dict[str, Any]:
         return dict(evaluate(self.segmenter, rows, self.config.view, desc=desc))
@@ -113,6 +109,19 @@ class Learner:
     def save(self, folder: Path, pictures: Sequence[Any]) -> None:
         save_model(self.segmenter, folder, self.config.image_size, self.config.resize, pictures)
 
+# %% ../../nbs/experiment/07_round.ipynb #round-check-members
+def _check_members(
+    segmenter: Segmenter,  # of the run
+    members: Sequence[Segmenter],  # that are asked beside it
+) -> None:
+    "`ConfigError` for members that cannot be shown what the run's network is shown."
+    eyes = {member.made_by if isinstance(member, Probe) else b"" for member in (segmenter, *members)}
+    if len(eyes) > 1:
+        raise ConfigError(
+            "strategy_options: members of an ensemble with a probe are probes of the same encoder: they are shown the "
+            "features that it remembers."
+        )
+
 # %% ../../nbs/experiment/07_round.ipynb #round-make-learner
 def make_learner(
     config: Config,  # model, model_options, strategy, how to train
@@ -121,9 +130,12 @@ def make_learner(
 ) -> Learner:
     "The network of the settings, tried once, so that what cannot work is refused before anything is paid for."
     segmenter = load_model(config.model, labels, seed=config.seed, options=config.model_options)
+    if isinstance(segmenter, Probe):
+        check_probe_settings(config.train_settings)
     try_once(segmenter, config.train_settings, config.view, n_pool)
     options = sort_options(config.strategy, config.strategy_options)["score"]
     members = [load_model(str(member), labels) for member in options.get("members", [])]
+    _check_members(segmenter, members)
     if parse_strategy(config.strategy).score in PASS_SCORES and not members:
         dropout_layers(segmenter)  # a network without dropout is refused now, not after the first training
     return Learner(segmenter, config, members)
