@@ -171,13 +171,17 @@ class TrainingSet(Dataset):
         transform: TrainTransform,  # called as transform(row, rng)
         length: int,  # draws in the whole training: steps x batch size
         seed: int = 0,  # decides order and augmentation
+        order: np.ndarray | None = None,  # (length,) the row of each draw; None: every row once per epoch
+        weights: np.ndarray | None = None,  # (N,) how much each row counts in the loss; None: not said
     ) -> None:
         if not len(rows):
             raise ConfigError("TrainingSet: no rows to learn from")
         self.rows = raw_rows(rows) if isinstance(rows, RowTable) else rows
         self.transform = transform
         self.length = int(check_number("length", length, low=1, integer=True))
-        self.seed = seed
+        self.seed, self.order, self.weights = seed, order, weights
+        if order is not None and len(order) < self.length:
+            raise ConfigError(f"TrainingSet: an order of {len(order)} draws for a training of {self.length}")
         self._order: tuple[int, np.ndarray] = (-1, np.zeros(0, dtype=np.int64))
 
     def __len__(self) -> int:
@@ -188,7 +192,9 @@ class TrainingSet(Dataset):
         self,
         index: int,  # draw
     ) -> int:  # row
-        "Which row is drawn. Every row once per epoch."
+        "Which row is drawn: by the order that was given, or every row once per epoch."
+        if self.order is not None:
+            return int(self.order[index])
         epoch, place = divmod(index, len(self.rows))
         if self._order[0] != epoch:
             self._order = (epoch, make_rng(self.seed, "order", epoch).permutation(len(self.rows)))
@@ -198,7 +204,9 @@ class TrainingSet(Dataset):
         "Draw number `index`."
         if not 0 <= index < self.length:
             raise IndexError(f"draw {index} of a training of {self.length}")
-        return self.transform(self.rows[self.row_index(index)], make_rng(self.seed, "augment", index))
+        row = self.row_index(index)
+        item = self.transform(self.rows[row], make_rng(self.seed, "augment", index))
+        return item if self.weights is None else {**item, "weight": torch.tensor(float(self.weights[row]))}
 
 # %% ../../nbs/data/11_transforms.ipynb #transforms-eval
 class EvalTransform:
@@ -245,10 +253,10 @@ class EvalTransform:
 # %% ../../nbs/data/11_transforms.ipynb #transforms-collate
 def collate(
     rows: Sequence[Mapping[str, Any]],  # what the transforms return
-) -> dict[str, Any]:  # pixel_values (B, 3, size, size) and labels (B, size, size) stacked, everything else as lists
+) -> dict[str, Any]:  # pixel_values (B, 3, size, size), labels (B, size, size), weight (B,) stacked, all else as lists
     "Rows to a batch. Native masks differ in size, so they stay a list."
     batch: dict[str, Any] = {key: [row[key] for row in rows] for key in rows[0]}
-    for key in ("pixel_values", "labels"):
+    for key in ("pixel_values", "labels", "weight"):
         if key in batch:
             batch[key] = torch.stack(batch[key])
     return batch

@@ -92,7 +92,7 @@ class Config(TrainSettings):
     image_size: int = 96  # long side in evaluation, pixels
     resize: str = "keep"  # evaluation: keep the aspect and pad, or stretch to a square
     eval_batch_size: int = 8  # images at once when not training
-    steps: int = 400  # optimizer steps per round; 0: only evaluate
+    steps: int | Literal["auto"] = 400  # optimizer steps per round; 0: only evaluate; auto: as many as help
     warm_start: bool = False  # go on from the last round's weights instead of the initial ones
     mask_seconds: float = FULL_MASK_SECONDS  # human seconds per mask
     test_every_round: bool = True  # at the end, evaluate every round's model on test (False: the last one only)
@@ -141,6 +141,8 @@ def _check_words(config: Config) -> None:
     for name in _OPTIONS:
         if not isinstance(value := getattr(config, name), dict):
             raise ConfigError(f"{name} must be a dictionary, e.g. {{'name': value}}, not {show(value)}.")
+    if config.consistency and not config.model.startswith("probe:"):
+        raise ConfigError("consistency is built for probes: set model='probe:<folder or Hub id>', or consistency=0.")
     sort_options(config.strategy, config.strategy_options)
     check_question(config.question)
 
@@ -222,7 +224,8 @@ def notebook_settings(
     given = {n: v for n, v in _settings_of(names).items() if not n.startswith("_") and n not in _JUPYTER_NAMES}
     settings: dict[str, Any] = {n: v for n, v in given.items() if isinstance(v, plain_types)}
     limit = os.environ.get("VLM_ITL_MAX_STEPS")
-    if limit and settings.get("steps", 0) > int(limit):
+    steps = settings.get("steps", 0)
+    if limit and (steps == "auto" or steps > int(limit)):
         settings["steps"] = int(limit)
         print(f"VLM_ITL_MAX_STEPS={limit}: trainings are cut short, the results mean nothing.")
     return settings

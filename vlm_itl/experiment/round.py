@@ -56,6 +56,7 @@ from ..model.predict import evaluate
 from ..model.scoring import PoolScores, score_pool
 from ..model.segmenter import Segmenter, load_model, load_weights, save_model
 from ..model.train import FitResult, fit, try_once
+from ..probe.consistency import Consistency
 from ..probe.probe import Probe
 from ..probe.probe_training import check_probe_settings, fit_probe
 from ..sampler.gradient import GradientProbe
@@ -87,11 +88,20 @@ class Learner:
     def load(self, folder: Path) -> None:
         load_weights(self.segmenter, folder)
 
-    def fit(self, rows: datasets.Dataset, validation: datasets.Dataset, desc: str, checkpoints: Path) -> FitResult:
-        config = self.config
+    def fit(
+        self,
+        rows: datasets.Dataset,
+        validation: datasets.Dataset,
+        desc: str,
+        checkpoints: Path,
+        unlabelled: datasets.Dataset | None = None,
+    ) -> FitResult:
+        config, probe = self.config, self.segmenter
         how: dict[str, Any] = {"validation": validation, "seed": config.seed, "desc": desc}
-        if isinstance(self.segmenter, Probe):  # done in seconds, so a killed training is begun again
-            return fit_probe(self.segmenter, rows, config.train_settings, config.view, **how)
+        if isinstance(probe, Probe):  # done in seconds, so a killed training is begun again
+            if unlabelled is not None:
+                how["extra"] = Consistency(probe, unlabelled, config.view, config.consistency, seed=config.seed)
+            return fit_probe(probe, rows, config.train_settings, config.view, **how)
         return fit(self.segmenter, rows, config.train_settings, config.view, **how, checkpoints=checkpoints)
 
     def evaluate(self, rows: datasets.Dataset, desc: str) -> dict[str, Any]:
@@ -191,6 +201,13 @@ def _looks(team: Team, state: State) -> dict[str, Any]:
     return {**options, "members": members, "seed": derive_seed(team.config.seed, "looks", index)}
 
 # %% ../../nbs/experiment/07_round.ipynb #round-train
+def _unlabelled(team: Team, rows: datasets.Dataset) -> datasets.Dataset | None:
+    "The images of the pool that nobody has said anything about; None where there are too few to learn from."
+    known, images = set(row_ids(rows)), team.annotator.images
+    rest = images.select([place for place, name in enumerate(team.annotator.ids) if name not in known])
+    return rest if len(rest) > 1 else None
+
+
 def train(
     team: Team,
     state: State,
@@ -203,7 +220,8 @@ def train(
         team.learner.restart()
     rows = training_rows(state.pool, team.annotator, team.regions)
     checkpoints = state.folder.work_path(index) / "training"
-    return team.learner.fit(rows, team.data.val, f"round {index}: training", checkpoints)
+    more = {"unlabelled": _unlabelled(team, rows)} if team.config.consistency else {}
+    return team.learner.fit(rows, team.data.val, f"round {index}: training", checkpoints, **more)
 
 # %% ../../nbs/experiment/07_round.ipynb #round-score
 def score(

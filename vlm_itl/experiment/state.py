@@ -109,7 +109,14 @@ class Learns(Protocol):
     def load(self, folder: Path) -> None:
         "The weights of a round."
 
-    def fit(self, rows: datasets.Dataset, validation: datasets.Dataset, desc: str, checkpoints: Path) -> FitResult:
+    def fit(
+        self,
+        rows: datasets.Dataset,
+        validation: datasets.Dataset,
+        desc: str,
+        checkpoints: Path,
+        unlabelled: datasets.Dataset | None = None,  # given with `consistency`
+    ) -> FitResult:
         "Learn from rows with masks; a training that was killed goes on from its checkpoints."
 
     def evaluate(self, rows: datasets.Dataset, desc: str) -> dict[str, Any]:

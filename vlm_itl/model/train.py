@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,13 +27,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_model as load_safetensors
 
 # %% ../../nbs/model/09_train.ipynb #train-imports-1
-from ..core.checks import ConfigError, DataError, RunError, check_choice, check_number, one_line
+from ..core.checks import ConfigError, DataError, RunError, check_choice, check_number, one_line, show
 from ..core.files import environment, progress, to_json
 from ..core.runfolder import on_signals, worker_errors
 from ..core.seeds import derive_seed, seed_everything, seeded, stable_hash
 from ..data.masks import row_ids, watch_of
 from ..data.transforms import TrainingSet, TrainTransform, collate
 from .checkpoints import Checkpoints, RunningLoss
+from .convergence import MOST_STEPS, Growth, find_steps, held_out_loss
+from .mixture import draws_of, read_mixture
 from vlm_itl.model.predict import (
     PRECISIONS,
     Inference,
@@ -61,7 +63,6 @@ with environment(WANDB_MODE=None):  # or transformers prints "Running in WANDB o
 Scheduler = Literal["polynomial", "linear", "cosine", "constant", "constant_with_warmup"]
 SCHEDULERS: tuple[str, ...] = get_args(Scheduler)
 _LIMITS: dict[str, dict[str, Any]] = {  # of `check_number`
-    "steps": {"high": 10**9, "integer": True},
     "eval_every": {"integer": True},
     "early_stopping": {"integer": True},
     "save_every": {"integer": True},
@@ -74,16 +75,32 @@ _LIMITS: dict[str, dict[str, Any]] = {  # of `check_number`
     "warmup": {"high": 1},
     "crop": {"high": 4},
     "scheduler_power": {},
+    "consistency": {"high": 10},
 }
+
+# %% ../../nbs/model/09_train.ipynb #train-settings-steps
+def _check_steps(
+    steps: Any,  # a number, or "auto"
+    epochs: float = 0.0,  # would replace them
+) -> None:
+    "`ConfigError` for a number of steps that nobody could take."
+    if steps == "auto" and epochs:
+        raise ConfigError("steps='auto' finds how long to train, and epochs says it: set one of the two.")
+    if isinstance(steps, str) and steps != "auto":
+        raise ConfigError(f"steps must be a whole number or 'auto', not {show(steps)}.")
+    if steps != "auto":
+        check_number("steps", steps, low=0, high=10**9, integer=True)
 
 # %% ../../nbs/model/09_train.ipynb #train-settings-trainsettings
 @dataclass(frozen=True)
 class TrainSettings:
     "How a network is trained. Zero means: choose what suits the model."
 
-    steps: int = 300  # optimizer steps
+    steps: int | Literal["auto"] = 300  # optimizer steps; auto: until what is held out gains nothing more
     epochs: float = 0.0  # passes over the labelled images; > 0 replaces `steps`
     batch_size: int = 8  # images per step
+    mixture: dict[str, Any] = field(default_factory=dict)  # of people's masks and pseudo-labels, see `Mixture`
+    consistency: float = 0.0  # weight of agreement with an averaged teacher on unlabelled images (probes); 0: off
     learning_rate: float = 0.0  # of the encoder; 0 = 5e-3 from scratch, 1e-4 pretrained
     head_scale: float = 0.0  # the head's learning rate is this much larger; 0 = 1 from scratch, 10 pretrained
     weight_decay: float = 0.01  # AdamW
@@ -112,6 +129,8 @@ class TrainSettings:
         check_choice("precision", self.precision, PRECISIONS)
         for name, limits in _LIMITS.items():
             check_number(name, getattr(self, name), low=0, **limits)
+        _check_steps(self.steps, self.epochs)
+        read_mixture(self.mixture)
         check_batch("batch_size", self.batch_size, image_size)
         check_workers(self.num_workers)
         if self.crop and image_size > 16 and round(self.crop * image_size) < 8:
@@ -130,8 +149,10 @@ def total_steps(
     settings: TrainSettings,  # steps or epochs
     n_images: int,  # labelled images
 ) -> int:
-    "Optimizer steps of a training on `n_images`."
-    return math.ceil(settings.epochs * n_images / settings.batch_size) if settings.epochs else settings.steps
+    "Optimizer steps of a training on `n_images`; with `steps='auto'` the most that it may take."
+    if settings.epochs:
+        return math.ceil(settings.epochs * n_images / settings.batch_size)
+    return MOST_STEPS if settings.steps == "auto" else settings.steps
 
 
 def learning_rates(
@@ -177,12 +198,16 @@ def pixel_loss(
     logits: torch.Tensor,  # (B, C, h, w)
     truth: torch.Tensor,  # (B, H, W) class indices
     ignore_index: int = 255,  # void
+    weights: torch.Tensor | None = None,  # (B,) how much each image counts; None: all alike, as 1
 ) -> torch.Tensor:  # scalar
     "Mean cross-entropy over the valid pixels, at the size of the labels."
     truth = truth.long()
     if logits.shape[-2:] != truth.shape[-2:]:
         logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
-    if logits.is_cuda:  # the sum inside cross_entropy has no fixed order there
+    if weights is not None:
+        pixels = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none")  # (B, H, W)
+        total = (pixels * weights[:, None, None]).sum()
+    elif logits.is_cuda:  # the sum inside cross_entropy has no fixed order there
         total = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none").sum()
     else:
         total = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="sum")
@@ -216,7 +241,7 @@ class _SegTrainer(Trainer):
         pixels = inputs["pixel_values"]
         with autocast(pixels.device, self.settings.precision):
             logits = model(pixels)
-        loss = pixel_loss(logits, inputs["labels"])
+        loss = pixel_loss(logits, inputs["labels"], weights=inputs.get("weight"))
         self.loss.add(loss)
         return (loss, logits) if return_outputs else loss
 
@@ -280,7 +305,9 @@ class _Task:
         "What is drawn, in order."
         transform = train_transform(self.settings, self.model, self.view.image_size)
         transform.watch = watch_of(self.labelled)
-        return TrainingSet(self.labelled, transform, length=self.steps * self.settings.batch_size, seed=self.seed)
+        mixture, batch = read_mixture(self.settings.mixture), self.settings.batch_size
+        draws = draws_of(self.labelled, self.model.labels, mixture, self.steps, batch, self.seed)
+        return TrainingSet(self.labelled, transform, self.steps * batch, self.seed, draws.order, draws.weights)
 
 # %% ../../nbs/model/09_train.ipynb #train-fit-arguments
 def _arguments(task: _Task, folder: str, resumable: bool) -> TrainingArguments:
@@ -464,7 +491,8 @@ def _fingerprint(task: _Task) -> str:
     how = {name: value for name, value in asdict(task.settings).items() if name not in free}
     shown = {"image_size": task.view.image_size, "resize": task.view.resize}
     weights = [value.cpu().numpy() for value in task.model.state_dict().values()]
-    return stable_hash(to_json({**how, **shown}), task.seed, row_ids(task.labelled), *weights).hex()
+    worth = [np.asarray(task.labelled[name]) for name in ("human", "weight") if name in task.labelled.column_names]
+    return stable_hash(to_json({**how, **shown}), task.seed, row_ids(task.labelled), *worth, *weights).hex()
 
 
 def _resumable(task: _Task, checkpoints: str | Path) -> FitResult:
@@ -481,6 +509,33 @@ def _resumable(task: _Task, checkpoints: str | Path) -> FitResult:
     save_model(task.model, watch.folder / "end" / "model")
     watch.end(asdict(result))
     return result
+
+# %% ../../nbs/model/09_train.ipynb #train-auto
+def _grown(task: _Task, checkpoints: Path | None) -> Growth:
+    "How many steps suit these images, found on a part of them that is held out. The network is as it was afterwards."
+    start = {name: value.clone() for name, value in task.model.state_dict().items()}
+
+    def look(learn: datasets.Dataset, held: datasets.Dataset, steps: int) -> float:
+        task.model.load_state_dict(start)
+        settings = replace(task.settings, steps=steps, eval_every=0, early_stopping=0)
+        where = None if checkpoints is None else checkpoints / "looks" / str(steps)
+        desc = f"{task.desc}, a look at {steps} steps"
+        fit(task.model, learn, settings, task.view, seed=task.seed, desc=desc, checkpoints=where)
+        return held_out_loss(task.model, held, task.view)
+
+    growth = find_steps(task.labelled, task.seed, look)
+    task.model.load_state_dict(start)
+    return growth
+
+
+def _fit_grown(task: _Task, checkpoints: Path | None) -> FitResult:
+    "Find the number of steps, and train on all images for that number."
+    growth = _grown(task, checkpoints)
+    settings = replace(task.settings, steps=growth.steps)
+    where = None if checkpoints is None else checkpoints / "all"
+    result = fit(task.model, task.labelled, settings, task.view, task.validation, task.seed, task.desc, where)
+    looks = [{"steps": steps, "held_out_loss": loss} for steps, loss in growth.looks]
+    return replace(result, history=[*looks, *result.history])
 
 # %% ../../nbs/model/09_train.ipynb #train-fit-fit
 def fit(
@@ -504,7 +559,11 @@ def fit(
         raise DataError("there is nothing to train on: no labelled images.")
     if settings.eval_every and (validation is None or len(validation) == 0):
         raise ConfigError("eval_every looks at validation images, and there are none: set val_share above 0.")
+    if settings.consistency:
+        raise ConfigError("consistency is built for probes (model='probe:...'): set consistency=0 for this network.")
     task = _Task(model, labelled, settings, view, validation, seed, desc)
+    if settings.steps == "auto":
+        return _fit_grown(task, None if checkpoints is None else Path(checkpoints))
     if task.steps == 0:
         return FitResult(0, math.nan)
     if checkpoints is not None:
