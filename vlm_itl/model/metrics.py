@@ -233,13 +233,19 @@ class ConfusionMatrix:
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-image-iou
 def image_iou(
-    prediction: Any,  # (H, W) class indices
+    prediction: Any,  # (H, W) class indices; `ignore_index` = nothing said, which counts as missed
     truth: Any,  # (H, W) class indices; `ignore_index` = void
     num_classes: int,  # C
     ignore_index: int = 255,  # void
-) -> float:  # in [0, 1]; nan if all of the truth is void
+    classes: Iterable[int] | None = None,  # the classes that count; None: all
+) -> float:  # in [0, 1]; nan if all of the truth is void, or none of `classes` is there
     "Mean IoU of one image over the classes in truth or prediction."
-    return mean_iou_of(class_iou(count_pairs(prediction, truth, num_classes, ignore_index).cpu()).tolist())
+    predicted, C = _as_int_tensor(prediction, "prediction"), num_classes
+    unsaid = predicted == ignore_index
+    counts = count_pairs(predicted.masked_fill(unsaid, 0) if unsaid.any() else predicted, truth, C, ignore_index)
+    if unsaid.any():  # as a class of its own, which has no IoU
+        counts = count_pairs(predicted.masked_fill(unsaid, C), truth, C + 1, ignore_index)
+    return mean_iou_of(class_iou(counts.cpu())[:C].tolist(), classes)
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-boundary-band
 def _inner_band(

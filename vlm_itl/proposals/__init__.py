@@ -13,5 +13,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "proposers": ["Proposal", "Proposer", "register_proposer", "make_proposer"],
+        "partial": ["keep_classes"],
+        "correction": ["CorrectionCost"],
     },
 )

@@ -145,6 +145,12 @@ def _pictures(queries: Sequence[JudgeQuery]) -> tuple[dict[int, Image.Image], di
     return pictures, failed
 
 # %% ../../nbs/vlm/11_free.ipynb #baselines-handler-confidencehandler
+def _asked_part(query: JudgeQuery) -> np.ndarray:  # (H, W) uint8
+    "The mask, void where a question about single classes does not ask."
+    alone = query.alone()
+    return np.where(np.isin(query.mask, alone), query.mask, VOID).astype(np.uint8) if alone else query.mask
+
+
 @register_handler("confidence")
 class ConfidenceHandler(VLMHandler):
     "Asks the segmenter how much it believes in the mask."
@@ -199,7 +205,7 @@ class ConfidenceHandler(VLMHandler):
             if queries[index].labels.names != names:
                 del pictures[index]
                 answers[index] = abstain("the segmenter knows other classes than the mask has", tokens=0, usd=0.0)
-        scores = self._scores(list(pictures.values()), [queries[index].mask for index in pictures])
+        scores = self._scores(list(pictures.values()), [_asked_part(queries[index]) for index in pictures])
         answers.update({i: _scored(score, self.threshold) for i, score in zip(pictures, scores, strict=True)})
         return [answers[index] for index in range(len(queries))]
 

@@ -64,6 +64,10 @@ class JudgeQuery:
         background = background_of(self.labels)
         return tuple(int(c) for c in np.unique(self.mask) if c != VOID and c != background)
 
+    def alone(self) -> tuple[int, ...]:
+        "The classes that the answer is about alone (question `label`); empty: the whole mask."
+        return tuple(self.class_ids) if self.question == "label" else ()
+
     def text(self) -> str:
         "The question as asked."
         names, classes = self.labels.names, self.classes()

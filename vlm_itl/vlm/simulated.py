@@ -142,7 +142,7 @@ def _model_name(who: str, kind: str, curve: Any, settings: dict[str, Any], absta
 # %% ../../nbs/vlm/10_simulated.ipynb #simulated-handler-mockhandler
 @register_handler("mock")
 class MockHandler(VLMHandler):
-    "A simulated judge of known quality: a pure function of (seed, judge, id, mask bytes, question)."
+    "A simulated judge of known quality: a pure function of (seed, judge, id, mask bytes, question, its classes)."
 
     needs_truth = True
     batch_size = 256
@@ -176,11 +176,12 @@ class MockHandler(VLMHandler):
 
     def _judge_one(self, query: JudgeQuery) -> Judgement:
         name = f"{self.name} {self.who}" if self.who else self.name
-        dice = stable_hash(self.seed, name, query.id, query.mask, query.question)
+        alone = query.alone()
+        dice = stable_hash(self.seed, name, query.id, query.mask, query.question, *([alone] if alone else []))
         free: dict[str, Any] = {"tokens": 0, "usd": 0.0, "latency_s": 0.0}
         if stable_uniform(dice, "abstain") < self.abstain_rate:
             return Judgement("abstain", raw="I cannot tell.", **free)
-        iou = image_iou(query.mask, self.truth(query.id), len(query.labels))
+        iou = image_iou(query.mask, self.truth(query.id), len(query.labels), classes=alone or None)
         if not np.isfinite(iou):
             return abstain("the truth is void everywhere: there is no reality to agree with", **free)
         if "auc" in self.settings:
