@@ -26,7 +26,7 @@ from ..data.masks import MaskStore, row_ids, truth_reader
 from ..data.sources import SegData
 
 # %% ../../nbs/experiment/07_round.ipynb #round-imports-1
-from .acceptance import JudgeTurn, check_validation, images_to_judge, judge, judge_first
+from .acceptance import JudgeTurn, check_validation, count_peeks, images_to_judge, judge, judge_first
 from .annotator import Oracle, mask_pixels, training_rows
 from .config import Config, make_config
 from .human_turn import choose, choose_parts, instructive, policy_groups, write_asked, write_gallery
@@ -357,6 +357,7 @@ def work(
         state.start(start_ids)
         if start_ids:
             check_meaning(team.data)
+        count_peeks(team)
         start_pseudo = judge_first(team, state, here)
     result, val = _learn(team, state, clock)
     pseudo, (labelled, share) = len(state.pool.pseudo), labelled_now(team, state)

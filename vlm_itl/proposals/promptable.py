@@ -7,7 +7,7 @@ __all__ = ['Ask', 'query_maps', 'concept_map', 'class_table', 'paint', 'weights_
 
 # %% ../../nbs/proposals/02_promptable.ipynb #promptable-imports
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,7 @@ class HF(Proposer):
         self.resize = check_choice("proposer 'hf': resize", resize, ("", "keep", "stretch"))
         self.batch_size = check_number("proposer 'hf': batch_size", batch_size, 1, 4096, integer=True)
         self.device = device
+        self._asker: _Asker | None = None  # loaded when it is first needed
 
     @property
     def source(self) -> str:
@@ -290,7 +291,9 @@ class HF(Proposer):
 
     def propose(self, images: datasets.Dataset, masks: MaskStore) -> dict[str, Proposal]:
         "Write a mask for each image; those that the cache holds are not asked for again."
-        asker = _Asker(self, masks.labels)
+        if self._asker is None or self._asker.labels != masks.labels:
+            self._asker = _Asker(self, masks.labels)
+        asker = self._asker
         hashes = {i: content_hash(cell) for i, cell in zip(row_ids(images), file_cells(images, "image"), strict=True)}
         known = {i: found for i, picture in hashes.items() if (found := asker.kept.read(picture)) is not None}
         todo = [place for place, i in enumerate(hashes) if i not in known]
@@ -328,8 +331,8 @@ class _Asker:
         view = [self.threshold, self.size, self.resize, list(map(float, self.norm.mean)), list(self.norm.std)]
         self.kept = _Kept(stable_hash(weights_hash(self.net), told, view).hex()[:24], labels)
 
-    def answers(self, images: datasets.Dataset):  # yields id, mask uint8 (H, W), class -> score
-        "Ask about pictures, a batch at a time."
+    def answers(self, images: datasets.Dataset) -> Iterator[tuple[str, np.ndarray, dict[int, float]]]:
+        "Ask about pictures, a batch at a time: id, mask uint8 (H, W), class -> score."
         rows = images.select_columns(["id", "image"]).with_transform(EvalTransform(self.size, self.resize))
         loader = DataLoader(rows, batch_size=self.batch_size, collate_fn=collate)
         net, bar = (
