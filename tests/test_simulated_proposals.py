@@ -7,14 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toyloop import Listener, Parrot, no_figures, settings, toy_loop
 
+import vlm_itl.proposals.kept as kept
 from vlm_itl.core.checks import ConfigError
 from vlm_itl.data.labels import VOC_CLASSES, VOID, LabelSpace
 from vlm_itl.data.masks import MaskStore, row_ids, truth_reader
 from vlm_itl.data.scenes import draw_scene, scene_options
+from vlm_itl.data.sources import toy_images
+from vlm_itl.experiment.loop import Loop
 from vlm_itl.model.metrics import image_iou
 from vlm_itl.proposals.proposers import make_proposer
-from vlm_itl.proposals.simulated import Mistakes, simulate_proposal
+from vlm_itl.proposals.simulated import Mistakes, Simulated, simulate_proposal
 
 VOC = LabelSpace(VOC_CLASSES)
 TRUTHS = [draw_scene(scene_options(), "train", place)[1] for place in range(60)]
@@ -96,3 +100,54 @@ def test_without_truth_or_background_it_cannot_work(scenes_small: Any, tmp_path:
         simulate_proposal(TRUTHS[0], LabelSpace(("sky", "sea")), Mistakes(), "x")
     with pytest.raises(ConfigError, match="void everywhere"):
         simulate_proposal(np.full((8, 8), VOID, np.uint8), VOC, Mistakes(), "x")
+
+
+SIMULATED: dict[str, Any] = {
+    "proposer": "simulated",
+    "proposer_options": {"wrong": 0.2, "coarse": 0.0},
+    "initial": 0,
+    "max_labelled": 2,
+}
+
+
+def test_a_run_with_a_real_judge_is_marked_and_its_peeks_are_counted(tmp_path: Path):
+    """The judge of this loop reads no truth; the proposer does, each image of the pool once."""
+    loop = toy_loop(settings(tmp_path / "run", **SIMULATED))
+    rounds = list(loop.run())
+    assert loop.team.simulated and loop.folder.summary["simulated"]
+    assert [record.budget["peeks"] for record in rounds] == [len(loop.team.annotator.ids)] * len(rounds)
+    plain = toy_loop(settings(tmp_path / "plain"))
+    assert not plain.team.simulated and list(plain.run())[-1].budget["peeks"] == 0
+
+
+def test_mode_al_never_peeks(tmp_path: Path):
+    toy = toy_images()
+    config = settings(tmp_path / "run", **{**SIMULATED, "mode": "al", "initial": 1})
+    loop = Loop(config, toy, Parrot(toy), None, tracker=Listener(), draw=no_figures)
+    assert list(loop.run())[-1].budget["peeks"] == 0 and not loop.team.simulated
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_killed_while_proposing_it_ends_alike(after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = list(toy_loop(settings(tmp_path / "whole", **SIMULATED)).run())
+    monkeypatch.setattr(kept, "PROPOSAL_CHUNK", 1)
+    plain, calls = Simulated.propose, []
+
+    def dies(self: Any, images: Any, masks: MaskStore) -> Any:
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return plain(self, images, masks)
+
+    monkeypatch.setattr(Simulated, "propose", dies)
+    config = settings(tmp_path / "cut", **SIMULATED)
+    loop = toy_loop(config)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run_round()
+    loop.folder.close()
+    monkeypatch.setattr(Simulated, "propose", plain)
+    again = list(toy_loop(config).run())
+    assert [r.budget for r in again] == [r.budget for r in whole]
+    assert [(r.start_pseudo, r.pseudo_ids, r.selection) for r in again] == [
+        (r.start_pseudo, r.pseudo_ids, r.selection) for r in whole
+    ]
