@@ -148,6 +148,6 @@ def test_killed_while_proposing_it_ends_alike(after: int, tmp_path: Path, monkey
     monkeypatch.setattr(Simulated, "propose", plain)
     again = list(toy_loop(config).run())
     assert [r.budget for r in again] == [r.budget for r in whole]
-    assert [(r.start_pseudo, r.pseudo_ids, r.selection) for r in again] == [
-        (r.start_pseudo, r.pseudo_ids, r.selection) for r in whole
+    assert [(r.pseudo, r.pseudo_ids, r.selection) for r in again] == [
+        (r.pseudo, r.pseudo_ids, r.selection) for r in whole
     ]
