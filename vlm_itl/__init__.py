@@ -5,6 +5,7 @@ Parts, each with its public names; a part imports earlier ones only:
 - `vlm_itl.core`: checks, seeds, files, settings, guards, run folders
 - `vlm_itl.data`: from files of any layout to images, masks and classes
 - `vlm_itl.model`: any segmenter: loaded, trained, evaluated, asked how unsure it is
+- `vlm_itl.probe`: a segmenter for fast rounds: a frozen encoder, its features kept on disk, and a small head
 - `vlm_itl.sampler`: which images, or which parts of them, to label next
 - `vlm_itl.vlm`: judges: local models, servers, simulated and free ones
 - `vlm_itl.proposals`: whose masks a judge sees, how much of one to believe, what it costs to correct it
@@ -21,7 +22,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PARTS = ("core", "data", "model", "sampler", "vlm", "proposals", "judging", "reports", "experiment")
+_PARTS = ("core", "data", "model", "probe", "sampler", "vlm", "proposals", "judging", "reports", "experiment")
 
 
 def _names() -> dict[str, str]:
