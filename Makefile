@@ -1,4 +1,4 @@
-# make demo    install into .venv, run the VLM-in-the-loop experiment on generated scenes, draw its learning curve
+# make demo    install into .venv, run the VLM-in-the-loop experiment on generated scenes and its twin without a judge, draw both
 # make test    install into .venv, run every notebook and every test (make test-all: the slow tests as well)
 # make lint    ruff on notebooks and tests, mypy on the library
 # make sync    write vlm_itl/*.py, cleaned notebooks and README.md anew from the notebooks (make export: only the modules)
@@ -43,7 +43,7 @@ $(STAMP):
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/vlm_itl_run nbs/run_al.ipynb -p mode vlm $(ARGS) </dev/null
+	@$(BIN)/vlm_itl_run nbs/run_al.ipynb -f configs/demo.yaml $(ARGS) </dev/null
 
 # One thread per process, since notebooks and tests run one per core; short trainings in the run notebooks. A fresh cache, so that no generated data of an
 # older version is read. pytest comes last, and its closing line is the last one.

@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = {"mode": "al", "initial": 0.1, "increment": 0.1, "max_labelled": 0.4, "gallery": 0, "keep_models": "none"}
+RECIPE: dict[str, Any] = {
+    "mode": "al", "initial": 0.1, "increment": 0.1, "max_labelled": 0.4, "gallery": 0, "keep_models": "none",
+    "data_options": {"shift": True},  # all classes alike in test, unlike in the pool
+}  # fmt: skip
 Arm = tuple[str, dict[str, Any]]  # strategy, further settings
 
 FEW: list[Arm] = [(name, {}) for name in ("random", "entropy", "margin", "coreset")]

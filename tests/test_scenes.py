@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from PIL import Image
 
 from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.core.files import read_json
 from vlm_itl.data.labels import BORDER_COLOR, VOC_CLASSES, VOID, voc_palette
-from vlm_itl.data.scenes import draw_scene, make_scenes, scene_options, scenes_folder
+from vlm_itl.data.scenes import SceneOptions, draw_scene, make_scenes, scene_options, scenes_folder
 
 
 def digest(folder: Path) -> str:
@@ -73,14 +74,41 @@ def test_voc_layout(folder):
     assert min(sides) >= 96 and max(sides) <= 160 and len(sides) > 20
 
 
-def test_pool_is_long_tailed_and_test_is_not():
-    options = scene_options(n_train=200, n_test=80, redundancy=0.6)
-    counts = {}
-    for split, number in (("train", options.n_train), ("test", options.n_test)):
-        present = [np.unique(draw_scene(options, split, index)[1]) for index in range(number)]
-        counts[split] = np.bincount(np.concatenate(present), minlength=256)[1:21]
-    assert counts["train"].min() >= 1 and counts["train"].max() > 8 * counts["train"].min()
-    assert counts["test"].min() >= 4 and counts["test"].max() < 6 * counts["test"].min()
+def counts(options: SceneOptions, split: str, number: int) -> np.ndarray:
+    """In how many images each of the 20 classes occurs."""
+    present = [np.unique(draw_scene(options, split, index)[1]) for index in range(number)]
+    return np.bincount(np.concatenate(present), minlength=256)[1:21]
+
+
+def test_pool_and_test_are_long_tailed_alike():
+    pool, test = counts(scene_options(), "train", 200), counts(scene_options(), "test", 200)
+    assert pool.min() >= 1 and pool.max() > 8 * pool.min() and test.min() >= 1 and test.max() > 8 * test.min()
+    assert np.abs(pool - test).max() < 0.1 * 200
+    assert scipy.stats.spearmanr(pool, test).statistic > 0.8
+
+
+def test_a_shift_makes_the_test_set_another_one():
+    options = scene_options(n_test=80, shift=True)
+    test = counts(options, "test", options.n_test)
+    assert test.min() >= 4 and test.max() < 6 * test.min()
+
+
+@pytest.mark.parametrize(
+    ("shift", "split", "expected"),
+    [
+        (True, "train", "c9a2b54a8929ac4b4348090dcfe26bd5c6f24e81ba9b1571fdfbb46fc294c8f2"),
+        (True, "test", "f58d58dc4b5af639a7b3ae1c38c04490089c9b736fe7b01c6702847e01ab273e"),
+        (False, "train", "c9a2b54a8929ac4b4348090dcfe26bd5c6f24e81ba9b1571fdfbb46fc294c8f2"),
+        (False, "test", "579ca6564b81ffa67806618f58ff58758fcb2a8a15dae166ded93f6d1da3cf28"),
+    ],
+)
+def test_scenes_of_version_1_are_one_option_away(shift: bool, split: str, expected: str):
+    """With `shift=True` the pixels are those that version 1 drew (its digests); the pool has never changed."""
+    total = hashlib.sha256()
+    for index in range(24):
+        image, mask, quality = draw_scene(scene_options(shift=shift), split, index)
+        total.update(image.tobytes() + mask.tobytes() + bytes([quality]))
+    assert total.hexdigest() == expected
 
 
 def test_copies_are_in_the_pool_only():
@@ -128,8 +156,16 @@ def test_cache_folder_depends_on_every_option(tmp_path, monkeypatch):
     monkeypatch.setenv("VLM_ITL_CACHE", str(tmp_path))
     base = scenes_folder()
     assert base.parent == tmp_path and scenes_folder(scene_options()) == base
-    others = [dict(seed=1), dict(n_test=3), dict(size=(96, 128)), dict(noise=0.0), dict(tail=0.0), dict(frames=3)]
-    assert len({scenes_folder(scene_options(**other)) for other in others} | {base}) == 7
+    others = [
+        dict(seed=1),
+        dict(n_test=3),
+        dict(size=(96, 128)),
+        dict(noise=0.0),
+        dict(tail=0.0),
+        dict(frames=3),
+        dict(shift=True),
+    ]
+    assert len({scenes_folder(scene_options(**other)) for other in others} | {base}) == 8
     made = make_scenes(n_train=2, n_test=1)
     assert made.parent == tmp_path and made == make_scenes(n_train=2, n_test=1, cache_dir=tmp_path)
 
@@ -138,7 +174,7 @@ def test_cache_folder_depends_on_every_option(tmp_path, monkeypatch):
     "wrong",
     [dict(n_train=0), dict(n_test=1.5), dict(size=(96,)), dict(size=(8, 96)), dict(size=(160, 96)), dict(tail=-1),
      dict(redundancy=2), dict(frames=1), dict(classes=3), dict(seed="a"), dict(noise=float("nan")), dict(size=160),
-     dict(size=("a", "b"))],
+     dict(size=("a", "b")), dict(shift="yes")],
 )  # fmt: skip
 def test_impossible_options_are_config_errors(wrong):
     with pytest.raises(ConfigError):

@@ -342,6 +342,7 @@ class SceneOptions:
     tail: float = 0.6  # class at place r is drawn with weight r ** -tail; 0 = all alike
     clutter: float = 1.0  # mean number of blobs that belong to no class
     noise: float = 6.0  # sensor noise, standard deviation in grey levels of 255
+    shift: bool = False  # test from another distribution than the pool: singles only, all classes alike
 
     def __post_init__(self) -> None:
         "Check every value."
@@ -358,6 +359,8 @@ class SceneOptions:
         check_number("tail", self.tail, low=0, high=5)
         check_number("clutter", self.clutter, low=0, high=50)
         check_number("noise", self.noise, low=0, high=100)
+        if not isinstance(self.shift, bool):
+            raise ConfigError(f"shift must be True or False, not {self.shift!r}.")
 
 # %% ../../nbs/data/03_scenes.ipynb #scenes-options-scene-options
 def scene_options(
@@ -371,16 +374,18 @@ def scene_options(
     return SceneOptions(**options)
 
 # %% ../../nbs/data/03_scenes.ipynb #scenes-plan
-_BLOCK = 20  # places of the pool that are dealt together
+_BLOCK = 20  # places of a split that are dealt together
 
 
 def _plan(
     options: SceneOptions,
-    index: int,  # place in the pool
+    index: int,  # place in the split
+    split: str = "train",  # "train" or "test"
 ) -> tuple[int, int] | None:  # (clip, frame), or None for a single
-    "Whether place `index` of the pool is a frame of a clip, and of which."
+    "Whether place `index` of a split is a frame of a clip, and of which."
     block, place = divmod(index, _BLOCK)
-    order = make_rng(options.seed, "scenes", "block", block).permutation(_BLOCK)
+    purpose = ("block",) if split == "train" else ("block", split)
+    order = make_rng(options.seed, "scenes", *purpose, block).permutation(_BLOCK)
     position, copies = int(order[place]), round(options.redundancy * _BLOCK)
     if position >= copies:
         return None
@@ -422,15 +427,16 @@ _MARGIN = 8  # pixels the camera can drift to each side
 
 def _cast(options: SceneOptions, split: str, index: int) -> tuple[np.random.Generator, list[_Thing], bool]:
     "The generator of a scene, what it has drawn first (the things in it), and whether the scene is a frame of a clip."
-    plan = _plan(options, index) if split == "train" else None
     tail = np.arange(1, 21) ** -float(options.tail)
-    if plan is not None:
-        rng = make_rng(options.seed, "scenes", "clip", plan[0])
-        return rng, _things(rng, None, tail[:4], (1.0,), (0.3, 0.45)), True
     rng = make_rng(options.seed, "scenes", split, index)
-    if split == "train":
+    if split == "test" and options.shift:
+        return rng, _things(rng, 1 + index % 20, np.ones(20), (0.3, 0.4, 0.3), (0.25, 0.48)), False
+    plan = _plan(options, index, split)
+    if plan is None:
         return rng, _things(rng, None, tail, (0.1, 0.35, 0.35, 0.2), (0.25, 0.48)), False
-    return rng, _things(rng, 1 + index % 20, np.ones(20), (0.3, 0.4, 0.3), (0.25, 0.48)), False
+    if split == "train":  # the frames of a clip share a generator; in the test set each frame is from a clip of its own
+        rng = make_rng(options.seed, "scenes", "clip", plan[0])
+    return rng, _things(rng, None, tail[:4], (1.0,), (0.3, 0.45)), True
 
 # %% ../../nbs/data/03_scenes.ipynb #scenes-draw-scene
 def draw_scene(
@@ -462,7 +468,7 @@ def draw_scene(
     return image, mask, int(frame_rng.integers(75, 96))
 
 # %% ../../nbs/data/03_scenes.ipynb #scenes-write
-_GENERATOR_VERSION = 1  # raise it when a change here changes a pixel: old caches are then left alone
+_GENERATOR_VERSION = 2  # raise it when a change here changes a pixel: old caches are then left alone
 
 
 def _record(options: SceneOptions) -> dict[str, Any]:

@@ -149,7 +149,9 @@ def fan_in_init(
 
 # %% ../../nbs/model/04_segmenter.ipynb #model-registry
 # word -> (labels -> network), or prefix -> (rest of the name, labels, options -> Segmenter)
-MODELS: Registry[Callable[..., nn.Module]] = Registry("model", homes={"probe:": "vlm_itl.probe.probe"})
+MODELS: Registry[Callable[..., nn.Module]] = Registry(
+    "model", homes={"probe:": "vlm_itl.probe.probe", "cnn-nano": "vlm_itl.model.small"}
+)
 
 
 def register_model(

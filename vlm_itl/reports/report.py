@@ -45,7 +45,8 @@ def _describe(
         parts.append(f"{config['cold_start']} start")
     if config.get("mode") == "vlm":
         kind = "simulated " if simulated else ""
-        parts.append(f"{kind}{config.get('judge', '?')} judge ({config.get('policy', '?')})")
+        whose = "" if config.get("proposer", "own") == "own" else f"{config['proposer']} masks, "
+        parts.append(f"{kind}{config.get('judge', '?')} judge ({whose}{config.get('policy', '?')})")
     return ", ".join(parts)
 
 # %% ../../nbs/reports/02_report.ipynb #report-run
@@ -343,18 +344,18 @@ def summary_table(
 # settings by which runs are compared; beside them all that start with "judge", "strategy" or "region"
 _ARM_SETTINGS = (
     "mode", "strategy", "cold_start", "unit",
-    "judge", "policy", "question", "acceptance", "alpha", "delta", "min_share",
+    "judge", "policy", "question", "acceptance", "alpha", "delta", "min_share", "accept_by", "confident", "fix_options",
 )  # fmt: skip
-_ARM_STARTS = ("judge", "strategy", "region")
+_ARM_STARTS = ("judge", "proposer", "strategy", "region")
 
 
 def _arm(config: Mapping[str, Any]) -> dict[str, Any]:
     "What is compared: the mode and strategy, and the judge where there is one."
     keys = ["mode"]
     if config.get("mode") != "baseline":
-        keys += [k for k in config if k in _ARM_SETTINGS[1:4] or k.startswith(_ARM_STARTS[1:])]
+        keys += [k for k in config if k in _ARM_SETTINGS[1:4] or k.startswith(_ARM_STARTS[2:])]
     if config.get("mode") == "vlm":
-        keys += [k for k in config if k in _ARM_SETTINGS[4:] or k.startswith("judge")]
+        keys += [k for k in config if k in _ARM_SETTINGS[4:] or k.startswith(_ARM_STARTS[:2])]
     return {key: config.get(key) for key in dict.fromkeys(keys)}
 
 
