@@ -262,6 +262,8 @@ class Loop:
         self.folder = self.state.folder
         if handler is not None and handler.needs_truth:
             handler.bind_truth(_truth_for_simulation(data, annotator))
+        for part in self.team.guessing:
+            part.bind_truth(_truth_for_simulation(data, annotator))
         all_seen = bool(handler or self.team.sampler.needs or unit) or config.cold_start != "random"
         self._guard = DataGuard(self.folder, data, unit is not None, all_seen)
         try:

@@ -29,6 +29,7 @@ from ..data.sources import SegData
 from vlm_itl.experiment.acceptance import (
     JudgeTurn,
     check_validation,
+    count_peeks,
     images_to_judge,
     judge,
     judge_first,
@@ -376,6 +377,7 @@ def work(
         state.start(start_ids)
         if start_ids:
             check_meaning(team.data)
+        count_peeks(team)
         start_pseudo = judge_first(team, state, here)
     result, val = _learn(team, state, clock)
     pseudo, (labelled, share) = len(state.pool.pseudo), labelled_now(team, state)

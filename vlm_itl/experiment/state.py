@@ -196,9 +196,14 @@ class Team:
         return None if self.unit is None else self.unit.regions
 
     @property
+    def guessing(self) -> list[Proposer]:
+        "Simulated proposers, which read the truth that they spoil; nobody's where there is no judge."
+        return [part for part in self.proposer.parts() if part.needs_truth and self.handler is not None]
+
+    @property
     def simulated(self) -> bool:
-        "Does the judge read the truth it is asked about?"
-        return self.handler is not None and self.handler.needs_truth
+        "Does the judge read the truth it is asked about, or the proposer that which it spoils?"
+        return self.handler is not None and (self.handler.needs_truth or bool(self.guessing))
 
 # %% ../../nbs/experiment/04_state.ipynb #state-state
 ACCEPTED = "accepted"  # of a round: what is kept of accepted masks, where that is not all of the model's own masks

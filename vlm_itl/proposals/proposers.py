@@ -46,6 +46,7 @@ class Proposer(ABC):
 
     name: ClassVar[str] = ""  # set by `register_proposer`
     fixed: bool = True  # independent of the round's model: made once a run
+    needs_truth: bool = False  # a simulated one: `bind_truth` must be called
 
     @property
     def source(self) -> str:
@@ -68,13 +69,20 @@ class Proposer(ABC):
         "Give a proposer the round's model: `look(images, masks=store, desc=...)`. Fixed ones have no use for it."
         return None
 
+    def bind_truth(self, truth: Callable[[str], np.ndarray]) -> None:
+        "Give a simulated proposer the truth it spoils, by id. Nobody else is given it."
+        return None
+
     @abstractmethod
     def propose(self, images: datasets.Dataset, masks: MaskStore) -> dict[str, Proposal]:
         "Write a mask for each image (columns id, image) that it has one for: uint8 (H, W), 255 = nothing said."
 
 # %% ../../nbs/proposals/01_proposers.ipynb #proposers-registry
 PROPOSERS: Registry[type[Proposer]] = Registry("proposer")
-_LATER = {"hf": "vlm_itl.proposals.promptable"}  # rooms that bring proposers, loaded when one is asked for
+_LATER = {  # rooms that bring proposers, loaded when one is asked for
+    "hf": "vlm_itl.proposals.promptable",
+    "simulated": "vlm_itl.proposals.simulated",
+}
 
 
 def register_proposer(
