@@ -33,11 +33,11 @@ from vlm_itl.data.prints import wave_shapes as shapes_of
 from vlm_itl.data.scenes import SceneOptions, draw_scene, make_scenes
 from vlm_itl.data.sources import check_data, load_data
 from vlm_itl.data.transforms import EvalTransform, TrainingSet, TrainTransform
+from vlm_itl.experiment.acceptance import certify_round
 from vlm_itl.experiment.annotator import mask_pixels
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import Loop, finish, run_al
 from vlm_itl.experiment.pool import Ledger
-from vlm_itl.experiment.round import certify_round
 from vlm_itl.model.predict import Inference, evaluate
 from vlm_itl.model.train import TrainSettings, fit
 from vlm_itl.sampler.strategy import Sampler

@@ -16,9 +16,9 @@ import pytest
 from faults import at_file, in_child, kill
 from PIL import Image
 
+import vlm_itl.experiment.acceptance
 import vlm_itl.experiment.judge_turn
 import vlm_itl.experiment.loop
-import vlm_itl.experiment.round
 from vlm_itl.core.checks import DataError, JudgeError, LeakError, RunError
 from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.labels import LabelSpace
@@ -522,7 +522,7 @@ def test_mutant_the_start_follows_the_seed(scenes: Path, tmp_path: Path) -> None
 
 def test_mutant_an_audits_bad_mask_is_dropped(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a human saw to be bad is not trained on; the look is charged."""
-    monkeypatch.setattr(vlm_itl.experiment.round, "certify_answers", lambda *_: {"threshold": 0.5})
+    monkeypatch.setattr(vlm_itl.experiment.acceptance, "certify_answers", lambda *_: {"threshold": 0.5})
     monkeypatch.setattr(vlm_itl.experiment.loop, "check_certifiable", lambda *_: None)  # three masks are too few
     config = settings(scenes, tmp_path / "run", acceptance="certified", tau=1.0)
     record = Loop.from_config(config).run_round()

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from toyloop import Eye, Listener, Parrot, no_figures, settings
 
-from vlm_itl.core.checks import JudgeError, LeakError
+from vlm_itl.core.checks import ConfigError, DataError, JudgeError, LeakError, RunError
+from vlm_itl.data.masks import DecodeRows
 from vlm_itl.data.sources import SegData, toy_images
 from vlm_itl.experiment.loop import Loop
 from vlm_itl.experiment.state import Round
+from vlm_itl.judging.measures import FULL_MASK_SECONDS
+from vlm_itl.proposals import kept
+from vlm_itl.vlm.handler import Judgement
 
 
 @pytest.fixture
@@ -106,3 +112,198 @@ def test_a_whole_loop_takes_under_a_second(toy: SegData, tmp_path: Path) -> None
     started = time.process_time()
     list(Loop(settings(tmp_path / "run"), toy, Parrot(toy), Eye(), tracker=Listener(), draw=no_figures).run())
     assert time.process_time() - started < 1
+
+
+PROPOSED = {"toy-1": "toy-1", "toy-2": "toy-2", "toy-3": "toy-2"}  # image -> whose true mask is proposed for it
+
+
+def proposals_of(toy: SegData, folder: Path, more: dict[str, str] | None = None) -> dict[str, Any]:
+    """A folder of masks, and the settings of a run over it: right about two images, wrong about the third."""
+    folder.mkdir()
+    truth = {row["id"]: row["mask"] for split in (toy.train, toy.val) for row in split}
+    for image_id, of in {**PROPOSED, **(more or {})}.items():
+        Image.fromarray(truth[of]).save(folder / f"{image_id}.png")
+    return {"proposer": "folder", "proposer_options": {"path": str(folder)}, "initial": 0, "max_labelled": 2}
+
+
+def loop_of(toy: SegData, folder: Path, judge: Eye | None = None, **more: Any) -> Loop:
+    return Loop(settings(folder, **more), toy, Parrot(toy), judge or Eye(), tracker=Listener(), draw=no_figures)
+
+
+def test_proposals_are_judged_before_the_first_training(toy: SegData, tmp_path: Path) -> None:
+    """Round 0 learns from accepted proposals alone; no mask is judged twice, nor paid twice, in the whole run."""
+    loop = loop_of(toy, tmp_path / "run", **proposals_of(toy, tmp_path / "masks"))
+    rounds = list(loop.run())
+    everyone = ["toy-1", "toy-2", "toy-3"]
+    assert [r.labelled for r in rounds] == [0, 1, 2] and rounds[0].start_ids == []
+    assert rounds[0].start_pseudo_ids == everyone  # the eye likes every mask with two colours
+    assert rounds[0].pseudo == 3 and list(loop.team.learner.seen[0]) == everyone
+    assert (loop.team.learner.seen[0]["toy-3"] == toy.train[2]["mask"]).all()  # as proposed, not as it is
+    assert loop.team.handler.asked == everyone and [r.budget["judge_usd"] for r in rounds] == [0.75] * 3
+    assert rounds[0].selection["ids"] == ["toy-0"]  # nothing is proposed for it
+    assert set(loop.team.learner.seen[1]) == {"toy-0", *everyone}
+    assert rounds[1].judge["n"] == 3 and rounds[1].judge["class_precision"]["red"] < 1
+
+
+@pytest.mark.parametrize("accept_by", ["image", "class"])
+@pytest.mark.parametrize("killed_after", [0, 1, 2])
+def test_killed_with_proposals_it_ends_alike(accept_by: str, killed_after: int, toy: SegData, tmp_path: Path) -> None:
+    """Between rounds, and in the middle of the judging before the first training."""
+    more = {**proposals_of(toy, tmp_path / "masks"), "accept_by": accept_by, "policy": "fix"}
+    whole = list(loop_of(toy, tmp_path / "whole", **more).run())
+    first = loop_of(toy, tmp_path / "run", Eye(stops_after=99 if killed_after else 2), **more)
+    try:
+        for _ in range(killed_after or 1):
+            first.run_round()
+    except JudgeError:
+        assert killed_after == 0
+    first.folder.close()
+    second = loop_of(toy, tmp_path / "run", **more)
+    assert [without_clock(r) for r in second.run()] == [without_clock(r) for r in whole]
+    asked = 3 if accept_by == "image" else 4  # toy-1 and toy-2 are red; toy-3 is proposed as red
+    assert len(first.team.handler.asked + second.team.handler.asked) <= asked
+
+
+def test_killed_while_proposing_it_ends_alike(toy: SegData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is made is made once; a chunk that was not noted down is made again."""
+    more, calls = proposals_of(toy, tmp_path / "masks"), []
+    whole = list(loop_of(toy, tmp_path / "whole", **more).run())
+    monkeypatch.setattr(kept, "PROPOSAL_CHUNK", 1)
+    note = kept.KeptProposals._note
+
+    def killed(self: Any, lines: Any) -> None:
+        calls.append(lines[0]["id"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        note(self, lines)
+
+    monkeypatch.setattr(kept.KeptProposals, "_note", killed)
+    first = loop_of(toy, tmp_path / "run", **more)
+    with pytest.raises(KeyboardInterrupt):
+        first.run_round()
+    first.folder.close()
+    again = list(loop_of(toy, tmp_path / "run", **more).run())
+    assert [without_clock(r) for r in again] == [without_clock(r) for r in whole]
+    assert calls == ["toy-0", "toy-1", "toy-2", "toy-2", "toy-3", "toy-4"]
+
+
+@pytest.mark.parametrize("where", ["folder", "run"])
+def test_changed_proposals_are_refused(where: str, toy: SegData, tmp_path: Path) -> None:
+    """By the name of the image; put back, the run goes on."""
+    more = proposals_of(toy, tmp_path / "masks")
+    loop = loop_of(toy, tmp_path / "run", **more)
+    loop.run_round()
+    loop.folder.close()
+    place = tmp_path / "masks" if where == "folder" else tmp_path / "run" / "proposals" / "0_folder" / "masks"
+    before = (place / "toy-2.png").read_bytes()
+    (place / "toy-2.png").write_bytes((place / "toy-1.png").read_bytes())
+    with pytest.raises(RunError, match="the proposal of image 'toy-2' by folder:masks is another one"):
+        loop_of(toy, tmp_path / "run", **more)
+    (place / "toy-2.png").write_bytes(before)
+    assert len(list(loop_of(toy, tmp_path / "run", **more).run())) == 3
+
+
+def test_garbage_in_unpaid_masks_changes_nothing(toy: SegData, tmp_path: Path) -> None:
+    """Proposals are inputs: what nobody has paid for decides about nothing, and corrections are of paid images."""
+    more = {**proposals_of(toy, tmp_path / "masks"), "policy": "fix"}
+    clean = list(loop_of(toy, tmp_path / "clean", **more).run())
+    paid = {i for r in clean[:-1] for i in r.selection["ids"]}
+    raw = toy.train.with_format(None)
+    cells = [cell if i in paid else raw[0]["mask"] for i, cell in zip(raw["id"][:], raw["mask"][:], strict=True)]
+    spoilt = raw.remove_columns("mask").add_column("mask", cells).cast_column("mask", raw.features["mask"])
+    garbage = replace(toy, train=spoilt.with_transform(DecodeRows(toy.labels)))
+    dirty = list(loop_of(garbage, tmp_path / "dirty", **more).run())
+    for one, other in zip(clean, dirty, strict=True):
+        assert one.selection == other.selection and one.fix_ids == other.fix_ids
+        assert (one.pseudo_ids, one.start_pseudo_ids) == (other.pseudo_ids, other.start_pseudo_ids)
+        assert one.metrics == other.metrics and one.budget == other.budget
+
+
+def test_a_correction_costs_what_changes(toy: SegData, tmp_path: Path) -> None:
+    """What is rejected is shown to the human, who changes it; the mask that is learnt is the human's."""
+    more = proposals_of(toy, tmp_path / "masks", {"toy-1": "toy-0"})  # an empty mask, which the eye does not like
+    loop = loop_of(toy, tmp_path / "run", policy="fix", **more)
+    rounds = list(loop.run())
+    assert rounds[0].selection["ids"] == ["toy-1"] == rounds[0].fix_ids
+    assert "rejected by the judge" in rounds[0].selection["reasons"][0]
+    assert rounds[1].budget["fixes"] == 1 and rounds[1].budget["train_images"] == 1
+    assert (loop.team.learner.seen[1]["toy-1"] == toy.train[1]["mask"]).all()
+    price = FULL_MASK_SECONDS  # all of the red is missing: it is drawn anew
+    assert rounds[1].budget["human_seconds"] == round(2 * price, 3) and rounds[1].budget["fix_seconds"] == price
+    drawn = list(loop_of(toy, tmp_path / "triage", policy="triage", **more).run())
+    assert drawn[0].selection["ids"] == ["toy-1"] and drawn[1].budget["fixes"] == 0
+
+
+def test_several_are_judged_and_the_best_counts(toy: SegData, tmp_path: Path) -> None:
+    """The model's own mask, or the folder's, whichever the judge believes; own masks are judged each round."""
+    folder = proposals_of(toy, tmp_path / "masks")
+    of = [["own", {}], ["folder", folder["proposer_options"]]]
+    loop = loop_of(toy, tmp_path / "run", proposer="several", proposer_options={"of": of})
+    rounds = list(loop.run())
+    assert rounds[0].start_pseudo_ids == []  # the model has to be trained first
+    free = [i for i in ("toy-0", "toy-1", "toy-2", "toy-3") if i not in rounds[0].start_ids]
+    assert set(rounds[0].pseudo_ids) <= set(free) & set(PROPOSED) and rounds[0].pseudo_ids
+    assert rounds[0].judge["n"] == 3
+    learnt = loop.team.learner.seen[1]
+    assert all((learnt[i] == toy.train[int(PROPOSED[i][-1])]["mask"]).all() for i in rounds[0].pseudo_ids)
+
+
+def test_accepted_classes_are_learnt_and_the_rest_is_void(toy: SegData, tmp_path: Path) -> None:
+    class Red(Eye):
+        def _judge_one(self, query: Any) -> Judgement:
+            self.asked.append((query.id, query.text()))
+            yes = query.labels.names[query.class_ids[0]] == "red" if query.class_ids else False
+            return Judgement("yes" if yes else "no", p_yes=float(yes), usd=0.25)
+
+    more = proposals_of(toy, tmp_path / "masks", {"toy-0": "toy-0", "toy-3": "toy-4"})  # toy-4: red, blue, background
+    loop = loop_of(toy, tmp_path / "run", Red(), accept_by="class", **more)
+    record = loop.run_round()
+    loop.folder.close()
+    assert record.start_pseudo_ids == ["toy-1", "toy-2", "toy-3"]
+    assert np.unique(loop.team.learner.seen[0]["toy-3"]).tolist() == [
+        1,
+        255,
+    ]  # blue is not, nor background
+    assert np.unique(loop.team.learner.seen[0]["toy-1"]).tolist() == [0, 1]
+    assert [i for i, text in loop.team.handler.asked if "Is every one of them coloured" in text] == ["toy-0"]
+    assert record.judge["empty_dropped"] == 1 and 0.5 < record.judge["kept_pixels"] < 1
+    assert record.judge["images"] == 4 and record.judge["n"] == 5  # one red each, red and blue, and the empty one
+
+
+def test_pixels_that_both_agree_on(toy: SegData, tmp_path: Path) -> None:
+    """Of a folder's masks, the model keeps what it predicts as well: nothing before it is trained."""
+    loop = loop_of(toy, tmp_path / "run", accept_by="pixels", **proposals_of(toy, tmp_path / "masks"))
+    rounds = [loop.run_round(), loop.run_round()]
+    loop.folder.close()
+    assert rounds[0].start_pseudo_ids == [] and rounds[0].metrics["steps"] == 0  # nothing to learn from yet
+    assert rounds[0].pseudo_ids == ["toy-1"]  # the parrot is right about toy-1; about the others it says blue
+    assert rounds[0].judge["empty_dropped"] == 2 and (loop.team.learner.seen[0]["toy-1"] == toy.train[1]["mask"]).all()
+
+
+def test_an_empty_mask_needs_the_word_that_nothing_is_missing(toy: SegData, tmp_path: Path) -> None:
+    class Believer(Eye):
+        def _judge_one(self, query: Any) -> Judgement:
+            self.asked.append((query.id, query.question))
+            return Judgement("no" if query.question == "exhaustive" else "yes", p_yes=1.0, usd=0.25)
+
+    more = proposals_of(toy, tmp_path / "masks", {"toy-1": "toy-0"})
+    loop = loop_of(toy, tmp_path / "run", Believer(), **more)
+    record = loop.run_round()
+    loop.folder.close()
+    assert record.start_pseudo_ids == ["toy-2", "toy-3"] and record.judge["empty_dropped"] == 1
+    assert ("toy-1", "exhaustive") in loop.team.handler.asked and len(loop.team.handler.asked) == 4
+    assert record.budget["judge_calls"] == 4
+
+
+def test_what_cannot_work_with_proposals_is_one_line(toy: SegData, tmp_path: Path) -> None:
+    more = proposals_of(toy, tmp_path / "masks")
+    certified = {"acceptance": "certified", "alpha": 0.9, "delta": 0.9, "min_share": 0.1}
+    loop = loop_of(toy, tmp_path / "certified", **more, **certified)
+    with pytest.raises(ConfigError, match="needs a proposal of folder:masks for every validation image: 1 of 1"):
+        loop.run_round()
+    loop.folder.close()
+    with pytest.raises(ConfigError, match="initial=0 gives no image"):
+        loop_of(toy, tmp_path / "own", initial=0)
+    with pytest.raises(DataError, match="no such folder"):
+        loop_of(toy, tmp_path / "none", proposer="folder", proposer_options={"path": str(tmp_path / "nowhere")})
+    assert not (tmp_path / "none" / "round_000").exists()

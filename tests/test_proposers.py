@@ -10,12 +10,15 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from toyloop import Listener, Parrot, no_figures, settings
 
 from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.data.masks import MaskStore
 from vlm_itl.data.sources import SegData, load_data, toy_images
+from vlm_itl.experiment.loop import Loop
 from vlm_itl.proposals import Proposal, Proposer, make_proposer, register_proposer
 from vlm_itl.proposals.proposers import PROPOSERS
+from vlm_itl.vlm.handler import make_handler
 
 SHARED = Path(os.environ.get("VLM_ITL_SHARED", "/nowhere")) / "data"
 
@@ -106,7 +109,7 @@ def test_what_does_not_fit_is_one_line(what: str, toy: SegData, tmp_path: Path) 
 
 
 def test_a_proposer_of_your_own(toy: SegData, tmp_path: Path) -> None:
-    with PROPOSERS_KEPT():
+    with Forgotten():
 
         @register_proposer("mine")
         class Mine(Proposer):
@@ -121,7 +124,7 @@ def test_a_proposer_of_your_own(toy: SegData, tmp_path: Path) -> None:
         make_proposer("mine")
 
 
-class PROPOSERS_KEPT:
+class Forgotten:
     """What is registered inside is forgotten."""
 
     def __enter__(self) -> None:
@@ -141,3 +144,24 @@ def test_masks_of_a_real_foundation_model(tmp_path: Path) -> None:
     assert len(proposals) == len(data.train)
     assert all(store[row["id"]].shape == row["mask"].shape for row in data.train.select(range(3)))
     assert len(proposer.stamps(list(proposals))) == len(proposals)
+
+
+@pytest.mark.skipif(not (SHARED / "grounded_sam_voc").is_dir(), reason="no real masks at hand")
+def test_a_run_on_photographs_begins_without_a_human_mask(tmp_path: Path) -> None:
+    """Masks of Grounded-SAM, a perfect judge: what it accepts is good, each mask is judged once, the human corrects."""
+    data = load_data(
+        str(SHARED / "VOCdevkit" / "VOC2012"), val_share=2, options={"max_train": 14, "max_test": 1}, leaks="off"
+    )
+    judge = make_handler("mock", seed=0, tau=0.5, accuracy=1.0)
+    options = {"proposer_options": {"path": str(SHARED / "grounded_sam_voc")}, "policy": "fix", "tau": 0.5}
+    config = settings(tmp_path, proposer="folder", initial=0, increment=3, max_labelled=3, **options)
+    loop = Loop(config, data, Parrot(data, ()), judge, tracker=Listener(), draw=no_figures)
+    rounds = list(loop.run())
+    first, last = rounds
+    assert len(data.train) == 12 and 0 < len(first.start_pseudo_ids) < 12
+    assert first.judge["precision"] == 1.0 and first.judge["accepted_label_miou"] > 0.5
+    assert first.budget["judge_calls"] == last.budget["judge_calls"] == 12
+    assert last.budget["fixes"] == 3 and last.budget["human_seconds"] < 5 * config.mask_seconds  # two validate
+    learnt = loop.team.learner.seen[1]
+    truth = {row["id"]: row["mask"] for row in data.train}
+    assert all((learnt[i] == truth[i]).all() for i in first.fix_ids) and len(first.fix_ids) == 3

@@ -8,7 +8,7 @@ __all__ = ['mask_pixels', 'Oracle', 'training_rows']
 # %% ../../nbs/experiment/03_annotator.ipynb #experiment-annotator-imports
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -18,9 +18,10 @@ from PIL import Image
 
 from ..core.checks import ConfigError, DataError
 from ..data.labels import VOID
-from ..data.masks import DecodeRows, open_image, own_mark, raw_rows, read_indices, row_ids
+from ..data.masks import DecodeRows, MaskStore, open_image, own_mark, raw_rows, read_indices, row_ids
 from ..data.sources import SegData, toy_images
 from .pool import Ledger, Pool
+from ..proposals.correction import CorrectionCost
 from ..sampler.regions import Regions, count_clicks, region_id, region_label, split_region
 
 # %% ../../nbs/experiment/03_annotator.ipynb #pool-oracle
@@ -117,6 +118,23 @@ class Oracle:
             raise ConfigError(f"the mask of image {unpaid[0]!r} has not been paid for: call label() first.")
         return self._decoded.select(self.rows(ids))
 
+    def fix(
+        self,
+        ids: Sequence[str],  # images whose proposals the human corrects
+        proposals: MaskStore,  # what the human is shown
+        cost: CorrectionCost,  # what a correction costs
+    ) -> None:
+        "Pay for the masks of some images by what a human changes of a proposal; `ConfigError` as for `label`."
+        counts = Counter(ids)
+        if again := [i for i in ids if i in self.paid or i in self.parts or counts[i] > 1]:
+            raise ConfigError(f"image {again[0]!r} is labelled already, or asked for twice.")
+        for image_id, row in zip(ids, self.rows(ids), strict=True):
+            truth = self._truths[row]["mask"]
+            share = cost.share(proposals[image_id], truth, self.labels)
+            drawing, looking = cost.parts(share, self.ledger.mask_seconds)
+            self.ledger.pay_fix(truth.size, drawing, looking, 1 + round(share * (count_clicks(truth) - 1)))
+        self.paid.update(ids)
+
     def label_regions(
         self,
         names: Sequence[str],  # regions to be labelled by the human
@@ -191,29 +209,50 @@ def _mask_cell(image_id: str, pool: Pool, oracle: Oracle, regions: Regions | Non
     return {"path": None, "bytes": _to_png(mask)}
 
 # %% ../../nbs/experiment/03_annotator.ipynb #annotator-beside
-def _beside(images: datasets.Dataset, masks: Sequence[Any]) -> datasets.Dataset:
-    "Images with masks; what a data set holds of the photographs is not copied into memory."
+def _beside(
+    images: datasets.Dataset,  # N rows, cells not decoded
+    columns: Mapping[str, Sequence[Any]],  # N values each
+    kinds: Mapping[str, Any],  # what they are, for `datasets`
+) -> datasets.Dataset:
+    "Rows with more columns; what a data set holds of the photographs is not copied into memory."
     table, chosen = images.data, images._indices
     places = list(range(len(images))) if chosen is None else chosen.column(0).to_pylist()
-    cells: list[Any] = [None] * table.num_rows  # the table behind a selection is the whole data set
-    for place, cell in zip(places, masks, strict=True):
-        cells[place] = cell
-    column = datasets.Dataset.from_dict({"mask": cells}, datasets.Features({"mask": images.features["image"]}))
+    wide: dict[str, list[Any]] = {}
+    for name, values in columns.items():
+        wide[name] = [None] * table.num_rows  # the table behind a selection is the whole data set
+        for place, value in zip(places, values, strict=True):
+            wide[name][place] = value
+    more = datasets.Dataset.from_dict(wide, datasets.Features(dict(kinds)))
     whole = datasets.Dataset(table, images.info, fingerprint=f"{images._fingerprint}-alone")
-    return datasets.concatenate_datasets([whole, column], axis=1).select(places)
+    return datasets.concatenate_datasets([whole, more], axis=1).select(places)
+
+
+_MARKS = {"human": datasets.Value("bool"), "weight": datasets.Value("float32"), "p_yes": datasets.Value("float32")}
+
+
+def _marked(rows: datasets.Dataset, pool: Pool) -> datasets.Dataset:
+    "Rows that tell who labelled them, how much they weigh in training, and how sure the judge was."
+    ids = row_ids(rows)
+    marks: dict[str, list[Any]] = {"human": [i not in pool.pseudo for i in ids], "weight": [1.0] * len(ids)}
+    marks["p_yes"] = [pool.sure.get(i, 1.0) for i in ids]
+    return _beside(raw_rows(rows), marks, _MARKS) if len(ids) else raw_rows(rows)
 
 # %% ../../nbs/experiment/03_annotator.ipynb #annotator-training-rows
 def training_rows(
     pool: Pool,  # who labelled what
     oracle: Oracle,  # hands out the paid masks
     regions: Regions | None = None,  # where parts of images were paid
-) -> datasets.Dataset:  # columns id, image, mask
+) -> datasets.Dataset:  # columns id, image, mask; where some are guessed: human, weight, p_yes
     "Human masks of paid images, predicted masks of accepted ones, and what is known of partly paid ones."
     human = oracle.labelled(pool.human)
     ids = sorted({*pool.pseudo, *oracle.parts})
     if not ids:
         return human
     images = raw_rows(oracle.images.select(oracle.rows(ids))).select_columns(["id", "image"])
-    more = _beside(images, [_mask_cell(image_id, pool, oracle, regions) for image_id in ids])
-    joined = datasets.concatenate_datasets([raw_rows(human).select_columns(more.column_names), more])
+    cells = [_mask_cell(image_id, pool, oracle, regions) for image_id in ids]
+    more = _beside(images, {"mask": cells}, {"mask": images.features["image"]})
+    own = raw_rows(human).select_columns(more.column_names)
+    if pool.pseudo:
+        own, more = _marked(own, pool), _marked(more, pool)
+    joined = datasets.concatenate_datasets([part for part in (own, more) if len(part)])
     return joined.with_transform(DecodeRows(oracle.labels))

@@ -32,11 +32,11 @@ def policy_groups(
     free: Sequence[str],  # images without a human mask
     verdicts: dict[str, str],  # image -> yes, no, abstain; empty without a judge
     accepted: Sequence[str],  # images whose mask was accepted
-    policy: str,  # observe, pseudo, triage
+    policy: str,  # observe, pseudo, triage, fix
     p_yes: Mapping[str, float | None] | None = None,  # image -> how sure the judge is; for triage
     rng: np.random.Generator | None = None,  # draws the order of equal rejections; None: that of `free`
 ) -> list[list[str]]:  # groups, the first one first
-    "Whom the human is asked about first. Under triage each rejected image is a group of its own: the judge chooses."
+    "Whom the human is asked about first. Under triage and fix each rejected image is its own group: the judge chooses."
     taken = set(accepted)
     if policy == "observe" or not verdicts:
         return [list(free)]
@@ -59,7 +59,7 @@ def choose(
     k: int,  # images for the human
     verdicts: dict[str, str],  # image -> yes, no, abstain; empty without a judge
     accepted: Sequence[str],  # images whose mask was accepted
-    policy: str,  # observe, pseudo, triage
+    policy: str,  # observe, pseudo, triage, fix
     rng: np.random.Generator,  # for this round
     p_yes: Mapping[str, float | None] | None = None,  # image -> how sure the judge is; for triage
 ) -> tuple[list[str], list[str]]:  # ids, reasons
@@ -68,7 +68,7 @@ def choose(
     reasons: list[str] = []
     for group in policy_groups(pool.unlabelled, verdicts, accepted, policy, p_yes, rng):
         count = min(k - len(ids), len(group))
-        if count > 0 and policy == "triage" and verdicts.get(group[0]) == "no":
+        if count > 0 and policy in ("triage", "fix") and verdicts.get(group[0]) == "no":
             sure = (p_yes or {}).get(group[0])
             ids += group
             reasons.append("rejected by the judge" + ("" if sure is None else f" (p_yes {sure:.3g})"))

@@ -27,11 +27,12 @@ from ..data.masks import row_ids, truth_reader
 from ..data.sources import SegData, load_data
 
 # %% ../../nbs/experiment/08_loop.ipynb #experiment-imports-1
+from .acceptance import kept_proposals, make_proposals, proposal_images, refuse_truth, share_left
 from .annotator import Oracle
 from .config import Config, make_config, run_path
 from .judge_turn import JUDGE_SETTINGS, check_certifiable, examine
 from .pool import Ledger, budget_schedule
-from .round import make_learner, share_left, work
+from .round import make_learner, work
 from vlm_itl.experiment.state import (
     DRAWN,
     STAMPS,
@@ -46,6 +47,8 @@ from vlm_itl.experiment.state import (
     noting_broken_data,
     resume,
 )
+from ..proposals.correction import CorrectionCost
+from ..proposals.proposers import make_proposer
 from ..reports.report import aubc
 from ..reports.run_figures import save_figures
 from ..reports.tracking import Tracker, make_tracker
@@ -57,9 +60,11 @@ def plan(
     config: Config,  # mode, initial, increment, max_labelled
     n_pool: int,  # images in the pool
 ) -> list[int]:
-    "Labelled images in each round."
-    amounts = (config.initial, config.increment, config.max_labelled)
-    return budget_schedule(n_pool, *((1.0, 1.0, 1.0) if config.mode == "baseline" else amounts))
+    "Labelled images in each round; none before round 0, where proposals can be accepted before any training."
+    if config.mode == "baseline":
+        return budget_schedule(n_pool, 1.0, 1.0, 1.0)
+    judged_first = config.mode == "vlm" and make_proposer(config.proposer, **config.proposer_options).fixed
+    return budget_schedule(n_pool, config.initial, config.increment, config.max_labelled, least=1 - judged_first)
 
 # %% ../../nbs/experiment/08_loop.ipynb #loop-seal
 def seal_data(
@@ -252,7 +257,8 @@ class Loop:
         self.config, self._test, self._examined = config, data.test, False
         self._tracker, self._draw = tracker, draw
         self.team = Team(config, seal_data(data), learner, handler, annotator, schedule, unit)
-        self.state = State(open_folder(config), annotator, self.team.regions, config.region_labels)
+        cost = CorrectionCost(**config.fix_options)
+        self.state = State(open_folder(config), annotator, self.team.regions, config.region_labels, cost)
         self.folder = self.state.folder
         if handler is not None and handler.needs_truth:
             handler.bind_truth(_truth_for_simulation(data, annotator))
@@ -294,7 +300,8 @@ class Loop:
         "Compare the data set with the one the run began with, and rebuild the state."
         card = checked_card(self.folder, data)
         self._guard.check()
-        write_json(self.folder.path / "data.json", {**card, "simulated": self.team.simulated})  # refused: it stays
+        card |= {"simulated": self.team.simulated, **self._check_proposals(data)}
+        write_json(self.folder.path / "data.json", card)  # refused: it stays
         resume(self.state, data, self.config.mask_seconds)
         if self.rounds and data.watch is not None:
             data.watch.settled = True
@@ -302,12 +309,24 @@ class Loop:
             _warn_of_certificates(self.team)
         self._guard.write()  # a new run that cannot read its validation masks leaves none
 
+    def _check_proposals(self, data: SegData) -> dict[str, Any]:  # for data.json
+        "What other models propose fits the data, is no truth, and is what it was when the run began."
+        path, team = self.folder.path / "data.json", self.team
+        known = read_json(path, dict).get("proposals") if path.is_file() else None
+        if team.handler is not None and self.folder.summary is None:
+            team.proposer.prepare(proposal_images(team), team.data.labels)
+            refuse_truth(team.proposer, data)
+            for card, (number, store) in zip(known or [], kept_proposals(team, self.state).items(), strict=False):
+                store.check(card, team.proposer.parts()[number])
+        return {} if known is None else {"proposals": known}
+
     def run_round(self) -> Round:  # the record, safely on disk
         "Do the next round and write it."
         index, state = len(self.rounds), self.state
         with protected(self.folder.path, f"round {index}"), noting_broken_data(self.folder.path), _judge_may_stop(self):
             self.team.annotator.begin_round()
             self._guard.add_hashes()
+            make_proposals(self.team, state)
             if not self._examined:
                 examine(self.team, state)
                 self._examined = True

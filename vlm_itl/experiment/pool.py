@@ -7,7 +7,7 @@ __all__ = ['Ledger', 'read_ledger', 'priced_at', 'Pool', 'as_count', 'budget_sch
 
 # %% ../../nbs/experiment/02_pool.ipynb #pool-imports
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ class Ledger:
     mask_seconds: float = FULL_MASK_SECONDS  # human seconds for one full mask
     train_images: int = 0  # human masks in the pool
     val_images: int = 0  # human masks held out for validation
+    fixes: int = 0  # of the masks in the pool, those that were corrected and not drawn
+    fix_shares: float = 0.0  # whole masks' worth of drawing in these corrections
+    fix_looks: float = 0.0  # human seconds of looking at what was corrected
     regions: int = 0  # parts of images that were asked for alone
     shares: float = 0.0  # whole masks that these regions make, by their pixels
     pixels: int = 0  # pixels inside those masks and regions
     clicks: int | None = 0  # by the rule of `count_clicks`; None as soon as some were not counted
-    human_seconds: float = 0.0  # `mask_seconds` per image; a region takes its share; and for the checks
+    human_seconds: float = 0.0  # `mask_seconds` per drawn image; a region or correction its share; and for looks
     checks: int = 0  # masks that a human looked at and said yes or no, `CHECK_SECONDS` per mask
     judge_calls: int = 0  # questions put to the judge
     judge_usd: float | None = 0.0  # money for them; None as soon as one price is unknown
@@ -65,6 +68,21 @@ class Ledger:
         self.pixels += pixels
         self._count(clicks)
 
+    def pay_fix(
+        self,
+        pixels: int,  # of the mask
+        drawing: float,  # whole masks' worth of drawing, in [0, 1]
+        looking: float,  # seconds
+        clicks: int,  # corners that were moved
+    ) -> None:
+        "Charge one mask that was corrected instead of drawn."
+        self.train_images += 1
+        self.fixes += 1
+        self.fix_shares += drawing
+        self.fix_looks += looking
+        self.pixels += pixels
+        self._count(clicks)
+
     def pay_checks(self, count: int) -> None:
         "Charge a human's yes or no to some masks."
         self.checks += count
@@ -77,20 +95,26 @@ class Ledger:
         self.judge_usd = None if usd is None or self.judge_usd is None else self.judge_usd + usd
 
     def _count(self, clicks: int | None) -> None:
-        "Clicks add up while all are known; human seconds follow from whole masks, shares of masks, checks."
+        "Clicks add up while all are known; human seconds follow from whole masks, shares of masks, looks and checks."
         self.clicks = None if clicks is None or self.clicks is None else self.clicks + clicks
-        self.human_seconds = round(self.mask_seconds * (self.images + self.shares) + CHECK_SECONDS * self.checks, 3)
+        drawn = self.images - self.fixes + self.shares + self.fix_shares
+        self.human_seconds = round(self.mask_seconds * drawn + CHECK_SECONDS * self.checks + self.fix_looks, 3)
+
+    @property
+    def fix_seconds(self) -> float:
+        "Human seconds for all corrections."
+        return round(self.mask_seconds * self.fix_shares + self.fix_looks, 3)
 
     def record(self) -> dict[str, Any]:
         "The state as plain numbers, images first."
-        return {"images": self.images, **asdict(self)}
+        return {"images": self.images, **asdict(self), "fix_seconds": self.fix_seconds}
 
 # %% ../../nbs/experiment/02_pool.ipynb #pool-ledger-back
 def read_ledger(
     record: dict[str, Any],  # from `Ledger.record`
 ) -> Ledger:
     "The ledger as it stood; one from before clicks were counted does not know them, nor the shares of regions."
-    ledger = Ledger(**{"clicks": None, **{k: v for k, v in record.items() if k != "images"}})
+    ledger = Ledger(**{"clicks": None, **{k: v for k, v in record.items() if k not in ("images", "fix_seconds")}})
     if "shares" not in record and ledger.regions and ledger.mask_seconds:
         ledger.shares = (ledger.human_seconds - CHECK_SECONDS * ledger.checks) / ledger.mask_seconds - ledger.images
     return ledger
@@ -100,7 +124,7 @@ def priced_at(
     ledger: Ledger,  # what was paid; it stays as it is
     mask_seconds: float,  # human seconds for one full mask
 ) -> Ledger:
-    "The same masks, regions and checks at another price: only the human seconds differ."
+    "The same masks, regions, corrections and checks at another price: only the human seconds differ."
     priced = replace(ledger, mask_seconds=mask_seconds)
     priced.pay_checks(0)
     return priced
@@ -113,6 +137,7 @@ class Pool:
     ids: list[str]  # all images of the pool
     human: list[str] = field(default_factory=list)  # in the order they were paid
     pseudo: dict[str, Path] = field(default_factory=dict)  # accepted image -> the PNG of its predicted mask
+    sure: dict[str, float] = field(default_factory=dict)  # accepted image -> p_yes of the judge, where it has one
     complete: set[str] = field(default_factory=set)  # images that the human labelled whole, region by region
 
     @property
@@ -138,10 +163,12 @@ class Pool:
     def set_pseudo(
         self,
         accepted: dict[str, Path],  # image -> predicted mask
+        sure: Mapping[str, float | None] | None = None,  # image -> p_yes
     ) -> None:
         "Replace all pseudo-labels; human labels win."
         taken = {*self.human, *self.complete}
         self.pseudo = {i: p for i, p in accepted.items() if i not in taken}
+        self.sure = {i: float(p) for i, p in (sure or {}).items() if p is not None and i in self.pseudo}
 
     def set_complete(
         self,
@@ -178,12 +205,13 @@ def budget_schedule(
     initial: float | int,  # labelled before round 0
     increment: float | int,  # more each round
     max_labelled: float | int,  # stop here
+    least: int = 1,  # images that round 0 needs
 ) -> list[int]:  # labelled images in each round
     "The labelled count of every round; the last step may be smaller."
     first = as_count("initial", initial, n_pool)
     step = as_count("increment", increment, n_pool)
     last = as_count("max_labelled", max_labelled, n_pool)
-    if first < 1:
+    if first < least:
         raise ConfigError(f"initial={initial!r} gives no image of a pool of {n_pool}: round 0 needs at least one.")
     if last < first:
         hint = " A whole number counts images: write 1.0 for the whole pool." if max_labelled == 1 else ""
