@@ -111,7 +111,8 @@ def agreement_strata(
 ) -> np.ndarray:  # int (N,), 0 = least agreement; equal values share a stratum, so there may be fewer than K
     "Which stratum of the model's own agreement each mask is in; -1 where the agreement is not known."
     known = ~np.isnan(agreement)
-    edges = np.unique(np.quantile(agreement[known], np.arange(1, count) / count)) if known.any() else []
+    shares = np.arange(1, count) / count if known.any() else np.zeros(0)
+    edges = np.unique(np.quantile(agreement[known], shares)) if known.any() else shares
     return np.where(known, np.searchsorted(edges, agreement, side="right"), -1)
 
 
