@@ -9,18 +9,20 @@ __all__ = ['JUDGE_CHUNK', 'Answered', 'LABELLED_PARTS', 'JUDGE_SETTINGS', 'Journ
 
 # %% ../../nbs/experiment/05_judge_turn.ipynb #experiment-judge_turn-imports
 import copy
-import datasets
 import json
 import math
-import numpy as np
 import os
 import secrets
 import shutil
-from PIL import Image
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import datasets
+import numpy as np
+from PIL import Image
+
 from ..core.checks import ConfigError, JudgeError
 from vlm_itl.core.files import (
     plain,
@@ -51,9 +53,9 @@ from ..model.metrics import image_iou
 from ..proposals.partial import kept_quality
 from ..vlm.cache import bill
 from vlm_itl.vlm.handler import (
+    Judgement,
     JudgeQuery,
     JudgeStopped,
-    Judgement,
     Shown,
     VLMHandler,
     failure_kind,

@@ -221,8 +221,7 @@ def report_card(
     tau: float = 0.7,  # IoU from which a mask is good
     *,
     by: Mapping[str, Sequence[Any]] | None = None,  # column -> N groups, e.g. {"class": [("cat",), ("cat", "dog")]}
-    agreement: Sequence[float]
-    | None = None,  # N: how much the model agrees with each mask, any scale; see `added_value`
+    agreement: Sequence[float] | None = None,  # N: of the model with each mask, any scale; see `added_value`
     images: Sequence[Any] | None = None,  # N: as for `gather_answers`
     resamples: int = 1000,  # bootstrap samples
     level: float = 0.95,  # of the intervals
