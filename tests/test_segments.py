@@ -7,6 +7,7 @@ import time
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import ndimage
 
@@ -158,6 +159,7 @@ def test_a_pool_is_described_as_its_images_are(tmp_path):
         store.write(row["id"], row["mask"])
     shown = Shown(data.train.remove_columns("mask"), store, segmenter=(model, view), others=(store,))
     tables = describe(shown, encoder=(model, view))
+    assert not torch.is_inference_mode_enabled()  # two networks have looked, and left no trace
     looks = dict(look_on_grid(model, data.train, view))
     for row, table in zip(data.train, tables, strict=True):
         alone = describe_one(row["id"], row["mask"], data.labels, None, [row["mask"]], looks[row["id"]])

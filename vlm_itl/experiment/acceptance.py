@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'COVERS', 'AUDIT_SHARE', 'proposal_images', 'kept_proposals', 'make_proposals', 'count_peeks',
-           'refuse_truth', 'Offered', 'shown_masks', 'ChosenMasks', 'earlier_answers', 'images_to_judge', 'Told',
-           'ask_judge', 'find_empty', 'write_kept', 'check_validation', 'share_left', 'certify_round', 'JudgeTurn',
-           'Decision', 'decide', 'judge', 'judge_first']
+           'refuse_truth', 'Offered', 'shown_masks', 'ChosenMasks', 'changes', 'earlier_answers', 'images_to_judge',
+           'Told', 'ask_judge', 'find_empty', 'write_kept', 'check_validation', 'share_left', 'certify_round',
+           'JudgeTurn', 'Decision', 'decide', 'judge', 'judge_first']
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-imports
 import shutil
@@ -50,7 +50,7 @@ from ..proposals.kept import KeptProposals
 from ..proposals.partial import is_empty, keep_agreed, keep_classes, label_questions, object_classes, sum_up
 from ..proposals.proposers import Own, Proposal, Proposer
 from ..vlm.cache import bill
-from ..vlm.handler import Judgement, JudgeQuery, abstain, probability_of
+from ..vlm.handler import Judgement, JudgeQuery, VLMHandler, abstain, probability_of
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-made
 def proposal_images(
@@ -99,7 +99,14 @@ def count_peeks(
 
 def _check_certifiable(team: Team, kept: Mapping[int, KeptProposals]) -> None:
     "A promise about somebody's masks is made on masks of the same."
-    if team.config.acceptance != "certified" or len(kept) < len(team.proposer.parts()):
+    if team.config.acceptance != "certified":
+        return
+    if team.handler is not None and team.handler.needs_labelled and len(team.proposer.parts()) > 1:
+        raise ConfigError(
+            f"acceptance='certified': judge {team.config.judge!r} learns about each proposer apart, so a threshold for "
+            "several at once cannot be certified: choose one proposer, or another judge."
+        )
+    if len(kept) < len(team.proposer.parts()):
         return
     without = [i for i in row_ids(team.data.val) if not any(i in store.proposals for store in kept.values())]
     if without:
@@ -173,14 +180,20 @@ class ChosenMasks(MaskStore):
 ANSWERS = "answers.jsonl"  # of a round: what its judge answered about fixed masks, by key
 
 
+def changes(
+    handler: VLMHandler,  # a judge
+) -> bool:
+    "Does it answer otherwise in each round, since it looks through the model's eyes, or learns?"
+    return handler.needs_segmenter or handler.needs_pool or handler.needs_labelled
+
+
 def earlier_answers(
     team: Team,
     state: State,
 ) -> dict[str, Judgement]:  # key -> answer
     "What earlier rounds have paid for and is still true: nothing, where masks or judge change with the model."
     fixed = any(part.fixed for part in team.proposer.parts())
-    handler = team.handler
-    if handler is None or handler.needs_segmenter or handler.needs_labelled or handler.needs_pool or not fixed:
+    if team.handler is None or changes(team.handler) or not fixed:
         return {}
     known: dict[str, Judgement] = {}
     for record in state.rounds:
@@ -234,15 +247,6 @@ def images_to_judge(
     asked = {fresh[i] for i in picked}
     return [i for i in free if i in asked or i in known]
 
-# %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-teacher
-def _teacher(team: Team, state: State, here: Path) -> Callable[[datasets.Dataset, Offered], None]:
-    "Hands a judge, before it is asked about the masks of a proposer, these masks and what it learns from."
-
-    def prepare(rows: datasets.Dataset, part: Offered) -> None:
-        teach(team, state, here, rows, part.masks, part.part.fixed, part.proposals)
-
-    return prepare
-
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-told
 @dataclass
 class Told:
@@ -285,7 +289,7 @@ def ask_judge(
     images: datasets.Dataset,  # columns id, image
     shown: Sequence[Offered],  # of each proposer
     journal: Journal | None = None,  # where answers are kept until the round is whole
-    prepare: Callable[[datasets.Dataset, Offered], None] | None = None,  # called before masks of a proposer are shown
+    ready: Callable[[datasets.Dataset, Offered], None] | None = None,  # called before each proposer's masks are shown
 ) -> dict[str, Told]:  # image -> about its best mask, in the order of `images`
     "Show masks to the judge; of several masks of an image, the one it believes most counts."
     assert team.handler is not None
@@ -295,8 +299,8 @@ def ask_judge(
         known = {i: {"proposal": asdict(p)} for i, p in part.proposals.items()} if part.part.fixed else None
         question = asked_question(team.config)
         rows = images.select(there)
-        if prepare is not None:
-            prepare(rows, part)
+        if ready is not None:
+            ready(rows, part)
         answers = ask_about(
             team.handler, rows, part.masks, question, lambda query: _questions(team, query), journal, known
         )
@@ -325,7 +329,7 @@ def find_empty(
     empty = [i for i in open_ if is_empty(chosen[i], team.data.labels)]
     if not empty or config.question in COVERS or config.accept_by == "class":
         return []
-    if handler.needs_segmenter:
+    if changes(handler):
         return empty
     rows = images.select([n for n, i in enumerate(row_ids(images)) if i in set(empty)])
     answers = ask_about(handler, rows, chosen, "exhaustive", lambda query: [query], journal)
@@ -433,7 +437,7 @@ def certify_round(
     val, book = team.data.val, journal or _journal_of(team, state, "held_out")
     check_validation(team, state)
     with _held_out(team, state, here) as shown:
-        told = ask_judge(team, val.remove_columns("mask"), shown, book, _teacher(team, state, here))
+        told = ask_judge(team, val.remove_columns("mask"), shown, book)
         answers = _without(told, find_empty(team, val.remove_columns("mask"), told, book))
         chosen = ChosenMasks(team.data.labels, {i: t.shown.masks for i, t in told.items()})
         ious = _ious(chosen, [j.id for j in answers], truth_reader(val))
@@ -500,7 +504,11 @@ def decide(
     offered = {i for part in shown for i in part.proposals}
     ids = images_to_judge(team, state, list(offered), [j.id for j in journal.earlier.values()])
     images = team.annotator.images.select(team.annotator.rows(ids))
-    told = ask_judge(team, images, shown, journal, _teacher(team, state, here))
+
+    def ready(rows: datasets.Dataset, part: Offered) -> None:
+        teach(team, state, here, rows, part.masks, part.part.fixed, part.proposals)
+
+    told = ask_judge(team, images, shown, journal, ready)
     dropped = find_empty(team, images, told, journal)
     judgements = _without(told, dropped)
     certified = None
@@ -559,8 +567,7 @@ def judge_first(
 ) -> list[str]:  # images
     "Accept proposals before the first training, where neither masks nor judge need a model; they are in the pool then."
     config, handler = team.config, team.handler
-    waits = handler is None or handler.needs_segmenter or handler.needs_unseen
-    waits = waits or config.policy == "observe" or config.accept_by == "pixels"
+    waits = handler is None or changes(handler) or config.policy == "observe" or config.accept_by == "pixels"
     if waits or not all(part.fixed for part in team.proposer.parts()) or not state.pool.unlabelled:
         return []
     assert handler is not None

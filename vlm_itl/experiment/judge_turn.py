@@ -400,7 +400,8 @@ def labelled_parts(
 ) -> Iterator[Shown]:
     "Paid images with masks, and where the judge asks for it with a segmenter, that were made without their truth."
     assert team.handler is not None
-    ids, index = sorted(state.pool.human), len(state.rounds)
+    ids = sorted(i for i in state.pool.human if masks is None or i in masks)  # a folder may lack some
+    index = len(state.rounds)
     if masks is not None and not team.handler.needs_unseen:
         yield Shown(team.annotator.labelled([i for i in ids if i in masks]), masks)
         return

@@ -111,7 +111,8 @@ def agreement_strata(
 ) -> np.ndarray:  # int (N,), 0 = least agreement; equal values share a stratum, so there may be fewer than K
     "Which stratum of the model's own agreement each mask is in; -1 where the agreement is not known."
     known = ~np.isnan(agreement)
-    edges = np.unique(np.quantile(agreement[known], np.arange(1, count) / count)) if known.any() else []
+    shares = np.arange(1, count) / count if known.any() else np.zeros(0)
+    edges = np.unique(np.quantile(agreement[known], shares)) if known.any() else shares
     return np.where(known, np.searchsorted(edges, agreement, side="right"), -1)
 
 
@@ -220,8 +221,7 @@ def report_card(
     tau: float = 0.7,  # IoU from which a mask is good
     *,
     by: Mapping[str, Sequence[Any]] | None = None,  # column -> N groups, e.g. {"class": [("cat",), ("cat", "dog")]}
-    agreement: Sequence[float]
-    | None = None,  # N: how much the model agrees with each mask, any scale; see `added_value`
+    agreement: Sequence[float] | None = None,  # N: of the model with each mask, any scale; see `added_value`
     images: Sequence[Any] | None = None,  # N: as for `gather_answers`
     resamples: int = 1000,  # bootstrap samples
     level: float = 0.95,  # of the intervals

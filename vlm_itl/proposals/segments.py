@@ -286,10 +286,15 @@ def describe_one(
     columns = [shape_features(parts, background_of(labels)), proposer_features(mask, parts, proposal, others)]
     columns += [] if probabilities is None else [model_features(probabilities, parts)]
     names = (*SHAPE, *PROPOSER, *(() if probabilities is None else MODEL))
-    nothing = np.zeros((len(parts.class_ids), 0), np.float32)
-    pooled = [nothing if features is None else pooled_features(features, x) for x in (parts.inside, parts.ring)]
     values = np.concatenate(columns, axis=1).astype(np.float32)
-    return Segments(np.full(len(values), image_id), parts.class_ids, values, names, *pooled)
+    return Segments(np.full(len(values), image_id), parts.class_ids, values, names, *_vectors(parts, features))
+
+
+def _vectors(parts: MaskParts, features: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    "Means of features over segments and their rings: (S, D) each; D = 0 without features."
+    if features is None:
+        return (np.zeros((len(parts.class_ids), 0), np.float32),) * 2
+    return pooled_features(features, parts.inside), pooled_features(features, parts.ring)
 
 
 def describe(
@@ -300,18 +305,15 @@ def describe(
     "The segments of many masks."
     ids = row_ids(shown.rows)
     looks: Looks = [(image_id, None) for image_id in ids]
-    sights = looks if encoder is None else look_features(encoder[0], shown.rows, encoder[1])
     if model and shown.segmenter is not None:
         looks = look_on_grid(shown.segmenter[0], shown.rows, shown.segmenter[1])
-    return [
-        describe_one(
-            image_id,
-            shown.masks[image_id],
-            shown.masks.labels,
-            shown.proposals.get(image_id),
-            [store[image_id] for store in shown.others if image_id in store],
-            probabilities,
-            features,
-        )
-        for image_id, (_, probabilities), (_, features) in zip(ids, looks, sights, strict=True)
-    ]
+    tables = []
+    for image_id, (_, probabilities) in zip(ids, looks, strict=True):
+        mask, proposal = shown.masks[image_id], shown.proposals.get(image_id)
+        others = [store[image_id] for store in shown.others if image_id in store]
+        tables.append(describe_one(image_id, mask, shown.masks.labels, proposal, others, probabilities))
+    if encoder is None:
+        return tables
+    sights = zip(ids, tables, look_features(encoder[0], shown.rows, encoder[1]), strict=True)  # one network at a time
+    pooled = [_vectors(split_mask(shown.masks[image_id]), features) for image_id, _, (_, features) in sights]
+    return [replace(table, pooled=inside, ring=ring) for table, (inside, ring) in zip(tables, pooled, strict=True)]
