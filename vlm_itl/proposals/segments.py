@@ -96,7 +96,7 @@ def shape_features(
     area = parts.inside.sum((1, 2)).astype(float)
     cells = np.where(area > 0, area, np.nan)
     is_object = parts.class_ids != (-1 if background is None else background)
-    height, width = _span(parts.inside.any(2)), _span(parts.inside.any(1))
+    height, width = (_span(np.asarray(parts.inside.any(axis))) for axis in (2, 1))
     rim = np.ones((h, w), bool)
     rim[1:-1, 1:-1] = False
     y, x = np.mgrid[:h, :w]
