@@ -224,7 +224,7 @@ class Scholar:
         self.forest = self._grow(columns, lesson.iou)
         self.by_segment = _Promise(self.guesses, self.spread, lesson.iou, tau, coverage)
         means = np.array([self._mean(segments.ids == i, self.guesses, self.spread) for i in ids])
-        self.by_image = _Promise(*means.T, np.array([lesson.whole[i] for i in ids]), tau, coverage)
+        self.by_image = _Promise(means[:, 0], means[:, 1], np.array([lesson.whole[i] for i in ids]), tau, coverage)
 
     def _grow(self, columns: np.ndarray, iou: np.ndarray) -> Forest:
         return Forest.grow(columns, iou, derive_seed(self.seed, "judge forest"))

@@ -96,7 +96,7 @@ def shape_features(
     area = parts.inside.sum((1, 2)).astype(float)
     cells = np.where(area > 0, area, np.nan)
     is_object = parts.class_ids != (-1 if background is None else background)
-    height, width = _span(parts.inside.any(2)), _span(parts.inside.any(1))
+    height, width = (_span(np.asarray(parts.inside.any(axis))) for axis in (2, 1))
     rim = np.ones((h, w), bool)
     rim[1:-1, 1:-1] = False
     y, x = np.mgrid[:h, :w]
@@ -209,7 +209,8 @@ def pooled_features(
     (S, h, w), (rows, columns) = layers.shape, feature_map.shape[1:]
     shrunk = np.zeros((S, rows, columns), np.float32)
     row, column = np.arange(h) * rows // h, np.arange(w) * columns // w
-    np.add.at(shrunk, (slice(None), row[:, None], column[None]), layers)
+    places: Any = (slice(None), row[:, None], column[None])
+    np.add.at(shrunk, places, layers)
     count = shrunk.sum((1, 2))[:, None]
     sums = shrunk.reshape(S, -1) @ feature_map.reshape(len(feature_map), -1).T
     return np.divide(sums, count, out=np.full(sums.shape, np.nan, np.float32), where=count > 0)
@@ -260,10 +261,9 @@ class Segments:
         several: Sequence["Segments"],  # with the same columns, one at least
     ) -> "Segments":
         "One table below the other."
-        columns = [np.concatenate([getattr(s, name) for s in several]) for name in ("ids", "class_ids", "values")]
-        return Segments(
-            *columns, several[0].names, *(np.concatenate([getattr(s, n) for s in several]) for n in _VECTORS)
-        )
+        names = ("ids", "class_ids", "values", *_VECTORS)
+        columns: dict[str, Any] = {name: np.concatenate([getattr(s, name) for s in several]) for name in names}
+        return replace(several[0], **columns)
 
 
 _VECTORS = ("pooled", "ring")
