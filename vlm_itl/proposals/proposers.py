@@ -13,7 +13,6 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -78,11 +77,8 @@ class Proposer(ABC):
         "Write a mask for each image (columns id, image) that it has one for: uint8 (H, W), 255 = nothing said."
 
 # %% ../../nbs/proposals/01_proposers.ipynb #proposers-registry
-PROPOSERS: Registry[type[Proposer]] = Registry("proposer")
-_LATER = {  # rooms that bring proposers, loaded when one is asked for
-    "hf": "vlm_itl.proposals.promptable",
-    "simulated": "vlm_itl.proposals.simulated",
-}
+_LATER = {"hf": "vlm_itl.proposals.promptable", "simulated": "vlm_itl.proposals.simulated"}
+PROPOSERS: Registry[type[Proposer]] = Registry("proposer", homes=_LATER)
 
 
 def register_proposer(
@@ -107,8 +103,6 @@ def proposer_options(
     name: str,  # a registered proposer
 ) -> dict[str, Any]:  # option -> default; None where there is none
     "The options of a proposer; `ConfigError` if there is no such proposer."
-    if name in _LATER and name not in PROPOSERS:
-        import_module(_LATER[name])
     check_choice("proposer", name, PROPOSERS)
     parameters = inspect.signature(PROPOSERS[name]).parameters.values()
     return {p.name: None if p.default is p.empty else p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
