@@ -44,6 +44,7 @@ from vlm_itl.data.transforms import EvalTransform, predicted_classes
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_baseline
 from vlm_itl.model.pixels import processor_of, watch_processor
+from vlm_itl.model.predict import Inference, predict_batches
 from vlm_itl.model.pretrained import fix_batchnorm
 from vlm_itl.model.segmenter import (
     MODELS,
@@ -707,3 +708,12 @@ def test_half_precision_and_tuples_load_as_they_are_used(tmp_path):
 def test_options_do_not_decide_what_the_data_decides(segformer_folder):
     assert "classes come from the data" in refused(str(segformer_folder), id2label={0: "a"})
     assert "no size of a network" in refused(str(segformer_folder), depths=[10**7] * 4)
+
+
+def test_a_walk_left_unfinished_keeps_gradients_on():
+    """An exception keeps the frame of a walk alive in a notebook, and the next training must learn all the same."""
+    data = toy_images()
+    walk = predict_batches(load_model("segformer-nano", data.labels), data.train, Inference(32, batch_size=1))
+    next(walk)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    walk.close()

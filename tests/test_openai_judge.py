@@ -300,6 +300,8 @@ def test_works_inside_a_running_loop(serve: Callable[..., Server]) -> None:
 
 @pytest.mark.parametrize("inside", [False, True], ids=["script", "notebook"])
 def test_ctrl_c_asks_no_further_question(serve: Callable[..., Server], inside: bool) -> None:
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is started in the background ignores it
+
     def script(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
         if number == 6:
             os.kill(os.getpid(), signal.SIGINT)
@@ -316,6 +318,7 @@ def test_ctrl_c_asks_no_further_question(serve: Callable[..., Server], inside: b
             asyncio.new_event_loop().run_until_complete(notebook())
         else:
             judge_at(server, concurrency=2).judge([ask(i) for i in range(200)])
+    signal.signal(signal.SIGINT, was)
     time.sleep(0.1)
     assert len(server.wishes) < 12
 

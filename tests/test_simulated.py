@@ -49,10 +49,16 @@ def quick_iou(monkeypatch: pytest.MonkeyPatch):
     """Thousands of queries about a handful of masks: count each mask once."""
     known: dict[bytes, float] = {}
 
-    def iou(prediction: np.ndarray, truth: np.ndarray, classes: int) -> float:
-        key = prediction.tobytes() + truth.tobytes() + bytes(prediction.shape) + bytes(truth.shape)
+    def iou(prediction: np.ndarray, truth: np.ndarray, number: int, classes: Any = None) -> float:
+        key = (
+            prediction.tobytes()
+            + truth.tobytes()
+            + bytes(prediction.shape)
+            + bytes(truth.shape)
+            + repr(classes).encode()
+        )
         if key not in known:
-            known[key] = image_iou(prediction, truth, classes)
+            known[key] = image_iou(prediction, truth, number, classes=classes)
         return known[key]
 
     monkeypatch.setattr("vlm_itl.vlm.simulated.image_iou", iou)
