@@ -389,3 +389,13 @@ def test_masks_of_a_foundation_model_on_photographs(voc, shared, tmp_path):
     _, whole = Scholar(lesson, len(labels)).judge(rest.segments)
     for tau, least in ((0.5, 0.8), (0.7, 0.83)):
         assert roc_auc_score([rest.whole[i] >= tau for i in rest.whole], [whole[i].iou for i in rest.whole]) > least
+
+
+def test_it_is_asked_before_the_first_training_where_it_needs_no_model(scenes, tmp_path):
+    """Masks from elsewhere, learnt from the images of the start: round 0 trains on what is accepted already."""
+    more = {"proposer": "simulated", "accept_by": "class", "max_labelled": 10, "tau": 0.5}
+    (first,) = run(scenes, tmp_path / "run", **{**more, "initial": 10})
+    assert first.pseudo > 0
+    options = {"ask_model": True}
+    (later,) = run(scenes, tmp_path / "waits", **{**more, "initial": 10, "judge_options": options})
+    assert later.pseudo == 0 and later.judge["n"] > 0

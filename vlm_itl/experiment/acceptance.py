@@ -567,7 +567,8 @@ def judge_first(
 ) -> list[str]:  # images
     "Accept proposals before the first training, where neither masks nor judge need a model; they are in the pool then."
     config, handler = team.config, team.handler
-    waits = handler is None or changes(handler) or config.policy == "observe" or config.accept_by == "pixels"
+    waits = handler is None or handler.needs_segmenter or handler.needs_trained
+    waits = waits or config.policy == "observe" or config.accept_by == "pixels"
     if waits or not all(part.fixed for part in team.proposer.parts()) or not state.pool.unlabelled:
         return []
     assert handler is not None

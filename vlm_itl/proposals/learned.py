@@ -326,6 +326,7 @@ class LearnedHandler(VLMHandler):
         self.threshold = check_number(f"{name}: threshold", threshold, 0, 1)
         self.encoder_size = int(check_number(f"{name}: encoder_size", encoder_size, 16, integer=True))
         self.encoder, self.balanced, self.needs_unseen = encoder, bool(balanced), bool(ask_model)
+        self.needs_trained = self.balanced or self.needs_unseen
         self.least_labelled = 2 * self.folds
         self.model = "learned" if encoder is None else f"learned({encoder})"
         self._lessons: list[Lesson] = []

@@ -288,7 +288,9 @@ class Shown:
     others: Sequence[Any] = ()  # MaskStores of further proposers
 
 # %% ../../nbs/vlm/02_handler.ipynb #vlm-equipped
-NEEDS = ("needs_truth", "needs_segmenter", "needs_pool", "needs_labelled", "needs_unseen")  # what a judge may ask for
+NEEDS = (  # what a judge may ask for
+    *("needs_truth", "needs_segmenter", "needs_pool", "needs_trained", "needs_labelled", "needs_unseen"),
+)
 
 
 class Equipped:
@@ -298,6 +300,7 @@ class Equipped:
     needs_truth: bool = False  # a simulated judge: `bind_truth` must be called
     needs_segmenter: bool = False  # looks at the segmenter's probabilities: `bind_segmenter` must be called
     needs_pool: bool = False  # reckons with all masks of a round: `bind_pool` must be called
+    needs_trained: bool = False  # and looks at them through the segmenter: one that has been trained must come along
     needs_labelled: bool = False  # learns from paid masks: `bind_labelled` must be called
     needs_unseen: bool = False  # and asks the segmenter about them, so one that was not trained on them must come along
     least_labelled: int = 0  # labelled images without which it cannot learn

@@ -234,7 +234,7 @@ class MockHandler(VLMHandler):
         self.abstain_rate = check_number("judge 'mock': abstain_rate", abstain_rate, 0, 1)
         self.who = str(who)
         self.model = _model_name(self.who, kind, curve, self.settings, abstain_rate)
-        self.needs_pool = kind == "echo"
+        self.needs_pool = self.needs_trained = kind == "echo"
         self._echo: Echo | None = None
         self._known: dict[bytes, float] = {}  # image and mask -> what the segmenter believes of it
 
