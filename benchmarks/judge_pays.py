@@ -79,15 +79,27 @@ def settings_of(row: str, masks: int, seed: int, out: Path) -> dict[str, Any]:
     first, step = (masks - 1, 1) if late else (masks, 1)
     if own.get("strategy") == "entropy":
         first, step = 20, 20
-    return {**BASE, **own, "seed": seed, "initial": first, "increment": step, "max_labelled": masks, "output_dir": str(out)}
+    return {
+        **BASE,
+        **own,
+        "seed": seed,
+        "initial": first,
+        "increment": step,
+        "max_labelled": masks,
+        "output_dir": str(out),
+    }
+
+
+RUN = """import json, sys
+from vlm_itl.experiment import make_config, run_al
+list(run_al(make_config(json.load(sys.stdin))))"""
 
 
 def run_one(row: str, masks: int, seed: int, work: Path) -> dict[str, Any]:
     "One run in a process of its own, and what came of it."
     out = work / f"{row}-{masks}-{seed}".replace(" ", "_").replace(",", "")
-    code = "import json, sys; from vlm_itl.experiment import make_config, run_al; list(run_al(make_config(json.load(sys.stdin))))"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", RUN],
         input=json.dumps(settings_of(row, masks, seed, out)),
         capture_output=True,
         text=True,
