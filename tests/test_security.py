@@ -568,7 +568,7 @@ def test_keys_are_written_nowhere(
     settings = {
         **TINY, "dataset": str(scenes), "output_dir": str(home / "run"), "judge": "cached", "log_with": "wandb",
         "judge_options": {"judge": "openai", "options": options, "path": str(home / "cache.sqlite")}, "max_labelled": 9,
-        "increment": 3, "gallery": 1, "test_every_round": False,
+        "increment": 3, "gallery": 1, "test_every_round": False, "question": "exhaustive",  # asked once about any mask
     }  # fmt: skip
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(settings))
     environment = {
