@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -282,13 +281,10 @@ def test_code_pickles_and_torn_checkpoints_are_refused(checkpoints: Path, tmp_pa
     refused("is not whole", torn)
 
 
-def test_a_real_checkpoint(tmp_path: Path):
+def test_a_real_checkpoint(shared: Path, tmp_path: Path):
     """DeepLabV3-MobileNetV2 as published (it has seen VOC) proposes good masks of photographs of VOC."""
-    shared = os.environ.get("VLM_ITL_SHARED", "")
-    weights = Path(shared) / "weights" / "deeplabv3-mobilenetv2-voc"
-    if not shared or not weights.is_dir():
-        pytest.skip("needs the folder that VLM_ITL_SHARED names")
-    data = load_data(str(Path(shared) / "data" / "VOCdevkit" / "VOC2012"), leaks="off")
+    weights = shared / "weights" / "deeplabv3-mobilenetv2-voc"
+    data = load_data(str(shared / "data" / "VOCdevkit" / "VOC2012"), leaks="off")
     rows = data.test.select(range(0, 120, 10))
     hf = make_proposer("hf", model=str(weights), image_size=257)
     hf.prepare(rows, data.labels)

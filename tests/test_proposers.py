@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,6 @@ from vlm_itl.experiment.loop import Loop
 from vlm_itl.proposals import Proposal, Proposer, make_proposer, register_proposer
 from vlm_itl.proposals.proposers import PROPOSERS
 from vlm_itl.vlm.handler import make_handler
-
-SHARED = Path(os.environ.get("VLM_ITL_SHARED", "/nowhere")) / "data"
 
 
 @pytest.fixture
@@ -134,11 +131,10 @@ class Forgotten:
         self.restore()
 
 
-@pytest.mark.skipif(not (SHARED / "grounded_sam_voc").is_dir(), reason="no real masks at hand")
-def test_masks_of_a_real_foundation_model(tmp_path: Path) -> None:
+def test_masks_of_a_real_foundation_model(shared: Path, voc: Path, tmp_path: Path) -> None:
     """Grounded-SAM about photographs of VOC: every image has a proposal, in the data set's classes."""
-    data = load_data(str(SHARED / "VOCdevkit" / "VOC2012"), options={"max_train": 12, "max_test": 1}, leaks="off")
-    proposer = make_proposer("folder", path=str(SHARED / "grounded_sam_voc"))
+    data = load_data(str(voc), options={"max_train": 12, "max_test": 1}, leaks="off")
+    proposer = make_proposer("folder", path=str(shared / "data" / "grounded_sam_voc"))
     store = MaskStore(tmp_path, data.labels)
     proposals = proposer.propose(data.train.remove_columns("mask"), store)
     assert len(proposals) == len(data.train)
@@ -146,14 +142,16 @@ def test_masks_of_a_real_foundation_model(tmp_path: Path) -> None:
     assert len(proposer.stamps(list(proposals))) == len(proposals)
 
 
-@pytest.mark.skipif(not (SHARED / "grounded_sam_voc").is_dir(), reason="no real masks at hand")
-def test_a_run_on_photographs_begins_without_a_human_mask(tmp_path: Path) -> None:
+def test_a_run_on_photographs_begins_without_a_human_mask(shared: Path, voc: Path, tmp_path: Path) -> None:
     """Masks of Grounded-SAM, a perfect judge: what it accepts is good, each mask is judged once, the human corrects."""
     data = load_data(
-        str(SHARED / "VOCdevkit" / "VOC2012"), val_share=2, options={"max_train": 14, "max_test": 1}, leaks="off"
+        str(voc),
+        val_share=2,
+        options={"max_train": 14, "max_test": 1},
+        leaks="off",
     )
     judge = make_handler("mock", seed=0, tau=0.5, accuracy=1.0)
-    options = {"proposer_options": {"path": str(SHARED / "grounded_sam_voc")}, "policy": "fix", "tau": 0.5}
+    options = {"proposer_options": {"path": str(shared / "data" / "grounded_sam_voc")}, "policy": "fix", "tau": 0.5}
     config = settings(tmp_path, proposer="folder", initial=0, increment=3, max_labelled=3, **options)
     loop = Loop(config, data, Parrot(data, ()), judge, tracker=Listener(), draw=no_figures)
     rounds = list(loop.run())
