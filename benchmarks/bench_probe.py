@@ -56,7 +56,7 @@ def small_truth(rows: datasets.Dataset, view: Inference) -> torch.Tensor:  # (N,
         height, width = row["mask"].shape
         long = max(height, width)
         box = (side, side) if view.resize == "stretch" else (height * side // long, width * side // long)
-        masks.append(shrink_mask(row["mask"], box, side))
+        masks.append(shrink_mask(row["mask"], box, side, side // 2))
     return torch.from_numpy(np.stack(masks))
 
 
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rate", type=float, default=0.0, help="learning rate; 0: the usual one")
     parser.add_argument("--clip", type=float, default=1.0, help="largest norm of a gradient; 0: any")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--budgets", type=int, nargs="+", default=[40, 80, 160])
     parser.add_argument("--quick", dest="native", action="store_false", help="half size only, and no round")
@@ -103,8 +104,10 @@ def main() -> None:
     torch.set_num_threads(1)
     shared = Path(os.environ["VLM_ITL_SHARED"])
     rows, data = photographs(shared)
-    view = Inference(given.image_size, given.resize, batch_size=16)
-    settings = TrainSettings(steps=given.steps, learning_rate=given.rate, max_grad_norm=given.clip)
+    view = Inference(given.image_size, given.resize, 16, given.precision)
+    settings = TrainSettings(
+        steps=given.steps, learning_rate=given.rate, max_grad_norm=given.clip, precision=given.precision
+    )
     encoder = given.encoder or str(shared / "weights/mobilenet-v2-imagenet")
 
     def new_probe(seed: int) -> Probe:

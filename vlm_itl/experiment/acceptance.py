@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ANSWERS', 'COVERS', 'AUDIT_SHARE', 'proposal_images', 'kept_proposals', 'make_proposals', 'count_peeks',
-           'refuse_truth', 'Offered', 'shown_masks', 'ChosenMasks', 'changes', 'earlier_answers', 'images_to_judge',
-           'Told', 'ask_judge', 'find_empty', 'write_kept', 'check_validation', 'share_left', 'certify_round',
-           'JudgeTurn', 'Decision', 'decide', 'judge', 'judge_first']
+           'refuse_truth', 'Offered', 'shown_masks', 'ChosenMasks', 'changes', 'earlier_answers', 'journal_of',
+           'pay_judge', 'images_to_judge', 'Told', 'ask_judge', 'find_empty', 'write_kept', 'check_validation',
+           'held_out', 'share_left', 'certify_round', 'JudgeTurn', 'Decision', 'decide', 'judge', 'judge_first']
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-imports
 import shutil
@@ -201,10 +201,10 @@ def earlier_answers(
     return {key: judgement for key, judgement in known.items() if judgement.error is None}
 
 
-def _journal_of(
+def journal_of(
     team: Team,
     state: State,
-    name: str,  # pool, held_out
+    name: str,  # pool, held_out, labels
 ) -> Journal:
     "Where the answers about some masks are kept until the round is whole."
     path = state.folder.work_path(len(state.rounds)) / f"{name}.jsonl"
@@ -218,7 +218,7 @@ def _keep_answers(team: Team, here: Path, journals: Sequence[Journal]) -> None:
             Journal(here / ANSWERS).add(journal.fresh)
 
 
-def _pay_judge(ledger: Ledger, judgements: Sequence[Judgement], journal: Journal) -> None:
+def pay_judge(ledger: Ledger, judgements: Sequence[Judgement], journal: Journal) -> None:
     "Charge some answers, and those in the journal that a killed process got and nobody has asked for again."
     paid = {id(j) for j in journal.earlier.values()}
     every = {id(j): j for j in (*journal.known.values(), *journal.spent, *judgements)}
@@ -389,7 +389,7 @@ def check_validation(
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-held-out
 @contextmanager
-def _held_out(team: Team, state: State, here: Path) -> Iterator[list[Offered]]:
+def held_out(team: Team, state: State, here: Path) -> Iterator[list[Offered]]:
     "What is proposed for validation images; what this round's network predicts for them only as long as needed."
     val, masks = team.data.val.remove_columns("mask"), MaskStore(here / "held_out", team.data.labels)
     if any(isinstance(part, Own) for part in team.proposer.parts()):
@@ -410,7 +410,7 @@ def _foresee(team: Team, state: State, here: Path) -> dict[str, Any] | None:
         return None
     if config.accept_by == "class":
         return None  # the rates are about classes, the masks are whole
-    with _held_out(team, state, here) as (shown, *_):
+    with held_out(team, state, here) as (shown, *_):
         ids = [i for i in row_ids(team.data.val) if i in shown.proposals]
         ious = _ious(shown.masks, ids, truth_reader(team.data.val))
     return foresee(ious, team.rates, config.tau)
@@ -434,15 +434,15 @@ def certify_round(
     journal: Journal | None = None,  # of the validation images; None: that of the round, and it is paid here
 ) -> dict[str, Any]:
     "Judge the validation images on masks of the same proposers, pay for it, and certify a threshold."
-    val, book = team.data.val, journal or _journal_of(team, state, "held_out")
+    val, book = team.data.val, journal or journal_of(team, state, "held_out")
     check_validation(team, state)
-    with _held_out(team, state, here) as shown:
+    with held_out(team, state, here) as shown:
         told = ask_judge(team, val.remove_columns("mask"), shown, book)
         answers = _without(told, find_empty(team, val.remove_columns("mask"), told, book))
         chosen = ChosenMasks(team.data.labels, {i: t.shown.masks for i, t in told.items()})
         ious = _ious(chosen, [j.id for j in answers], truth_reader(val))
     if journal is None:
-        _pay_judge(state.ledger, [], book)
+        pay_judge(state.ledger, [], book)
         _keep_answers(team, here, [book])
     _write_answers(here / "calibration.jsonl", answers, ious)
     left = share_left(team, len(state.pool.ids) - len(state.pool.unlabelled) - team.schedule[0])
@@ -513,7 +513,7 @@ def decide(
     judgements = _without(told, dropped)
     certified = None
     if team.config.acceptance == "certified":
-        book = _journal_of(team, state, "held_out") if first else None
+        book = journal_of(team, state, "held_out") if first else None
         certified = certify_round(team, state, here, judgements, book)
     threshold = None if certified is None else certified["threshold"]
     said_yes = [j.id for j in judgements if _takes(team, told[j.id], j, threshold)]
@@ -541,11 +541,11 @@ def judge(
     config, handler = team.config, team.handler
     assert handler is not None
     bind_payer(handler, state.folder.work_path(len(state.rounds)) / "payer")
-    journal = _journal_of(team, state, "pool")
+    journal = journal_of(team, state, "pool")
     made = decide(team, state, here, masks, journal)
     judgements = [told.judgement for told in made.told.values()]
     accepted = made.said_yes if config.policy != "observe" else []
-    _pay_judge(state.ledger, [], journal)
+    pay_judge(state.ledger, [], journal)
     _keep_answers(team, here, [journal])
     chosen = ChosenMasks(team.data.labels, {i: told.shown.masks for i, told in made.told.items()})
     answers = {i: told.answers for i, told in made.told.items()} if config.accept_by == "class" else None
@@ -573,7 +573,7 @@ def judge_first(
         return []
     assert handler is not None
     bind_payer(handler, state.folder.work_path(len(state.rounds)) / "payer")
-    made = decide(team, state, here, None, _journal_of(team, state, "pool"), first=True)
+    made = decide(team, state, here, None, journal_of(team, state, "pool"), first=True)
     sure = {i: made.told[i].judgement.p_yes for i in made.said_yes}
     state.pool.set_pseudo({i: made.kept.path(i) for i in made.said_yes}, sure)
     return made.said_yes

@@ -21,6 +21,7 @@ from ..data.labels import VOID
 from ..data.masks import DecodeRows, MaskStore, open_image, own_mark, raw_rows, read_indices, row_ids
 from ..data.sources import SegData, toy_images
 from .pool import Ledger, Pool
+from ..model.metrics import image_iou
 from ..proposals.correction import CorrectionCost
 from ..sampler.regions import Regions, count_clicks, region_id, region_label, split_region
 
@@ -134,6 +135,17 @@ class Oracle:
             drawing, looking = cost.parts(share, self.ledger.mask_seconds)
             self.ledger.pay_fix(truth.size, drawing, looking, 1 + round(share * (count_clicks(truth) - 1)))
         self.paid.update(ids)
+
+    def check(
+        self,
+        image_id: str,
+        proposals: MaskStore,  # what the human is shown
+        tau: float,  # a mask is good from this mean IoU
+    ) -> bool:
+        "Pay for a human's yes or no to a proposed mask."
+        truth = self._truths[self.rows([image_id])[0]]["mask"]
+        self.ledger.pay_checks(1)
+        return bool(image_iou(proposals[image_id], truth, len(self.labels)) >= tau)
 
     def label_regions(
         self,

@@ -17,6 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "certify": ["certify"],
         "corruption": ["spoil_mask", "register_error"],
         "preflight": ["preflight"],
+        "label_plan": ["LabelGoal", "plan_labels"],
         "trial": ["FREE_SETTINGS", "make_judge_config", "try_judge"],
     },
 )

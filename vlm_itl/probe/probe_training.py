@@ -60,11 +60,12 @@ def shrink_mask(
     mask: np.ndarray,  # uint8 (H, W), class indices, 255 = void
     box: tuple[int, int],  # rows and columns of the square that are image
     image_size: int,  # side of the square, pixels
-) -> np.ndarray:  # uint8 (S / 2, S / 2)
-    "A mask on the square of half the size."
-    half = max(1, image_size // 2)
-    height, width = (max(1, round(side * half / image_size)) for side in box)
-    square = np.full((half, half), VOID, dtype=np.uint8)
+    side: int = 0,  # side of the result, cells; 0: a quarter of the square's
+) -> np.ndarray:  # uint8 (side, side)
+    "A mask on a smaller square."
+    side = side or max(1, image_size // 4)
+    height, width = (max(1, round(length * side / image_size)) for length in box)
+    square = np.full((side, side), VOID, dtype=np.uint8)
     square[:height, :width] = np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
     return square
 
@@ -77,7 +78,7 @@ class _Truth:
         self.labels, self.watch = seen.probe.labels, watch_of(rows)
         self.known: dict[int, np.ndarray] = {}
 
-    def __getitem__(self, place: int) -> np.ndarray:  # uint8 (S / 2, S / 2)
+    def __getitem__(self, place: int) -> np.ndarray:  # uint8 (S / 4, S / 4)
         if place not in self.known:
             row, seen = self.rows[place], self.seen[place]
             mask = read_mask(row["mask"], self.labels, name=row["id"])

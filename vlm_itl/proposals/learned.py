@@ -331,6 +331,8 @@ class LearnedHandler(VLMHandler):
         self.model = "learned" if encoder is None else f"learned({encoder})"
         self._lessons: list[Lesson] = []
         self._scholar: Scholar | None = None
+        self._taught_by: list[str] = []  # the lessons of the scholar
+        self._pool_known: Any = None  # the pool that was guessed about
         self._eyes: Any = None
         self._chosen: dict[bytes, bool] = {}
         self._guesses: dict[bytes, tuple[dict[int, Guess], Guess]] = {}
@@ -346,22 +348,38 @@ class LearnedHandler(VLMHandler):
         if "mask" not in shown.rows.column_names:
             raise JudgeError("judge 'learned' learns from human masks, and these images come without.")
         self._lessons = [] if part == 0 else self._lessons
-        self._scholar = None
         self._lessons.append(lesson_of(shown, self._second_encoder(shown.masks.labels)))
 
     def bind_pool(self, shown: Shown) -> None:
         "All masks of the round; they are judged together when the first is asked for."
         super().bind_pool(shown)
-        self._guesses, self._chosen = {}, {}
+        if self._scholar is None or self._pool_name(shown) != self._pool_known:
+            self._guesses, self._chosen = {}, {}
+
+    def _learnt_from(self) -> list[str]:
+        "A name for each lesson."
+        return [stable_hash(lesson.segments.values, lesson.iou).hex() for lesson in self._lessons]
+
+    def _pool_name(self, shown: Shown) -> Any:
+        "What guesses about a pool depend on, but for its masks; unlike everything where the model is asked."
+        if self.needs_trained or not self._lessons or "entropy" in self._lessons[0].segments.names:
+            return object()
+        return (
+            self._learnt_from(),
+            row_ids(shown.rows),
+            repr(shown.proposals),
+            [str(other.folder) for other in shown.others],
+        )
 
     def close(self) -> None:
         "Forget everything."
         super().close()
         self._lessons, self._scholar, self._eyes, self._guesses, self._chosen = [], None, None, {}, {}
+        self._taught_by, self._pool_known = [], None
 
     def scholar(self) -> Scholar:
         "What was learnt; `JudgeError` where there is too little to learn from."
-        if self._scholar is None:
+        if self._scholar is None or self._taught_by != self._learnt_from():
             images = sum(len(lesson.whole) for lesson in self._lessons)
             if images < self.least_labelled:
                 raise JudgeError(
@@ -374,12 +392,13 @@ class LearnedHandler(VLMHandler):
             classes = len(self.pool().masks.labels)
             lesson = Lesson.join(self._lessons)
             self._scholar = Scholar(lesson, classes, self.tau, self.folds, self.coverage, self.seed)
+            self._taught_by = self._learnt_from()
         return self._scholar
 
     def identity(self) -> dict[str, Any]:  # for the cache
         "The options, and what was learnt from."
         names = ("encoder", "encoder_size", "folds", "coverage", "balanced", "threshold", "seed", "tau")
-        learnt = [stable_hash(lesson.segments.values, lesson.iou).hex() for lesson in self._lessons]
+        learnt = self._learnt_from()
         if self.balanced and self._pool is not None:
             learnt += [stable_hash(*row_ids(self._pool.rows)).hex()]
         return {**{name: getattr(self, name) for name in names}, "lessons": learnt}
@@ -400,6 +419,7 @@ class LearnedHandler(VLMHandler):
     def _look_at_pool(self) -> None:
         "Guess about all masks of the round, and choose among them."
         tables = self._look_at(self.pool())
+        self._pool_known = self._pool_name(self.pool())
         if self.balanced:
             self._choose(self.pool(), tables)
 

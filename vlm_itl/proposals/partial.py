@@ -55,13 +55,10 @@ def keep_classes(
     mask: np.ndarray,  # (H, W) uint8 class indices, 255 = void
     accepted: Collection[int],  # classes
     labels: LabelSpace,  # the classes
-) -> np.ndarray:  # (H, W) uint8: the accepted classes; background where nothing was rejected; void
+) -> np.ndarray:  # (H, W) uint8, void where a class was rejected
     "What is left of a mask."
-    marked = object_classes(mask, labels)
-    kept = [c for c in marked if c in accepted]
-    if marked and len(kept) == len(marked):
-        return mask.copy()
-    return np.where(np.isin(mask, kept), mask, VOID).astype(np.uint8)
+    rejected = [c for c in object_classes(mask, labels) if c not in accepted]
+    return np.where(np.isin(mask, rejected), VOID, mask).astype(np.uint8)
 
 # %% ../../nbs/proposals/03_partial.ipynb #partial-sum
 def sum_up(

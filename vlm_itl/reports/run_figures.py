@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AGAINST', 'plot_learning_curve', 'plot_class_iou', 'gallery_items', 'plot_gallery', 'asked_items', 'plot_asked',
-           'plot_judge', 'save_figures']
+           'plot_judge', 'labels_card', 'plot_labels', 'save_figures']
 
 # %% ../../nbs/reports/03_run_figures.ipynb #run-figures-imports
 import math
@@ -478,6 +478,38 @@ def plot_judge(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
+# %% ../../nbs/reports/03_run_figures.ipynb #report-labels
+def labels_card(
+    run: Run | str | Path,  # a run or its folder
+) -> dict[str, Any] | None:  # what `label_pool` wrote; None: the run labels nothing
+    "The account of a labelled pool."
+    path = as_runs(run)[0].path / "labels" / "labels.json"
+    return read_json(path, dict) if path.is_file() else None
+
+
+@guarded
+def plot_labels(
+    run: Run | str | Path,  # a run with goal dataset, or its folder
+) -> Figure:  # to show or save
+    "How good the labels of the pool are for how many human hours."
+    card = labels_card(run)
+    if card is None:
+        raise RunError(f"{as_runs(run)[0].path} has no labelled pool: goal='dataset'.")
+    measured, spent = card["measured"], sum(card["human_seconds"].values()) / 3600
+    figure, ((axes,),) = make_figure(6.4, 3.9)
+    curve = measured["curve"]
+    axes.plot(np.array(curve["seconds"]) / 3600, curve["quality"], color=COLORS[0], label="plans by price of an error")
+    axes.plot(spent, measured["quality"], MARKERS[0], color=COLORS[1], markersize=9, label="carried out")
+    for number, (name, text) in enumerate((("verify_all", "verify all, correct the bad"), ("draw_all", "draw all")), 2):
+        x, y = measured[name]["seconds"] / 3600, measured[name]["quality"]
+        axes.plot(x, y, MARKERS[number], color="#555555", markersize=7, label=text)
+    if (wanted := card["goal"]["quality"]) is not None:
+        axes.axhline(wanted, color="#888888", linestyle=":", linewidth=1, label=f"wanted: {wanted:g}")
+    axes.set_xlim(left=0)
+    tidy_axes(axes, "human hours (validation counted)", "mean IoU of the labels")
+    legend_below(figure, axes)
+    return figure
+
 # %% ../../nbs/reports/03_run_figures.ipynb #report-save
 @guarded
 def save_figures(
@@ -498,4 +530,6 @@ def save_figures(
         drawings["asked"] = plot_asked
     if _has_judge(table):
         drawings["judge"] = plot_judge
+    if labels_card(run) is not None:
+        drawings["labels"] = plot_labels
     return [save_png(draw(run), folder / f"{name}.png") for name, draw in drawings.items()]

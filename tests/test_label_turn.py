@@ -1,0 +1,239 @@
+"""The data set as the goal: a mask for every image, a line on each, the seconds in the ledger, killed or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlm_itl.core.checks import ConfigError
+from vlm_itl.data.labels import VOID
+from vlm_itl.data.masks import MaskStore
+from vlm_itl.data.scenes import make_scenes
+from vlm_itl.data.sources import load_data
+from vlm_itl.experiment import label_turn as room
+from vlm_itl.experiment.annotator import Oracle
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import run_al
+from vlm_itl.judging.measures import CHECK_SECONDS
+from vlm_itl.model.metrics import image_iou
+
+from faults import in_child, kill  # isort: skip
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+N = 36
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes in VOC layout."""
+    root = tmp_path_factory.mktemp("scenes") / "VOC2012"
+    make_scenes(root, n_train=N, n_test=4, size=(48, 64), seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def proposed(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Masks of another model: a third right, a third half, a third wrong; none for every ninth image."""
+    folder = tmp_path_factory.mktemp("masks")
+    data = load_data(str(scenes), val_share=0.1, leaks="off")
+    for number, row in enumerate(r for split in (data.train, data.val) for r in split):
+        mask = row["mask"].copy()
+        if number % 3 == 1:
+            mask[:, : mask.shape[1] // 2] = 0
+        elif number % 3 == 2:
+            mask = np.where(mask == 0, 1, 0).astype(np.uint8)
+        if number % 9:
+            Image.fromarray(mask).save(folder / f"{row['id']}.png")
+    return folder
+
+
+def settings(scenes: Path, proposed: Path, out: Path, **more: Any) -> dict[str, Any]:
+    usual: dict[str, Any] = {
+        "mode": "vlm", "dataset": str(scenes), "leaks": "off", "goal": "dataset", "proposer": "folder",
+        "proposer_options": {"path": str(proposed)}, "judge_options": {"accuracy": 1.0}, "model": "cnn-nano",
+        "image_size": 48, "steps": 0, "initial": 12, "increment": 1, "max_labelled": 12, "strategy": "random",
+        "gallery": 0, "preflight": 0, "test_every_round": False, "output_dir": str(out),
+    }  # fmt: skip
+    return {**usual, **more}
+
+
+def label(scenes: Path, proposed: Path, out: Path, **more: Any) -> dict[str, Any]:
+    """Run it; the card, with the lines beside it."""
+    list(run_al(make_config(settings(scenes, proposed, out, **more))))
+    card: dict[str, Any] = json.loads((out / "labels" / "labels.json").read_text())
+    lines = [json.loads(line) for line in (out / "labels" / "provenance.jsonl").read_text().splitlines()]
+    return {**card, "lines": lines}
+
+
+@pytest.fixture(scope="module")
+def done(scenes: Path, proposed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """One run, whole."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    return label(scenes, proposed, out, goal_options={"quality": 0.7}), out
+
+
+def test_every_image_has_a_mask_and_a_line(done: tuple[dict[str, Any], Path], scenes: Path) -> None:
+    """Masks of people are the truth; accepted and verified ones are the proposals, to the pixel."""
+    card, out = done
+    data = load_data(str(scenes), val_share=0.1, leaks="off")
+    truth, store = {r["id"]: r["mask"] for r in data.train}, MaskStore(out / "labels" / "masks", data.labels)
+    assert sorted(line["id"] for line in card["lines"]) == sorted(truth) and card["images"] == len(truth)
+    proposals = MaskStore(next((out / "proposals").glob("0_*")) / "masks", data.labels)
+    for line in card["lines"]:
+        mask, people = store[line["id"]], line["by"] in ("human", "corrected")
+        wanted = truth[line["id"]] if people else proposals[line["id"]]
+        assert (mask == wanted).all(), line
+        assert line["by"] != "verified" or image_iou(mask, truth[line["id"]], len(data.labels)) >= 0.7
+    assert {"judge", "human"} <= set(card["by"]) and sum(card["by"].values()) == len(truth)
+    quality = np.mean([image_iou(store[i], truth[i], len(data.labels)) for i in truth])
+    assert card["measured"]["quality"] == pytest.approx(quality) and quality >= 0.7
+
+
+def test_the_seconds_add_up(done: tuple[dict[str, Any], Path]) -> None:
+    """Image by image, in the ledger, and by hand for those that were drawn or looked at."""
+    card, out = done
+    new = [line for line in card["lines"] if line["human_seconds"] is not None]
+    assert card["human_seconds"]["labels"] == pytest.approx(sum(line["human_seconds"] for line in new), abs=0.01)
+    assert card["budget"]["human_seconds"] == pytest.approx(sum(card["human_seconds"].values()))
+    for line in new:
+        expected = {"human": 239.7, "judge": 0.0, "verified": CHECK_SECONDS}.get(line["by"])
+        assert expected is None or line["human_seconds"] == pytest.approx(expected)
+        assert line["by"] != "corrected" or 0 < line["human_seconds"] <= 239.7 + CHECK_SECONDS
+    drawn = [line for line in new if line["proposer"] is None]
+    assert drawn and all(line["by"] == "human" for line in drawn)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["labels"]["promise"] == card["promise"] and summary["simulated"]
+
+
+def test_a_finished_run_is_read(done: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    card, out = done
+    monkeypatch.setattr(Oracle, "fix", None)
+    before = {path: path.stat().st_mtime_ns for path in (out / "labels").rglob("*")}
+    given = json.loads((out / "config.json").read_text())
+    config = make_config({k: v for k, v in given.items() if k != "version"})
+    list(run_al(config))
+    assert {path: path.stat().st_mtime_ns for path in (out / "labels").rglob("*")} == before
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_killed_while_people_label_it_ends_the_same(
+    at: int, done: tuple[dict[str, Any], Path], scenes: Path, proposed: Path, tmp_path: Path
+) -> None:
+    """A real SIGKILL at a correction; the same command again."""
+    card, whole = done
+    config = make_config(settings(scenes, proposed, tmp_path / "run", goal_options={"quality": 0.7}))
+    count, fix = 0, Oracle.fix
+
+    def stop(self: Oracle, *args: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            kill()
+        fix(self, *args)
+
+    def work() -> None:
+        Oracle.fix = stop  # type: ignore[method-assign]
+        list(run_al(config))
+
+    assert in_child(work)[0] == -signal.SIGKILL
+    assert not (tmp_path / "run" / "labels").exists() and (tmp_path / "run" / "round_000").is_dir()
+    again = label(scenes, proposed, tmp_path / "run", goal_options={"quality": 0.7})
+    assert again == card
+    for path in (whole / "labels" / "masks").iterdir():
+        assert path.read_bytes() == (tmp_path / "run" / "labels" / "masks" / path.name).read_bytes()
+    assert not list((tmp_path / "run").glob(".labels")) and not os.listdir(tmp_path / "run").count(".work_001")
+
+
+def test_truth_that_nobody_paid_for_changes_nothing(
+    done: tuple[dict[str, Any], Path], scenes: Path, proposed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read for measuring may be anything: actions, masks and seconds stay."""
+    card, _ = done
+    truth = Oracle.truth_for_measuring
+    monkeypatch.setattr(Oracle, "truth_for_measuring", lambda self, i: np.full_like(truth(self, i), VOID))
+    monkeypatch.setattr(room, "image_iou", _nan_is_zero)
+    spoilt = label(scenes, proposed, tmp_path / "run", goal_options={"quality": 0.7})
+    assert spoilt["lines"] == card["lines"] and spoilt["human_seconds"] == card["human_seconds"]
+
+
+def _nan_is_zero(*masks: Any) -> float:
+    return float(np.nan_to_num(image_iou(*masks)))
+
+
+def test_a_judge_that_learns_is_asked_about_what_it_has_not_seen(
+    scenes: Path, proposed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No mask of the sample is among those that the judge learnt from when it was asked about it."""
+    taught: list[set[str]] = []
+    told = room.ask_judge
+    teach_apart = room._teach_apart
+
+    def listen(team: Any, state: Any, part: Any, left_out: Any) -> None:
+        taught.append(set(left_out))
+        teach_apart(team, state, part, left_out)
+        learnt = {str(i) for lesson in team.handler._lessons for i in lesson.segments.ids}
+        assert learnt and not learnt & set(left_out)
+
+    monkeypatch.setattr(room, "_teach_apart", listen)
+    monkeypatch.setattr(room, "ask_judge", told)
+    card = label(
+        scenes, proposed, tmp_path / "run", judge="learned", judge_options={"folds": 2}, initial=16, max_labelled=16
+    )
+    assert len(taught) == room.APART and sum(map(len, taught)) == 16 and card["sample"] == 16 + 4
+    assert not card["simulated"]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"judge": "confidence", "judge_options": {}},
+        {"proposer": "own", "proposer_options": {}},
+        {"cold_start": "typiclust"},
+    ],
+)
+def test_where_chance_or_distance_is_missing_only_validation_counts(
+    more: dict[str, Any], scenes: Path, proposed: Path, tmp_path: Path
+) -> None:
+    card = label(scenes, proposed, tmp_path / "run", **more)
+    assert card["sample"] == 4 and card["images"] == N - 4
+
+
+def test_share_of_bad_masks(scenes: Path, proposed: Path, tmp_path: Path) -> None:
+    card = label(scenes, proposed, tmp_path / "run", goal_options={"bad": 0.3}, initial=20, max_labelled=20)
+    assert card["measured"]["bad"] <= 0.3 and "at most" in card["promise"]
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ({"mode": "al"}, "mode='vlm'"),
+        ({"unit": "region"}, "unit='image'"),
+        ({"goal": "model", "goal_options": {"bad": 0.1}}, "set it"),
+        ({"goal_options": {"qualty": 0.8}}, "no 'qualty'"),
+        ({"goal_options": {"quality": 2}}, "goal: quality"),
+        ({"goal": "data"}, "goal"),
+    ],
+)
+def test_goals_that_cannot_be_are_refused(more: dict[str, Any], word: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=word):
+        make_config({"mode": "vlm", "goal": "dataset", "output_dir": str(tmp_path), **more})
+
+
+def test_without_any_proposal_of_a_known_image_one_line_says_so(scenes: Path, proposed: Path, tmp_path: Path) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    config = make_config(settings(scenes, few, tmp_path / "run"))
+    known = {r["id"] for r in load_data(str(scenes), val_share=0.1, leaks="off").val}
+    for path in sorted(proposed.glob("*.png")):
+        if path.stem not in known:
+            os.link(path, few / path.name)
+    with pytest.raises(ConfigError, match="no image with a human mask has a proposal"):
+        monkey = make_config({**config.to_dict(), "cold_start": "typiclust"})
+        list(run_al(monkey))
