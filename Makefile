@@ -4,6 +4,8 @@
 # make sync    write vlm_itl/*.py, cleaned notebooks and README.md anew from the notebooks (make export: only the modules)
 # make check   what CI runs: in sync, lint, test
 # make audit   ask for known holes in the pinned dependencies (needs a network); make trust: break things on purpose, half an hour
+# make study   measure the README's results on photographs (VLM_ITL_SHARED; about ten hours of two cores, goes on where it stopped)
+# make results show them: tables, figures, README (seconds)
 # make house   how well the book can be read: statistics of its chapters
 # make clean   remove caches; make distclean: .venv as well. Neither touches runs/
 #
@@ -17,6 +19,8 @@ NBDEV_TEST_SECONDS ?= 1800
 PYTEST_SECONDS ?= 2700
 PYTEST_ARGS ?= -m "not slow" -n auto -o faulthandler_timeout=600 -o faulthandler_exit_on_timeout=true
 
+FEW := "human only" "human only, entropy" "accept all" "learned, class"
+
 BIN := $(abspath $(VENV))/bin
 # The stamp carries a checksum of what the installation depends on, so that neither a fresh checkout nor nbdev rewriting
 # pyproject.toml with the same content installs again.
@@ -24,7 +28,7 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 SUM := $(shell { echo '$(CURDIR)'; cat $(INPUTS); } | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(SUM)
 
-.PHONY: help setup demo test test-all audit trust house export sync check-sync lint check clean distclean hooks
+.PHONY: help setup demo test test-all audit trust study results house export sync check-sync lint check clean distclean hooks
 .DEFAULT_GOAL := help
 
 help:
@@ -81,6 +85,17 @@ audit: $(STAMP)
 # The tests of the guarantees, slow ones too; their figures go to results/trust.json.
 trust: $(STAMP)
 	@OMP_NUM_THREADS=1 VLM_ITL_PROGRESS=0 HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=agg $(BIN)/python tools/trust.py
+
+study: $(STAMP)
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/judge_pays.py --seeds 10
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/judge_pays.py --seeds 10 --masks 10 20 --rows $(FEW)
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/label_pool.py --seeds 10
+	@$(MAKE) --no-print-directory results
+
+results: $(STAMP)
+	@$(BIN)/python benchmarks/judge_pays.py --show
+	@$(BIN)/python benchmarks/label_pool.py --show
+	@PATH="$(BIN):$$PATH" tools/sync.sh
 
 house: $(STAMP)
 	@$(BIN)/python tools/house.py

@@ -1,28 +1,38 @@
 """Does a judge pay? Human masks alone against proposals of a foundation model, judged in many ways, on photographs.
 
-Run as `VLM_ITL_SHARED=... python benchmarks/judge_pays.py --seeds 10` (about a minute and a half for each row, number
-of human masks and seed on two cores; it goes on where it stopped). Data: 437 + 445 photographs of PASCAL VOC 2012.
+Run as `make study` (hours: half a minute of CPU for each row, number of human masks and seed; it goes on where it
+stopped), shown by `make results` (seconds). Data: 437 + 445 photographs of PASCAL VOC 2012 (folder VLM_ITL_SHARED).
 Proposals: the masks of Grounded-SAM for the 437, made by a model that has seen far more than these. Segmenter: a probe
 on a frozen MobileNetV2 of ImageNet, 256 px, 150 steps. Every row is a run of `run_al`, one seed, one number of human
 masks, drawn by chance; rows of one seed share the drawn images. A judge that needs the round's model is asked after a
 training on all human masks but one. Measured: mean IoU on the test images over the seven classes that occur in numbers,
-human seconds at 239.7 s a mask.
+human seconds at 239.7 s a mask. Intervals are t intervals over the seeds, differences are paired.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import math
 import multiprocessing
 import os
 import shutil
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from scipy import stats
+
+from vlm_itl.core.figures import COLORS, MARKERS, legend_below, make_figure, save_png, tidy_axes
+from vlm_itl.core.files import plain, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
 SEVEN = ("background", "cat", "cow", "dog", "horse", "person", "sheep")
-SHARED = Path(os.environ.get("VLM_ITL_SHARED", "../shared"))
+SHARED = Path(os.environ.get("VLM_ITL_SHARED", ROOT.parent / "shared"))
 BASE: dict[str, Any] = {
     "dataset": str(SHARED / "data/VOCdevkit/VOC2012"),
     "leaks": "off",
@@ -87,7 +97,7 @@ def settings_of(row: str, masks: int, seed: int, out: Path) -> dict[str, Any]:
     "The settings of one run."
     first, step = (masks - 1, 1) if is_late(row) else (masks, 1)
     if ROWS[row].get("strategy") == "entropy":  # three rounds, two where masks are few
-        first, step = {40: (20, 20), 80: (20, 30), 160: (40, 60)}.get(masks, (masks // 2, masks - masks // 2))
+        first, step = {40: (20, 20), 80: (20, 30), 160: (40, 60)}.get(masks, (-(-masks // 2), masks // 2))
     if row == "all masks":
         first = masks = 436  # and one for validation
     sizes = {"initial": first, "increment": step, "max_labelled": masks}
@@ -126,11 +136,157 @@ def run_one(row: str, masks: int, seed: int, work: Path) -> dict[str, Any]:
     }
 
 
+def _run_key(key: tuple[str, int, int, Path]) -> dict[str, Any]:
+    "`run_one` of one argument."
+    return run_one(*key)
+
+
 def _start() -> None:
     "What a worker process does first."
     import torch
 
     torch.set_num_threads(1)
+
+
+FIELDS = (
+    "row",
+    "masks",
+    "seed",
+    "miou7",
+    "miou",
+    "pseudo",
+    "human_seconds",
+    "judged",
+    "accepted",
+    "label_miou",
+    "kept_pixels",
+    "cpu_seconds",
+)
+RAW, SUMMARY = ROOT / "results/judge_pays.csv", ROOT / "results/judge_pays.json"
+
+
+def read_raw(path: Path) -> pd.DataFrame:
+    "What was measured so far, one line per run; the last of equal ones."
+    lines = path.read_text().splitlines() if path.is_file() else []
+    kept = [found for found in map(json.loads, lines) if "error" not in found]
+    table = pd.DataFrame(kept, columns=list(FIELDS))
+    return table.drop_duplicates(["row", "masks", "seed"], keep="last").sort_values(["row", "masks", "seed"])
+
+
+def interval(values: Any) -> tuple[float, float, float]:
+    "Mean, and its 95 % t interval."
+    numbers = np.asarray(values, dtype=float)
+    if len(numbers) < 2:
+        return float(numbers.mean()), math.nan, math.nan
+    half = float(stats.t.ppf(0.975, len(numbers) - 1) * numbers.std(ddof=1) / math.sqrt(len(numbers)))
+    return float(numbers.mean()), float(numbers.mean()) - half, float(numbers.mean()) + half
+
+
+def summarise(raw: pd.DataFrame) -> pd.DataFrame:
+    "One line per row and number of masks: mean IoU, what it gains over two others in pairs, share of full supervision."
+    value = raw.set_index(["row", "masks", "seed"])["miou7"]
+    full = value.loc["all masks"].droplevel("masks") if "all masks" in raw["row"].values else pd.Series(dtype=float)
+    lines = []
+    for (row, masks), group in raw[raw["row"] != "all masks"].groupby(["row", "masks"], sort=False):
+        own = group.set_index("seed")["miou7"]
+        line: dict[str, Any] = {
+            "row": row,
+            "masks": int(masks),
+            "n": len(own),
+            "human_hours": group["human_seconds"].mean() / 3600,
+        }
+        line["miou7"], line["low"], line["high"] = interval(own)
+        for name in ("human only", "accept all"):
+            other = value.loc[name, masks] if (name, masks) in value.index else pd.Series(dtype=float)
+            both = own.index.intersection(other.index)
+            if row != name and len(both) > 1:
+                line |= dict(
+                    zip((f"over {name}", f"{name} low", f"{name} high"), interval(own[both] - other[both]), strict=True)
+                )
+        both = own.index.intersection(full.index)
+        line["of full"] = float((own[both] / full[both]).mean()) if len(both) else math.nan
+        line |= {"accepted": (group["accepted"] / group["judged"]).mean(), "label_miou": group["label_miou"].mean()}
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def seconds_to(raw: pd.DataFrame, row: str, share: float = 0.9) -> list[float]:
+    "For each seed, the human seconds at which a row reaches a share of full supervision, read between its points."
+    full = raw[raw["row"] == "all masks"].set_index("seed")["miou7"]
+    found = []
+    for seed, group in raw[raw["row"] == row].groupby("seed"):
+        if seed not in full.index:
+            continue
+        points = group.sort_values("masks")
+        seconds, best = points["human_seconds"].to_numpy(), np.maximum.accumulate(points["miou7"].to_numpy())
+        ends = (np.append(seconds, 104_748.9), np.append(best, max(best[-1], full[seed])))
+        found.append(float(np.interp(share * full[seed], ends[1], ends[0])))
+    return found
+
+
+def show(raw: pd.DataFrame) -> None:
+    "Print and write the table, and draw the figures."
+    table = summarise(raw)
+    full = interval(raw[raw["row"] == "all masks"]["miou7"])
+    times = {
+        row: interval(seconds_to(raw, row))
+        for row in ("human only", "human only, entropy", "accept all", "learned, class")
+    }
+    print(table.round(3).to_string(index=False))
+    print(f"all masks: {full[0]:.3f} ({full[1]:.3f} to {full[2]:.3f})")
+    for row, (mean, low, high) in times.items():
+        print(f"{row}: 90 % of full supervision after {mean:,.0f} human seconds ({low:,.0f} to {high:,.0f})")
+    raw.to_csv(RAW, index=False)
+    write_json(SUMMARY, plain({"all_masks": full, "seconds_to_90": times, "table": table.to_dict("records")}))
+    save_png(draw_curves(table, full[0]), ROOT / "nbs/images/judge_pays.png")
+    if table["row"].str.startswith("echo").any():
+        save_png(draw_rho(table), ROOT / "nbs/images/judge_rho.png")
+
+
+CURVES = {
+    "human only": "human masks only, by chance",
+    "human only, entropy": "human masks only, by entropy",
+    "self-training, accept all": "+ the model's own masks, all",
+    "accept all": "+ proposals, all",
+    "learned, class": "+ proposals, judged by a free judge (learned)",
+    "perfect, class": "+ proposals, judged by the truth",
+}
+
+
+def draw_curves(table: pd.DataFrame, full: float) -> Figure:
+    "Mean IoU against human masks."
+    figure, ((axes,),) = make_figure(7.2, 4.0)
+    for number, (row, text) in enumerate(CURVES.items()):
+        part = table[table["row"] == row].sort_values("masks")
+        if len(part):
+            axes.plot(part["masks"], part["miou7"], MARKERS[number] + "-", color=COLORS[number], label=text)
+            axes.fill_between(part["masks"], part["low"], part["high"], color=COLORS[number], alpha=0.15, linewidth=0)
+    axes.axhline(full, color="#555555", linestyle="--", linewidth=1, label="all 437 masks drawn")
+    axes.set_xscale("log", base=2)
+    ticks = sorted(table["masks"].unique())
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    tidy_axes(axes, "masks that people drew", "mean IoU of 7 classes, 445 photographs")
+    legend_below(figure, axes)
+    return figure
+
+
+def draw_rho(table: pd.DataFrame) -> Figure:
+    "Mean IoU against how much a judge's errors are the model's own, its AUC fixed."
+    figure, ((axes,),) = make_figure(6.0, 3.4)
+    part = table[table["row"].str.startswith("echo")].copy()
+    part["rho"] = part["row"].str.split().str[-1].astype(float)
+    for number, (masks, group) in enumerate(part.sort_values("rho").groupby("masks")):
+        axes.plot(
+            group["rho"], group["miou7"], MARKERS[number] + "-", color=COLORS[number], label=f"{masks} human masks"
+        )
+        axes.fill_between(group["rho"], group["low"], group["high"], color=COLORS[number], alpha=0.15, linewidth=0)
+        level = table[(table["row"] == "accept all") & (table["masks"] == masks)]["miou7"]
+        if len(level):
+            axes.axhline(level.iloc[0], color=COLORS[number], linestyle=":", label=f"accept all, {masks}")
+    tidy_axes(axes, "rho: share of the judge's errors that are the model's", "mean IoU of 7 classes")
+    legend_below(figure, axes)
+    return figure
 
 
 def main() -> None:
@@ -139,9 +295,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), metavar="ROW", help="some of: " + "; ".join(ROWS))
     parser.add_argument("--masks", type=int, nargs="+", default=[40, 80, 160])
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path("runs/judge_pays.jsonl"))
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/judge_pays.jsonl")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--show", action="store_true", help="run nothing: the table and the figures of what is there")
     given = parser.parse_args()
+    if given.show:
+        return show(read_raw(given.out) if given.out.is_file() else pd.read_csv(RAW))
     lines = given.out.read_text().splitlines() if given.out.is_file() else []
     done = {(r["row"], r["masks"], r["seed"]) for r in map(json.loads, lines) if "error" not in r}
     todo = [(r, m, s) for r in given.rows for s in range(given.seeds) for m in given.masks if (r, m, s) not in done]
@@ -149,9 +308,8 @@ def main() -> None:
     given.out.parent.mkdir(exist_ok=True)
     work = given.out.parent / "judge_pays"
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(given.jobs, spawn, _start, max_tasks_per_child=25) as pool, given.out.open("a") as file:
-        for ended in as_completed([pool.submit(run_one, *key, work) for key in todo]):
-            found = ended.result()
+    with spawn.Pool(given.jobs, _start, maxtasksperchild=25) as pool, given.out.open("a") as file:
+        for found in pool.imap_unordered(_run_key, [(*key, work) for key in todo]):
             print(json.dumps(found), file=file, flush=True)
             print(found["row"], found["masks"], found["seed"], found.get("miou7", found.get("error")), flush=True)
 

@@ -249,6 +249,26 @@ def test_a_pure_function_of_lesson_and_mask(photographs):
     assert handler_identity(taught(photographs, paid=23)) != handler_identity(handler)
 
 
+def test_the_same_lesson_is_learnt_once_and_another_one_anew(photographs, monkeypatch: pytest.MonkeyPatch):
+    """A round asks before its training and after it: only what has changed costs anything."""
+    data, store = photographs
+    learnt, looked = [], []
+    scholar, look = room.Scholar, room.LearnedHandler._look_at
+    monkeypatch.setattr(room, "Scholar", lambda *a, **k: learnt.append(1) or scholar(*a, **k))
+    monkeypatch.setattr(room.LearnedHandler, "_look_at", lambda self, s: looked.append(1) or look(self, s))
+    handler, asked = taught(photographs), questions(photographs)
+    said = [j.p_yes for j in handler.judge(asked)]
+    pool = data.train.select(range(24, len(data.train))).remove_columns("mask")
+    handler.bind_labelled(Shown(data.train.select(range(24)), store))
+    handler.bind_pool(Shown(pool, store))
+    assert [j.p_yes for j in handler.judge(asked)] == said and (len(learnt), len(looked)) == (1, 1)
+    handler.bind_labelled(Shown(data.train.select(range(20)), store))
+    handler.bind_pool(Shown(pool, store))
+    fresh = [j.p_yes for j in handler.judge(asked)]
+    assert (len(learnt), len(looked)) == (2, 2) and fresh != said
+    assert fresh == [j.p_yes for j in taught(photographs, paid=20).judge(asked)]
+
+
 def test_a_mask_that_the_round_does_not_have_is_judged_alone(photographs):
     data, _ = photographs
     handler, row = taught(photographs), data.train[30]

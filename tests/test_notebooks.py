@@ -7,12 +7,15 @@ import configparser
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import nbformat
 import pytest
 from papermill import inspect_notebook
+
+from vlm_itl.experiment import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -130,6 +133,17 @@ def test_papermill_understands_every_parameter(path: Path) -> None:
     for name, parameter in seen.items():
         assert parameter["inferred_type_name"] != "None", f"{name} has no type"
         assert parameter["help"], f"{name} has no comment"
+
+
+def test_the_notebook_and_the_library_have_the_same_defaults() -> None:
+    """Whoever runs `run_al` from a notebook or from Python gets the same experiment."""
+    defaults = {f.name: f.default_factory() if callable(f.default_factory) else f.default for f in fields(Config)}
+    for name in ("run_al", "run_baseline"):
+        seen = {n: ast.literal_eval(p["default"]) for n, p in inspect_notebook(str(ROOT / f"nbs/{name}.ipynb")).items()}
+        shared = {n: value for n, value in seen.items() if n in defaults and n != "mode"}
+        shared.pop("steps" if name == "run_baseline" else "mode", None)  # all labels are learnt from for longer
+        assert len(shared) > 20
+        assert {n: (value, defaults[n]) for n, value in shared.items() if value != defaults[n]} == {}, name
 
 
 @pytest.mark.parametrize("path", RUNS, ids=stems(RUNS))

@@ -88,6 +88,19 @@ def test_masks_of_a_segmenter(tmp_path: Path):
     assert "cannot be compared" in trial.report["sentence"]
 
 
+def test_what_a_judge_adds_to_the_segmenter_is_told(masks: Path, tmp_path: Path):
+    """Beside a segmenter's belief in the same masks; without one, or where that is on trial itself, nothing is said."""
+    beside: dict[str, Any] = {"limit": 0, "masks": str(masks), "data_options": {"n_train": 24, "n_test": 16}}
+    few = make_judge_config(TINY, **{**beside, "data_options": TINY["data_options"]}, output_dir=str(tmp_path / "few"))
+    assert try_judge(few).report["added"] is None
+    with_model = {"model": "cnn-nano", "image_size": 64, "masks": "corruption", "limit": 4}
+    trial = try_judge(make_judge_config(TINY, **with_model, output_dir=str(tmp_path / "run")))
+    added = trial.cards["mock"]["added"]
+    assert added["sentence"] == trial.report["added"] and set(added) > {"partial_auc", "agreement_auc", "strata"}
+    own = {**with_model, "handler": "confidence", "options": {}}
+    assert try_judge(make_judge_config(TINY, **own, output_dir=str(tmp_path / "own"))).report["added"] is None
+
+
 def test_a_stopped_trial_goes_on(tmp_path: Path):
     limited = make_judge_config(TINY, max_calls=30, output_dir=str(tmp_path))
     with pytest.raises(JudgeStopped, match="max_calls=30"):

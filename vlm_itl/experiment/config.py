@@ -74,7 +74,7 @@ class Config(TrainSettings):
     binary: bool = False  # merge all classes into foreground
     val_share: float | int = 0.1  # validation carved from train: share, or whole number of images
     leaks: str = "refuse"  # a picture in two splits: refuse, warn, off
-    model: str = "segformer-nano"  # built-in name, local folder, or Hub id
+    model: str = "cnn-nano"  # built-in name, local folder, or Hub id
     model_options: dict[str, Any] = field(default_factory=dict)  # e.g. {"output_stride": 16}
     strategy: str = "entropy"  # score-aggregate-select, or a short name
     strategy_options: dict[str, Any] = field(default_factory=dict)  # of its parts, e.g. {"beta": 4, "passes": 20}
@@ -88,7 +88,9 @@ class Config(TrainSettings):
     judge_limit: int = 0  # images judged per round; 0: all unlabelled ones
     question: str = "quality"  # what the judge is asked
     preflight: int = 6  # questions that examine the judge before any training; 0: none
-    proposer: str = "own"  # whose masks the judge sees: own, folder, several, hf, or one of yours
+    proposer: str = (
+        ""  # whose masks the judge sees: own, folder, several, hf, yours; empty: simulated where all is, or own
+    )
     proposer_options: dict[str, Any] = field(default_factory=dict)  # e.g. {"path": "masks/grounded_sam"}
     policy: Policy = "pseudo"  # observe, pseudo, triage, fix
     fix_options: dict[str, Any] = field(default_factory=dict)  # what a correction costs, see `CorrectionCost`
@@ -115,6 +117,7 @@ class Config(TrainSettings):
     test_every_round: bool = True  # at the end, evaluate every round's model on test (False: the last one only)
     gallery: int = 6  # example pictures kept per round
     log_with: str = "none"  # none, wandb, tensorboard
+    mixture: dict[str, Any] = field(default_factory=lambda: {"human_share": 0.5})  # of people's masks, see `Mixture`
     project: str = "vlm_itl"  # wandb project
     keep_models: KeepModels = "last"  # which rounds' weights stay on disk: last, all, none
     output_dir: str = ""  # the run folder; empty: a name of its own under runs/
@@ -124,6 +127,9 @@ class Config(TrainSettings):
         "Raise `ConfigError` for impossible values."
         for setting in fields(self):
             refuse_secrets(setting.name, getattr(self, setting.name))
+        if not self.proposer:  # a network learns nothing new from its own masks, and neither does who tries this first
+            pretended = self.mode == "vlm" and self.dataset == "scenes" and self.judge == "mock"
+            object.__setattr__(self, "proposer", "simulated" if pretended else "own")
         object.__setattr__(self, "plugins", load_plugins(self.plugins))  # before anything is looked up by name
         _check_words(self)
         _check_numbers(self)

@@ -435,14 +435,23 @@ def _figures(config: JudgeConfig, asked: _Asked, ranking: Ranking) -> dict[str, 
 _GROUPS = ("kind", "class", "size", "error")  # columns of the truth table
 
 
+def _agreement(config: JudgeConfig, asked: _Asked) -> np.ndarray | None:  # (N,); nan: not known
+    "How much the segmenter believes in each mask, where one was given and is not on trial itself."
+    name = next((name for name in asked.said if name.startswith("confidence (")), None)
+    if name is None or config.handler == "confidence":
+        return None
+    believed = np.array([np.nan if j.p_yes is None else j.p_yes for j in asked.said[name]], dtype=float)
+    return believed if (~np.isnan(believed)).sum() >= 10 else None
+
+
 def _cards(config: JudgeConfig, asked: _Asked) -> tuple[dict[str, dict[str, Any]], Ranking]:
     "Every judge's report card, the one of the judge on trial also by group; and all beside each other."
     table, ious = asked.table, asked.table["iou"].to_numpy(dtype=float)
     more: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "images": table["id"].tolist()}
     by = {name: table[name].tolist() for name in _GROUPS}
+    tried: dict[str, dict[str, Any]] = {config.handler: {"by": by, "agreement": _agreement(config, asked)}}
     cards = {
-        name: report_card(said, ious, config.tau, by=by if name == config.handler else None, **more)
-        for name, said in asked.said.items()
+        name: report_card(said, ious, config.tau, **tried.get(name, {}), **more) for name, said in asked.said.items()
     }
     free = [name for name in asked.said if name != config.handler]
     return cards, rank_judges(asked.said, ious, config.tau, free=free, **more)
@@ -465,6 +474,7 @@ def _report(
         "model": asked.cost[config.handler]["model"],
         "simulated": simulated,
         "sentence": ranking.sentence + (f" ({config.handler} is simulated: it reads the truth.)" if simulated else ""),
+        "added": cards[config.handler].get("added", {}).get("sentence"),
         "trusted": list(ranking.trusted),
         "best_free": ranking.best_free,
         "queries": len(ids),

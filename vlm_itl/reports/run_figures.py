@@ -36,7 +36,16 @@ from vlm_itl.core.figures import (
 from ..core.files import read_json
 from ..core.guards import inside
 from ..data.masks import read_image, read_indices
-from .report import JUDGE_RATES, Run, as_runs, group_runs, guarded, metric_column, round_table
+from vlm_itl.reports.report import (
+    JUDGE_RATES,
+    Run,
+    as_runs,
+    find_references,
+    group_runs,
+    guarded,
+    metric_column,
+    round_table,
+)
 from .tracking import gallery_entries
 
 # %% ../../nbs/reports/03_run_figures.ipynb #report-need-rounds
@@ -511,6 +520,11 @@ def plot_labels(
     return figure
 
 # %% ../../nbs/reports/03_run_figures.ipynb #report-save
+def _draw_beside(run: Run) -> Figure:
+    "The learning curve, with the twin without a judge and full supervision where they lie beside it."
+    return plot_learning_curve([run, *(find_references(run) if run.finished else ())])
+
+
 @guarded
 def save_figures(
     path: Run | str | Path,  # a run folder, finished or not
@@ -523,7 +537,7 @@ def save_figures(
     table = round_table(run)
     drawings: dict[str, Callable[[Run], Figure]] = {}
     if table[["val_mean_iou", "test_mean_iou"]].notna().any(axis=None):
-        drawings = {"learning_curve": plot_learning_curve, "class_iou": plot_class_iou}
+        drawings = {"learning_curve": _draw_beside, "class_iou": plot_class_iou}
     if gallery_items(run):
         drawings["gallery"] = plot_gallery
     if asked_items(run):
