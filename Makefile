@@ -95,6 +95,7 @@ study: $(STAMP)
 results: $(STAMP)
 	@$(BIN)/python benchmarks/judge_pays.py --show
 	@$(BIN)/python benchmarks/label_pool.py --show
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/index.ipynb
 	@PATH="$(BIN):$$PATH" tools/sync.sh
 
 house: $(STAMP)

@@ -316,6 +316,8 @@ def test_a_run_binds_each_rounds_network(tmp_path: Path) -> None:
         judge="cached",
         judge_options={"judge": "confidence", "options": {"kind": "margin"}, "path": str(tmp_path / "c.sqlite")},
         policy="observe",
+        proposer="own",
+        model="segformer-nano",
         dataset="scenes",
         data_options={"n_train": 24, "n_test": 4},
         val_share=4,

@@ -35,6 +35,8 @@ from vlm_itl.sampler.strategy import Sampler
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = {
+    "model": "segformer-nano",
+    "proposer": "own",
     "steps": 6,
     "batch_size": 4,
     "image_size": 48,

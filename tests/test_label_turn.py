@@ -109,7 +109,8 @@ def test_the_seconds_add_up(done: tuple[dict[str, Any], Path]) -> None:
     drawn = [line for line in new if line["proposer"] is None]
     assert drawn and all(line["by"] == "human" for line in drawn)
     summary = json.loads((out / "summary.json").read_text())
-    assert summary["labels"]["promise"] == card["promise"] and summary["simulated"]
+    assert summary["labelled_pool"]["promise"] == card["promise"] and summary["simulated"]
+    assert summary["labels"][0] == "background"  # the names of the classes stay
 
 
 def test_a_finished_run_is_read(done: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,6 +34,8 @@ from vlm_itl.vlm.cache import CachedHandler
 from vlm_itl.vlm.handler import HANDLERS, Judgement, JudgeQuery, JudgeStopped, VLMHandler
 
 TINY: dict[str, Any] = {
+    "model": "segformer-nano",
+    "proposer": "own",
     "mode": "vlm",
     "judge": "asked",
     "steps": 1,

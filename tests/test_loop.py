@@ -261,10 +261,7 @@ def test_accepted_classes_are_learnt_and_the_rest_is_void(toy: SegData, tmp_path
     record = loop.run_round()
     loop.folder.close()
     assert record.start_pseudo_ids == ["toy-1", "toy-2", "toy-3"]
-    assert np.unique(loop.team.learner.seen[0]["toy-3"]).tolist() == [
-        1,
-        255,
-    ]  # blue is not, nor background
+    assert np.unique(loop.team.learner.seen[0]["toy-3"]).tolist() == [0, 1, 255]  # blue is not
     assert np.unique(loop.team.learner.seen[0]["toy-1"]).tolist() == [0, 1]
     assert [i for i, text in loop.team.handler.asked if "Is every one of them coloured" in text] == ["toy-0"]
     assert record.judge["empty_dropped"] == 1 and 0.5 < record.judge["kept_pixels"] < 1

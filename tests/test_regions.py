@@ -54,6 +54,8 @@ KINDS: list[tuple[str, dict[str, Any]]] = [
     ("window", {"side": 30, "stride": 20}),
 ]
 TINY: dict[str, Any] = {
+    "model": "segformer-nano",
+    "proposer": "own",
     "steps": 3,
     "batch_size": 4,
     "image_size": 48,

@@ -330,6 +330,18 @@ def test_the_short_table_shows_the_result_first_and_nothing_that_was_not_measure
     assert "pseudo" not in round_table(write_run(tmp_path / "al"), short=True)
 
 
+def test_rounds_with_as_many_labelled_images_are_all_drawn(tmp_path):
+    """Parts of images are counted in whole ones, rounded up: two rounds may have the same number."""
+    run = write_run(tmp_path / "run")
+    path = run / "rounds.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        record["labelled"] = 6
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    line = plot_learning_curve(run, ["val"]).axes[0].lines[0]
+    assert len(records) > 1 and list(line.get_xdata()) == [record["labelled_share"] for record in records]
+
+
 def test_references_are_the_twin_without_a_judge_and_full_supervision(tmp_path):
     run = write_run(tmp_path / "vlm", mode="vlm", dataset="scenes")
     for name, more in {

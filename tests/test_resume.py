@@ -30,6 +30,8 @@ from vlm_itl.model.segmenter import Segmenter
 from vlm_itl.vlm.handler import HANDLERS, Judgement, VLMHandler
 
 SMALL: dict[str, Any] = {
+    "model": "segformer-nano",
+    "proposer": "own",
     "mode": "vlm",
     "judge": "confidence",
     "acceptance": "threshold",

@@ -553,6 +553,7 @@ def test_a_round_with_parts_of_every_kind(scenes_small: Any, tmp_path: Any):
     for strategy in ("bald-topk-power", "entropy-boundary-class_stratified", "none-none-typiclust"):
         config = make_config(
             strategy=strategy,
+            model="segformer-nano",
             data_options={"n_train": 24, "n_test": 8},
             image_size=48,
             steps=1,

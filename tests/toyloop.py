@@ -107,6 +107,7 @@ def no_figures(folder: Path) -> list[Path]:
 def settings(folder: Path, **more: Any) -> Config:
     small: dict[str, Any] = {
         "mode": "vlm",
+        "proposer": "own",
         "initial": 1,
         "increment": 1,
         "max_labelled": 3,

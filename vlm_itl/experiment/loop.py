@@ -236,7 +236,7 @@ def finish(
         summary["judge_notes"] = _note_judge(loop)
         summary["sizes"] = read_json(folder.path / "data.json", dict)["sizes"]
         summary["notes"] = team.learner.notes
-        summary["labels"] = labels
+        summary["labelled_pool"] = labels
         total = sum(r.seconds["total"] for r in loop.rounds)
         summary["seconds"] = {"rounds": round(total, 2), "test": round(time.perf_counter() - started, 2)}
         for index in range(last + 1):

@@ -62,12 +62,14 @@ def _mean_curve(
 ) -> pd.DataFrame:  # by labelled images: x, mean, spread, share; learnt = share with the pseudo-labels
     "Mean and spread over runs at the labelled counts that all of them reached."
     measured = [table[table[column].notna()] for table in tables]
-    both = pd.concat([table.assign(trained=table["labelled"] + table["pseudo"]) for table in measured])
-    grouped = both.groupby("labelled")
+    numbered = [table.assign(again=table.groupby("labelled").cumcount()) for table in measured]  # parts of images
+    both = pd.concat([table.assign(trained=table["labelled"] + table["pseudo"]) for table in numbered])
+    grouped = both.groupby(["labelled", "again"])
     curve = grouped.agg(x=(against, "mean"), mean=(column, "mean"), n=(column, "size"))
     curve["share"] = grouped["labelled_share"].mean()
     curve["spread"] = grouped[column].std(ddof=1)
-    curve["learnt"] = curve["share"] * grouped["trained"].mean() / curve.index
+    curve = curve.assign(trained=grouped["trained"].mean()).reset_index("again", drop=True)
+    curve["learnt"] = curve["share"] * curve["trained"] / curve.index
     return curve[curve["n"] == len(tables)]
 
 # %% ../../nbs/reports/03_run_figures.ipynb #report-learning-curve-draw-series
