@@ -574,6 +574,7 @@ def test_fault_12_a_run_leaves_a_model_that_answers_elsewhere_as_it_was_measured
     settings = {
         "dataset": "toy",
         "model": "segformer-nano",
+        "mixture": {},
         "steps": 4,
         "batch_size": 2,
         "image_size": 64,

@@ -460,7 +460,6 @@ def test_the_command_is_stopped_and_goes_on(
     monkeypatch.setattr(vlm_itl.experiment.judge_turn, "JUDGE_CHUNK", 32)  # as in the kernel, which may get that far
     list(run_al(settings(scenes, tmp_path / "whole")))
     given = {**SMALL, "dataset": str(scenes), "output_dir": str(tmp_path / "run"), "steps": 6}
-    given |= {name: getattr(make_config(), name) for name in ("model", "mixture")}  # the notebook has its own
     command = [sys.executable, "-c", "import sys; from vlm_itl.cli.run import main; sys.exit(main())"]
     command += [str(project_root() / "nbs/run_al.ipynb"), str(tmp_path / "out.ipynb")]
     for name, value in given.items():

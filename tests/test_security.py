@@ -62,7 +62,8 @@ from vlm_itl.vlm.server import OpenAIHandler
 LABELS = LabelSpace(("background", "red", "blue"))
 TINY: dict[str, Any] = {
     "steps": 2, "batch_size": 4, "image_size": 48, "initial": 6, "increment": 6, "max_labelled": 12, "gallery": 2,
-    "model": "segformer-nano", "proposer": "own", "val_share": 4, "keep_models": "all", "mode": "vlm", "judge": "mock", "policy": "triage",
+    "model": "segformer-nano", "proposer": "own",
+    "val_share": 4, "keep_models": "all", "mode": "vlm", "judge": "mock", "policy": "triage",
 }  # fmt: skip
 
 
