@@ -90,9 +90,20 @@ def _draw_series(
     return curve[curve["learnt"] > curve["share"]]
 
 
+_FAR = 3  # where pseudo-labels reach beyond so many times the human's share, the number says it
+
+
 def _draw_pseudo(axes: Axes, helped: pd.DataFrame, color: str) -> None:
-    "A thin step from the human's share to the share that was learnt from."
-    if len(helped):
+    "A thin step from the human's share to the share that was learnt from; beside the point where that is far away."
+    if helped["learnt"].max() > _FAR * helped["share"].max():
+        pools = helped.index / helped["share"]
+        for x, y, more in zip(
+            helped["share"], helped["mean"], (helped["learnt"] - helped["share"]) * pools, strict=True
+        ):
+            beside = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": color}
+            axes.annotate(f"+ {more:.0f} pseudo-labels", (x, y), **beside)
+        axes.margins(x=0.2)
+    elif len(helped):
         axes.hlines(helped["mean"], helped["share"], helped["learnt"], color=color, linestyle=":", linewidth=1)
         told = axes.get_legend_handles_labels()[1]
         text = "images learnt from, pseudo-labels included"
