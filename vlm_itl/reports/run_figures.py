@@ -100,7 +100,7 @@ def _draw_pseudo(axes: Axes, helped: pd.DataFrame, color: str) -> None:
         for x, y, more in zip(
             helped["share"], helped["mean"], (helped["learnt"] - helped["share"]) * pools, strict=True
         ):
-            beside = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": color}
+            beside: dict[str, Any] = {"xytext": (6, -12), "textcoords": "offset points", "fontsize": 8, "color": color}
             axes.annotate(f"+ {more:.0f} pseudo-labels", (x, y), **beside)
         axes.margins(x=0.2)
     elif len(helped):
