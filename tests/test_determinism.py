@@ -12,7 +12,6 @@ from test_resume import SMALL, content, settings
 from vlm_itl.cli.run import run_notebook
 from vlm_itl.core.files import project_root
 from vlm_itl.data.scenes import make_scenes
-from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_al
 
 
@@ -48,7 +47,6 @@ def test_data_workers(workers: int, scenes: Path, tmp_path: Path, alone: dict[st
 def test_data_workers_in_a_notebook(scenes: Path, tmp_path: Path, alone: dict[str, Any]) -> None:
     """papermill starts the same kernel as Jupyter; workers are forks of it."""
     given = {**SMALL, "dataset": str(scenes), "output_dir": str(tmp_path / "run"), "num_workers": 2}
-    given |= {name: getattr(make_config(), name) for name in ("model", "mixture")}  # the notebook has its own
     done = run_notebook(project_root() / "nbs/run_al.ipynb", tmp_path / "out.ipynb", given)
     assert done.error is None
     assert without_workers(tmp_path / "run") == alone
