@@ -330,3 +330,16 @@ def test_a_run_goes_on_where_the_folder_is_gone(toy: SegData, tmp_path: Path) ->
     loop.folder.close()
     shutil.rmtree(tmp_path / "masks")
     assert len(list(loop_of(toy, tmp_path / "run", **more).run())) == 3
+
+
+def test_a_run_from_before_mixtures_goes_on_without_one(tmp_path: Path) -> None:
+    """Its record does not name the setting: it had none, whatever is usual today."""
+    loop = loop_of(toy_images(), tmp_path / "run", mixture={})
+    loop.run_round()
+    loop.folder.close()
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    del record["mixture"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="another configuration.*mixture"):
+        loop_of(toy_images(), tmp_path / "run")
+    loop_of(toy_images(), tmp_path / "run", mixture={}).folder.close()

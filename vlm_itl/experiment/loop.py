@@ -107,7 +107,8 @@ def open_folder(
     record = {**config.to_dict(), "version": __version__}
     stopped, stamped = (path / _STOPPED).is_file(), (path / STAMPS).is_file()
     free = [*FREE_SETTINGS, *(["dataset"] if stamped else []), *(JUDGE_SETTINGS if stopped else [])]
-    folder = RunFolder.open(path, record, free=free, defaults=Config().to_dict())
+    usual = {**Config().to_dict(), "mixture": {}}  # runs from before it was a setting had none
+    folder = RunFolder.open(path, record, free=free, defaults=usual)
     if stopped:  # preflight.json tells which questions were asked, and when
         now = {name: record[name] for name in JUDGE_SETTINGS}
         write_json(folder.path / "config.json", {**folder.config, **now})
