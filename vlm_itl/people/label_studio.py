@@ -68,9 +68,10 @@ def label_config(
     colours = "".join(f'<Label value={quoteattr(n)} background="#{r:02x}{g:02x}{b:02x}"/>' for n, (r, g, b) in brushes)
     choices = "".join(f'<Choice value="{word}"/>' for word in WORDS)
     return (
-        '<View><Header value="$question"/><Image name="image" value="$image" zoom="true" smoothing="false"/>'
-        f'<BrushLabels name="mask" toName="image" opacity="0.6">{colours}</BrushLabels>'
-        f'<Choices name="verdict" toName="image" choice="single" showInLine="true">{choices}</Choices></View>'
+        '<View><Header value="$question"/>'
+        f'<Choices name="verdict" toName="image" choice="single" showInLine="true">{choices}</Choices>'
+        '<Image name="image" value="$image" zoom="true" smoothing="false"/>'
+        f'<BrushLabels name="mask" toName="image" opacity="0.6">{colours}</BrushLabels></View>'
     )
 
 # %% ../../nbs/people/04_label_studio.ipynb #studio-regions
@@ -428,7 +429,7 @@ class Tasks:
         )
         file = self.server.call("GET", f"/api/import/file-upload/{upload['file_upload_ids'][0]}")["file"]
         data = {"id": request.id, "image": f"/data/{file}", "kind": request.kind, "priority": request.priority}
-        data["question"] = " ".join(filter(None, (_QUESTIONS[request.kind], request.reason)))
+        data["question"] = _QUESTIONS[request.kind] + (f" (Why this one: {request.reason})" if request.reason else "")
         task: dict[str, Any] = {"data": data}
         if request.proposal is not None:
             task["predictions"] = [
