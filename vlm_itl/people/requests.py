@@ -274,6 +274,10 @@ class Waiting(Exception):
 
     code: ClassVar[int] = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
+    def _render_traceback_(self) -> list[str]:
+        "What Jupyter shows: the line. Nothing has gone wrong."
+        return [str(self)]
+
 # %% ../../nbs/people/01_requests.ipynb #requests-registry
 _LATER = {"folder": "vlm_itl.people.folder", "robot": "vlm_itl.people.robot"}
 _LATER |= {"labelstudio": "vlm_itl.people.label_studio", "notebook": "vlm_itl.people.canvas"}
