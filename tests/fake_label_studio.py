@@ -156,8 +156,8 @@ class FakeStudio:
         self.touch(task)
         return self.annotations[number]
 
-    def list_annotations(self, query: Any, body: Any, task: int) -> Any:
-        return [a for a in self.annotations.values() if a["task"] == task]
+    def show_task(self, query: Any, body: Any, task: int) -> Any:
+        return {**self.tasks[task], "annotations": [a for a in self.annotations.values() if a["task"] == task]}
 
     def change(self, query: Any, body: Any, number: int) -> Any:
         self.annotations[number] |= body
@@ -181,7 +181,7 @@ ROUTES = (
     ("GET", "api/tasks", "list_tasks"),
     ("DELETE", r"api/tasks/(\d+)", "delete_task"),
     ("POST", r"api/tasks/(\d+)/annotations", "annotate"),
-    ("GET", r"api/tasks/(\d+)/annotations", "list_annotations"),
+    ("GET", r"api/tasks/(\d+)", "show_task"),
     ("PATCH", r"api/annotations/(\d+)", "change"),
     ("DELETE", r"api/annotations/(\d+)", "delete"),
 )

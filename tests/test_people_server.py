@@ -31,7 +31,7 @@ from vlm_itl.core.checks import ConfigError, DataError, RunError
 from vlm_itl.data.labels import VOID, LabelSpace
 from vlm_itl.data.sources import load_data
 from vlm_itl.people import AnswerStore, Request, make_annotator
-from vlm_itl.people.label_studio import LabelStudioAnnotator, Server, label_config, results_of
+from vlm_itl.people.label_studio import LabelStudioAnnotator, Server, label_config, mask_of, results_of
 from vlm_itl.people.robot import Robot, slipped, work
 
 __all__ = ["photos"]  # the fixture
@@ -513,3 +513,123 @@ def test_the_title(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ConfigError, match="3 to 50 characters"):
         make_annotator("labelstudio", tmp_path, LABELS, project="ab")
     assert re.fullmatch("vlm_itl .*", annotator(tmp_path).project.title)
+
+
+def to_the_path(size: tuple[int, int], points: list[tuple[float, float]]) -> np.ndarray:  # (H, W) pixels
+    """How far each pixel is from a line through points, given in shares of width and height."""
+    height, width = size
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    far = np.full(size, np.inf)
+    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
+        start, way = np.array([x0 * width, y0 * height]), np.array([(x1 - x0) * width, (y1 - y0) * height])
+        along = ((columns - start[0]) * way[0] + (rows - start[1]) * way[1]) / (way @ way)
+        along = along.clip(0, 1)
+        far = np.minimum(far, np.hypot(columns - start[0] - along * way[0], rows - start[1] - along * way[1]))
+    return far
+
+
+class Browser:
+    """A person at a mouse."""
+
+    def __init__(self, page: Any, studio: RealStudio):
+        self.page, self.url = page, studio.url
+        page.goto(f"{self.url}/user/login/", wait_until="domcontentloaded")
+        page.fill("input[name=email]", EMAIL)
+        page.fill("input[name=password]", "a long password")
+        page.click("button[type=submit]")
+        page.wait_for_url("**/projects/**", timeout=120_000, wait_until="domcontentloaded")
+
+    def open(self, address: str) -> list[float]:  # x, y, width, height of the picture
+        """Go to a task, and wait until its picture and regions are drawn."""
+        self.page.goto(address, wait_until="domcontentloaded")
+        self.page.wait_for_selector("canvas", timeout=120_000)
+        self.page.wait_for_timeout(5000)
+        places = "[...document.querySelectorAll('canvas')].map(c => c.getBoundingClientRect())"
+        boxes = f"{places}.map(r => [r.x, r.y, r.width, r.height])"
+        return [box for box in self.page.evaluate(boxes) if box[2] > 50][-1]
+
+    def paint(self, box: list[float], points: list[tuple[float, float]]) -> None:
+        """A stroke with the mouse."""
+        for number, (x, y) in enumerate(points):
+            self.page.mouse.move(box[0] + x * box[2], box[1] + y * box[3], steps=12)
+            if not number:
+                self.page.mouse.down()
+        self.page.mouse.up()
+        self.page.wait_for_timeout(500)
+
+    def say(self, word: str) -> None:
+        """A word of the verdict."""
+        self.page.locator(f"label:has-text('{word}')").first.click()
+
+    def submit(self) -> dict[str, Any]:  # what the browser has sent
+        """Press the button."""
+        with self.page.expect_response(lambda r: "/annotations" in r.url and r.request.method == "POST") as reply:
+            self.page.click("button[aria-label='Submit current annotation']")
+        assert reply.value.status == 201
+        return json.loads(reply.value.request.post_data)
+
+
+@pytest.fixture
+def browser(real: RealStudio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Browser]:
+    """Chromium, logged in."""
+    automation = pytest.importorskip("playwright.sync_api", reason="no playwright, which leads a browser")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no chromium")
+    monkeypatch.setenv("LABEL_STUDIO_URL", real.url)
+    monkeypatch.setenv("LABEL_STUDIO_API_KEY", real.token)
+    with automation.sync_playwright() as machine:
+        window = machine.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        yield Browser(window.new_context(viewport={"width": 1500, "height": 1100}).new_page(), real)
+        window.close()
+
+
+def seen(picture: Image.Image, box: list[float], size: tuple[int, int]) -> np.ndarray:  # (H, W, 3)
+    """The photograph's part of a screenshot, in its own size."""
+    x, y, width, height = box
+    return np.asarray(
+        picture.convert("RGB").crop((round(x), round(y), round(x + width), round(y + height))).resize(size), int
+    )
+
+
+@pytest.mark.slow
+def test_a_browser_shows_changes_and_submits(browser: Browser, voc: Path, tmp_path: Path):
+    """The proposal is seen on the photograph; untouched it comes back as it was; a stroke changes what it covers."""
+    data = load_data(str(voc), seed=0)
+    rows = {row["id"]: row for row in data.train.select([0, 2, 3])}
+    asked = []
+    for n, (image_id, row) in enumerate(rows.items()):
+        row["image"].save(tmp_path / f"{image_id}.jpg")
+        kind = ("fix", "verify", "verify")[n]
+        asked.append(Request(image_id, kind, tmp_path / f"{image_id}.jpg", row["mask"], priority=float(-n)))
+    carrier = annotator(tmp_path, data.labels)
+    carrier.ask(asked)
+    there, path, sent = carrier.tasks.all(), [(0.1, 0.9), (0.3, 0.95), (0.3, 0.8)], {}
+    for n, request in enumerate(asked):
+        box = browser.open(carrier.project.address(there[request.id][0]["id"]))
+        browser.page.screenshot(path=tmp_path / f"{n}.png")
+        if n == 0:
+            proposal, photo = np.asarray(request.proposal), np.asarray(rows[request.id]["image"], int)
+            shown, near = seen(Image.open(tmp_path / "0.png"), box, photo.shape[1::-1]), Image.open(tmp_path / "0.png")
+            painted = data.labels.colorize(proposal).astype(int)
+            for index in np.unique(proposal[proposal != 0]).tolist():  # void, too
+                inside = proposal == index
+                to_paint = np.abs(shown - painted)[inside].mean() / np.abs(photo - painted)[inside].mean()
+                assert to_paint < 0.85, (index, to_paint, near.size)  # nearer to its colour than the photograph is
+            assert np.abs(shown - photo)[proposal == 0].mean() < 12  # and the rest is the photograph
+            browser.page.get_by_text("horse", exact=True).last.click()
+            browser.page.click("[aria-label=brush-tool]")
+            browser.paint(box, path)
+            browser.page.screenshot(path=tmp_path / "0_painted.png")
+        browser.say(("fix", "accept", "fix")[n])
+        sent[request.id] = browser.submit()
+    found = carrier.answered()
+    assert [found[r.id].verdict for r in asked] == ["fixed", "accepted", "rejected"]
+    assert (found[asked[1].id].mask == asked[1].proposal).all()
+    changed, far = found[asked[0].id].mask != asked[0].proposal, to_the_path(asked[0].proposal.shape, path)  # type: ignore[union-attr]
+    stroke = (far < 2) & (asked[0].proposal == 0)
+    assert changed[stroke].all() and not changed[far > 8].any() and (found[asked[0].id].mask[changed] == 13).all()
+    for request in asked:
+        assert found[request.id].seconds == pytest.approx(sent[request.id]["lead_time"])
+    posted = mask_of(sent[asked[0].id]["result"], data.labels, asked[0].proposal.shape, "the browser")  # type: ignore[union-attr]
+    assert (posted == found[asked[0].id].mask).all()

@@ -447,7 +447,8 @@ class Tasks:
         count = task.get("total_annotations", 0) + task.get("cancelled_annotations", 0)
         changed = task.get("updated_at"), count
         if count and self._read.get(task["id"], (None,))[0] != changed:
-            self._read[task["id"]] = changed, self.server.call("GET", f"/api/tasks/{task['id']}/annotations/")
+            whole = self.server.call("GET", f"/api/tasks/{task['id']}/")  # .../annotations/ leaves out the skipped ones
+            self._read[task["id"]] = changed, whole["annotations"]
         return self._read[task["id"]][1] if count else []
 
 # %% ../../nbs/people/04_label_studio.ipynb #studio-annotator
