@@ -30,7 +30,7 @@ from test_people import LABELS, masks, photos, requests
 from vlm_itl.core.checks import ConfigError, DataError, RunError
 from vlm_itl.data.labels import VOID, LabelSpace
 from vlm_itl.data.sources import load_data
-from vlm_itl.people import AnswerStore, Request, make_annotator
+from vlm_itl.people import AnswerStore, Request, Waiting, make_annotator
 from vlm_itl.people.label_studio import LabelStudioAnnotator, Server, label_config, mask_of, results_of
 from vlm_itl.people.robot import Robot, slipped, work
 
@@ -41,7 +41,9 @@ class RealStudio:
     """A real Label Studio on loopback, with its own data."""
 
     def __init__(self, executable: str, data: Path):
-        self.executable, self.data, self.token = executable, data, secrets.token_hex(20)
+        self.executable, self.data, kept = executable, data, data / "token.txt"  # its owner is in its tables
+        self.token = kept.read_text() if kept.is_file() else secrets.token_hex(20)
+        kept.write_text(self.token)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -418,6 +420,43 @@ def test_a_deleted_project(studio: Any, tmp_path: Path, photos: dict[str, Path])
         one_line(told.value)
 
 
+@pytest.mark.parametrize("more", [{}, {"policy": "triage"}])
+def test_three_rounds_end_as_the_simulation_does(studio: Any, tmp_path: Path, more: dict[str, Any]):
+    """A run that rests, a robot in Label Studio, the same run again: ids, masks and metrics of the simulator."""
+    from test_people_loop import TRUTH, lines
+    from toyloop import Eye, Listener, Parrot, no_figures, settings, toy_loop
+
+    from vlm_itl.data.sources import toy_images
+    from vlm_itl.experiment.annotator import asked_of_people
+    from vlm_itl.experiment.loop import Loop
+    from vlm_itl.people.desk import Desk, Photographs
+
+    place, data, rests = tmp_path / "people_run", toy_images(), 0
+    robot = Robot(TRUTH.__getitem__, data.labels)
+    while not (place / "summary.json").is_file():
+        loop, carrier = None, make_annotator("labelstudio", place / "people", data.labels)
+        try:
+            config = settings(place, **more)
+            photographs = Photographs(place / "people/photographs", data.train, data.val, data.test)
+            desk = Desk(place, carrier, photographs, asked_of_people(config, data))
+            loop = Loop(config, data, Parrot(data), Eye(), tracker=Listener(), draw=no_figures, desk=desk)
+            list(loop.run())
+        except Waiting as rest:
+            assert f"{studio.url}/projects/" in str(rest)
+            if loop is not None:
+                loop.folder.close()
+            rests += 1
+            assert work(robot, make_annotator("labelstudio", place / "people", data.labels), at_most=2) > 0
+    list(toy_loop(settings(tmp_path / "simulated", **more)).run())
+    assert lines(place) == lines(tmp_path / "simulated") and len(lines(place)) == 3 and rests >= 3
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (place, tmp_path / "simulated")]
+    assert summaries[0]["test"] == summaries[1]["test"]
+    tasks = annotator(place, data.labels).tasks.all()
+    whole = [studio.call("GET", f"/api/tasks/{task['id']}/") for own in tasks.values() for task in own]
+    lead_time = sum(annotation["lead_time"] for task in whole for annotation in task["annotations"])
+    assert summaries[0]["budget"]["human_seconds"] == pytest.approx(lead_time)
+
+
 def test_odd_names_and_no_background(studio: Any, tmp_path: Path):
     """Classes of any name; where none is the background, what nobody has painted is void."""
     labels = LabelSpace(('a "quoted" & <odd> name', "Straße 道路", "void"))
@@ -537,7 +576,7 @@ class Browser:
         page.fill("input[name=email]", EMAIL)
         page.fill("input[name=password]", "a long password")
         page.click("button[type=submit]")
-        page.wait_for_url("**/projects/**", timeout=120_000, wait_until="domcontentloaded")
+        page.wait_for_url(re.compile("^(?!.*/login)"), timeout=120_000, wait_until="domcontentloaded")
 
     def open(self, address: str) -> list[float]:  # x, y, width, height of the picture
         """Go to a task, and wait until its picture and regions are drawn."""
