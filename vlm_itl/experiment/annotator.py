@@ -325,6 +325,8 @@ def masks_by_people(
         kind = {"mask": whole.features["image"]}
         wide = _beside(whole.remove_columns("mask"), {"mask": cells}, kind).select_columns(whole.column_names)
         splits[name] = wide.with_transform(DecodeRows(data.labels, data.watch))
+    if data.watch is not None and set(row_ids(data.train)) <= desk.covers:
+        data.watch.settled = True  # what people answer is kept as class indices, 255 is void
     return replace(data, **splits)
 
 

@@ -31,9 +31,7 @@ class Ledger:
     shares: float = 0.0  # whole masks that these regions make, by their pixels
     pixels: int = 0  # pixels inside those masks and regions
     clicks: int | None = 0  # by the rule of `count_clicks`; None as soon as some were not counted
-    human_seconds: float = (
-        0.0  # `mask_seconds` per drawn image; a region or correction its share; looks; what was timed
-    )
+    human_seconds: float = 0.0  # `mask_seconds` per mask, a region or correction its share; looks; what was timed
     timed_masks: int = 0  # of the masks, those whose time was measured
     timed_checks: int = 0  # of the checks, likewise
     timed_seconds: float = 0.0  # what these took
