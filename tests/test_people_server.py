@@ -420,7 +420,7 @@ def test_a_deleted_project(studio: Any, tmp_path: Path, photos: dict[str, Path])
         one_line(told.value)
 
 
-@pytest.mark.parametrize("more", [{}, {"policy": "triage"}])
+@pytest.mark.parametrize("more", [{}, pytest.param({"policy": "triage"}, marks=pytest.mark.slow)])
 def test_three_rounds_end_as_the_simulation_does(studio: Any, tmp_path: Path, more: dict[str, Any]):
     """A run that rests, a robot in Label Studio, the same run again: ids, masks and metrics of the simulator."""
     from test_people_loop import TRUTH, lines
