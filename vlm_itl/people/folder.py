@@ -132,14 +132,15 @@ def read_answer(
         allowed = ", ".join(KINDS[request.kind])
         raise DataError(f"{where} says {word!r}, which does not answer {request.kind!r}; allowed: {allowed}.")
     if word == "accepted":
-        if mask is not None and not np.array_equal(mask, request.proposal):
+        if mask is not None and _verdict_of(request, mask) != "accepted":
             raise DataError(
                 f"{where} accepts the proposal, and {source} differs from it: remove the file, or the line."
             )
         mask = request.proposal
     elif word != "mask" and mask is not None:
         raise DataError(f"{where} says {word!r}, and there is a mask, {source}: remove the file, or the line.")
-    return Answer(request.id, request.kind, verdict, mask, said and said.seconds, said.who if said else "", source)
+    seconds, who = (said.seconds, said.who) if said else (None, "")
+    return Answer(request.id, request.kind, verdict, mask, seconds, who, source)
 
 
 def _verdict_of(request: Request, mask: np.ndarray | None) -> str | None:
