@@ -55,7 +55,7 @@ def answer(request: Any, good: bool = True, **more: Any) -> Answer:
         found = "accepted" if good else "rejected"
         return Answer(request.id, "verify", found, request.proposal if good else None, seconds=2.0, **more)
     verdict = {"draw": "drawn", "fix": "fixed"}[request.kind]
-    return Answer(request.id, request.kind, verdict, TRUTH[request.id], seconds=10.0, **more)
+    return Answer(request.id, request.kind, verdict, TRUTH[request.image_id], seconds=10.0, **more)
 
 
 def to_the_end(folder: Path, given: dict[str, Answer], one_by_one: bool = False, **more: Any) -> tuple[Any, list[Any]]:
@@ -231,3 +231,16 @@ def test_masks_come_back_as_they_were_drawn(tmp_path: Path) -> None:
     for row in loop.team.annotator.labelled(loop.state.pool.human):
         assert np.array_equal(row["mask"], TRUTH[row["id"]])
     loop.folder.close()
+
+
+def test_some_corrections_are_drawn_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_itl.experiment.state.AGAIN", 1.0)
+    given: dict[str, Answer] = {}
+    summary, asked = to_the_end(tmp_path / "people", given, policy="fix")
+    again = [i for i in given if i.endswith("~again")]
+    assert again and summary["budget"]["again"] == len(again)
+    assert summary["budget"]["human_seconds"] == sum(a.seconds or 0 for a in given.values())
+    assert summary["people"]["agreement"] == {"n": len(again), "iou": 1.0, "bias": 0.0}
+    assert summary["people"]["kinds"]["fix"]["n"] == len([a for a in given.values() if a.kind == "fix"])
+    list(toy_loop(settings(tmp_path / "simulated", policy="fix")).run())
+    assert lines(tmp_path / "people") == lines(tmp_path / "simulated")  # it changes nothing

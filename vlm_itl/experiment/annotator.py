@@ -123,7 +123,7 @@ class Oracle:
 
     def summon(
         self,
-        wanted: Mapping[str, Sequence[str]],  # draw, fix, verify -> images
+        wanted: Mapping[str, Sequence[str]],  # draw, fix, verify, again -> images
         proposals: Any = None,  # image -> (H, W) mask that people see
         reasons: Mapping[str, str] | None = None,  # image -> why, for people
     ) -> None:
@@ -174,6 +174,13 @@ class Oracle:
             timed = next(iter(self._seconds([image_id])), None)
             self.ledger.pay_fix(truth.size, drawing, looking, 1 + round(share * (count_clicks(truth) - 1)), timed)
         self.paid.update(ids)
+
+    def draw_again(self, ids: Sequence[str]) -> None:
+        "Pay for masks that people draw without having seen what was proposed, beside those that they have corrected."
+        if self.desk is not None:
+            self.summon({"again": ids})
+            seconds = self.desk.seconds([question_id(i, "again") for i in self._by_people(ids)])
+            self.ledger.pay_again(seconds)
 
     def check(
         self,

@@ -48,6 +48,7 @@ from vlm_itl.experiment.state import (
     noting_broken_data,
     resume,
 )
+from ..people.account import people_account
 from ..people.desk import Desk
 from ..proposals.correction import CorrectionCost
 from ..proposals.proposers import make_proposer
@@ -252,6 +253,7 @@ def finish(
         summary["sizes"] = read_json(folder.path / "data.json", dict)["sizes"]
         summary["notes"] = team.learner.notes
         summary["labelled_pool"] = labels
+        summary["people"] = people_account(folder.path, team.data.labels) if team.annotator.desk is not None else None
         total = sum(r.seconds["total"] for r in loop.rounds)
         summary["seconds"] = {"rounds": round(total, 2), "test": round(time.perf_counter() - started, 2)}
         for index in range(last + 1):

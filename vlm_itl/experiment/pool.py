@@ -32,6 +32,7 @@ class Ledger:
     pixels: int = 0  # pixels inside those masks and regions
     clicks: int | None = 0  # by the rule of `count_clicks`; None as soon as some were not counted
     human_seconds: float = 0.0  # `mask_seconds` per mask, a region or correction its share; looks; what was timed
+    again: int = 0  # masks that were drawn a second time, to see what a proposal does to the one who corrects it
     timed_masks: int = 0  # of the masks, those whose time was measured
     timed_checks: int = 0  # of the checks, likewise
     timed_seconds: float = 0.0  # what these took
@@ -103,6 +104,14 @@ class Ledger:
         self.timed_seconds += sum(timed)
         self._count(0)
 
+    def pay_again(self, seconds: Sequence[float | None]) -> None:
+        "Charge masks that were drawn a second time; `seconds` where it was measured."
+        timed = [second for second in seconds if second is not None]
+        self.again += len(seconds)
+        self.timed_masks += len(timed)
+        self.timed_seconds += sum(timed)
+        self._count(0)
+
     def pay_judge(self, calls: int, usd: float | None) -> None:
         "Charge some questions. A price that is none (None, negative, nan) is unknown."
         usd = usd if usd is not None and math.isfinite(usd) and usd >= 0 else None
@@ -112,7 +121,7 @@ class Ledger:
     def _count(self, clicks: int | None) -> None:
         "Clicks add up while all are known; human seconds follow from whole masks, shares of masks, looks and checks."
         self.clicks = None if clicks is None or self.clicks is None else self.clicks + clicks
-        drawn = self.images - self.fixes - self.timed_masks + self.shares + self.fix_shares
+        drawn = self.images + self.again - self.fixes - self.timed_masks + self.shares + self.fix_shares
         looks = CHECK_SECONDS * (self.checks - self.timed_checks) + self.fix_looks
         self.human_seconds = round(self.mask_seconds * drawn + looks + self.timed_seconds, 3)
 

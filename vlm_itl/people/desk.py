@@ -57,10 +57,12 @@ class Photographs:
 # %% ../../nbs/people/06_desk.ipynb #desk-desk
 def question_id(
     image_id: str,  # of the image
-    kind: str,  # draw, fix, verify
+    kind: str,  # draw, fix, verify, again
     mask: np.ndarray | None = None,  # (H, W), verify: what is checked
 ) -> str:
     "The id of a question: drawing and fixing give the image its mask; each mask that is checked is another question."
+    if kind == "again":
+        return f"{image_id}~again"
     if kind != "verify" or mask is None:
         return image_id
     return f"{image_id}~{hashlib.sha256(np.ascontiguousarray(mask, np.uint8).tobytes()).hexdigest()[:8]}"
@@ -84,7 +86,7 @@ class Desk:
     def ask(
         self,
         ids: Sequence[str],  # images, the most urgent first
-        kind: str = "draw",  # draw, fix, verify
+        kind: str = "draw",  # draw, fix, verify; again: draw what was corrected, without seeing the proposal
         proposals: Any = None,  # image -> (H, W) mask that people see; fix, verify
         reasons: Sequence[str] = (),  # why each image, for people
     ) -> list[str]:  # ids of the questions that were not answered before
@@ -92,12 +94,16 @@ class Desk:
         done, why = self.store.lines(), dict(zip(ids, reasons, strict=False))
         requests, new = [], []
         for place, image_id in enumerate(ids):
-            mask = None if kind == "draw" else proposals[image_id]
+            mask = None if kind in ("draw", "again") else proposals[image_id]
             question = question_id(image_id, kind, mask)
             if question not in done:
                 new.append(question)
                 reason, urgent = why.get(image_id, ""), float(len(ids) - place)
-                requests.append(Request(question, kind, self.photographs[image_id], mask, reason, urgent))
+                requests.append(
+                    Request(
+                        question, "draw" if kind == "again" else kind, self.photographs[image_id], mask, reason, urgent
+                    )
+                )
         if requests:
             self.annotator.ask(requests)
         return new
@@ -105,7 +111,7 @@ class Desk:
     def need(
         self,
         ids: Sequence[str],  # images, the most urgent first
-        kind: str = "draw",  # draw, fix, verify
+        kind: str = "draw",  # draw, fix, verify; again: draw what was corrected, without seeing the proposal
         proposals: Any = None,  # as for `ask`
         reasons: Sequence[str] = (),  # as for `ask`
     ) -> None:
@@ -127,7 +133,7 @@ class Desk:
                 self._tell_change(answer)
                 continue
             if answer.verdict == "skipped" and answer.kind != "verify":
-                width, height = Request(answer.id, "draw", self.photographs[answer.id]).size
+                width, height = Request(answer.id, "draw", self.photographs[answer.id.partition("~")[0]]).size
                 self.store.masks.write(answer.id, np.full((height, width), VOID, np.uint8))
             if answer.kind == "verify" and answer.verdict == "fixed":  # who said no has put it right at once
                 image_id = answer.id.rpartition("~")[0]
