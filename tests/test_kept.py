@@ -1,0 +1,214 @@
+"""What one keeps of a run: model folders that answer elsewhere as they were measured, predictions, cards, publishing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, MobileNetV2Config, MobileNetV2Model
+
+from vlm_itl.core.checks import ConfigError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.sources import SegData, load_data, toy_images
+from vlm_itl.data.transforms import predicted_classes
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import run_baseline
+from vlm_itl.model.metrics import ConfusionMatrix
+from vlm_itl.model.predict import Inference, evaluate, predict_batches
+from vlm_itl.model.segmenter import SAVED_AS, Segmenter, load_model, load_weights, own_labels, save_model, saved_note
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIR = LabelSpace(("background", "crack", "hole"), palette=[(0, 0, 0), (9, 9, 9), (90, 0, 0)])
+BATCH = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def measured_elsewhere(folder: Path, data: SegData, code: bool) -> float:
+    """The test mIoU through transformers alone."""
+    how: dict[str, Any] = {"trust_remote_code": code} if code else {}
+    processor = AutoImageProcessor.from_pretrained(folder, **how)
+    net = AutoModelForSemanticSegmentation.from_pretrained(folder, **how).eval()
+    matrix = ConfusionMatrix(len(data.labels))
+    for row in data.test:
+        with torch.inference_mode():
+            out = net(**processor(row["image"], return_tensors="pt"))
+        mask = processor.post_process_semantic_segmentation(out, target_sizes=[row["image"].size[::-1]])[0]
+        matrix.update(mask, torch.as_tensor(row["mask"]))
+    return float(matrix.compute(data.labels.names)["mean_iou"])
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MobileNetV2 of random weights, as somebody would have it on disk."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("encoder")
+    MobileNetV2Model(MobileNetV2Config(depth_multiplier=0.35)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nano_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run of the default network on the six toy images."""
+    folder = tmp_path_factory.mktemp("runs") / "nano"
+    settings = {"dataset": "toy", "steps": 4, "batch_size": 2, "image_size": 32, "val_share": 0.25, "gallery": 0}
+    list(run_baseline(make_config(**settings, mixture={}, output_dir=str(folder))))
+    return folder
+
+
+def kept_folder(run: Path) -> Path:
+    """The folder of the run's last model."""
+    return next(run.glob("round_*/model"))
+
+
+# --- model folders ----------------------------------------------------------------------------------------------------
+
+
+def test_the_default_network_is_a_model_by_its_folder(nano_run: Path):
+    folder = kept_folder(nano_run)
+    again = load_model(str(folder), own_labels(str(folder)))
+    assert again.labels.names == toy_images().labels.names and again.pretrained
+    assert np.array_equal(again.labels.palette, toy_images().labels.palette)
+    fresh = load_weights(load_model("cnn-nano", again.labels, seed=7), folder)
+    with torch.inference_mode():
+        assert torch.equal(again(BATCH), fresh(BATCH))
+    assert saved_note(folder)["image_size"] == 32 and saved_note(folder)["model"] == "cnn-nano"
+
+
+def test_a_run_goes_on_from_the_default_network_of_another(nano_run: Path, tmp_path: Path):
+    settings = {"dataset": "toy", "steps": 2, "batch_size": 2, "image_size": 32, "val_share": 0.25, "gallery": 0}
+    model = str(kept_folder(nano_run))
+    list(run_baseline(make_config(**settings, model=model, mixture={}, output_dir=str(tmp_path / "next"))))
+    again = load_model(str(kept_folder(tmp_path / "next")))
+    assert saved_note(kept_folder(tmp_path / "next"))["model"] == "cnn-nano" and len(again.labels) == 3
+
+
+def test_folders_of_earlier_versions_load_inside_their_run_and_say_why_not_outside(nano_run: Path, tmp_path: Path):
+    folder = kept_folder(nano_run)
+    old = tmp_path / "run" / "round_000" / "model"
+    old.mkdir(parents=True)
+    (old / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    for name in ("config.json", "data.json"):
+        (tmp_path / "run" / name).write_bytes((nano_run / name).read_bytes())
+    with torch.inference_mode():
+        assert torch.equal(load_model(str(old))(BATCH), load_model(str(folder))(BATCH))
+    (tmp_path / "run" / "data.json").unlink()
+    with pytest.raises(ConfigError, match="no config.json") as caught:
+        load_model(str(old), PAIR)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_classes_take_the_rows_of_their_names(tmp_path: Path):
+    model = load_model("cnn-nano", PAIR, seed=1)
+    folder = save_model(model, tmp_path)
+    turned = load_model(str(folder), LabelSpace(("hole", "patch", "background")))
+    weights, theirs = turned.net.head.weight, model.net.head.weight
+    assert torch.equal(weights[[0, 2]], theirs[[2, 0]]) and not torch.equal(weights[1], theirs[1])
+    assert any("new are: patch" in note for note in turned.notes)
+
+
+def test_broken_folders_of_own_networks_are_named(tmp_path: Path):
+    folder = save_model(load_model("cnn-nano", PAIR), tmp_path)
+    note = json.loads((folder / SAVED_AS).read_text())
+    weights = (folder / "model.safetensors").read_bytes()
+    for content, said, message in (
+        ({**note, "model": "gone"}, weights, "no kind of model here"),
+        ({**note, "classes": ["a", "b"]}, weights, "is not that of 'cnn-nano'"),
+        ({**note, "classes": "background"}, weights, "classes"),
+        (note, b"nothing", "is not that of 'cnn-nano'"),
+    ):
+        (folder / SAVED_AS).write_text(json.dumps(content))
+        (folder / "model.safetensors").write_bytes(said)
+        with pytest.raises(ConfigError, match=message) as caught:
+            load_model(str(folder))
+        assert "\n" not in str(caught.value)
+
+
+def test_what_has_no_classes_says_so(weights: Path):
+    with pytest.raises(ConfigError, match="is new and has no classes"):
+        load_model("cnn-nano")
+    with pytest.raises(ConfigError, match="is no segmenter but MobileNetV2ForImageClassification"):
+        load_model(str(weights / "mobilenet-v2-imagenet"))
+    assert own_labels(str(weights / "deeplabv3-mobilenetv2-voc")).names == LabelSpace.voc().names
+
+
+def models(data: SegData, encoder: Path) -> dict[str, Segmenter]:
+    """One of each kind, its logits far enough from each other that masks have every class."""
+    names = {"nano": "cnn-nano", "segformer": "segformer-nano", "probe": f"probe:{encoder}"}
+    made = {kind: load_model(name, data.labels, seed=3) for kind, name in names.items()}
+    for model in made.values():
+        last = [m for m in model.net.modules() if isinstance(m, torch.nn.Conv2d) and m.out_channels == len(data.labels)]
+        torch.nn.init.normal_(last[-1].weight, std=3.0)
+    return made
+
+
+@pytest.mark.parametrize("resize", ["keep", "stretch"])
+@pytest.mark.parametrize("kind", ["nano", "segformer", "probe"])
+def test_others_get_the_measured_quality(kind: str, resize: str, scenes_small: SegData, encoder: Path, tmp_path: Path):
+    """transformers alone, on generated scenes: test mIoU within 1e-3 of ours, padded or not."""
+    model = models(scenes_small, encoder)[kind]
+    ours = evaluate(model, scenes_small.test, Inference(64, resize))["mean_iou"]
+    folder = save_model(model, tmp_path / "m", 64, resize)
+    assert abs(measured_elsewhere(folder, scenes_small, kind != "segformer" or resize == "keep") - ours) < 1e-3
+
+
+def test_others_get_the_measured_quality_on_photographs(voc: Path, weights: Path, tmp_path: Path):
+    """A published checkpoint on VOC: within 1e-3; what is lost without the padding is why there is a processor."""
+    data = load_data(str(voc), leaks="off", options={"max_test": 10, "max_train": 8})
+    model = load_model(str(weights / "deeplabv3-mobilenetv2-voc"), data.labels)
+    for resize in ("keep", "stretch"):
+        ours = evaluate(model, data.test, Inference(128, resize))["mean_iou"]
+        folder = save_model(model, tmp_path / resize, 128, resize)
+        assert abs(measured_elsewhere(folder, data, resize == "keep") - ours) < 1e-3
+
+
+ALONE = """
+import sys
+sys.modules["vlm_itl"] = None  # as where it is not installed
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+image = Image.open("p.png")
+for folder in sys.argv[1:]:
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    net = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True).eval()
+    with torch.inference_mode():
+        out = net(**processor(image, return_tensors="pt"))
+    found = processor.post_process_semantic_segmentation(out, target_sizes=[image.size[::-1]])[0]
+    Image.fromarray(found.byte().numpy()).save(folder + ".png")
+"""
+
+
+def our_mask(model: Segmenter, picture: Image.Image, view: Inference) -> np.ndarray:
+    """What `evaluate` counts."""
+    rows = datasets.Dataset.from_list([{"id": "p", "image": picture}])
+    batch, logits, _ = next(predict_batches(model, rows, view))
+    return predicted_classes(logits[0], batch["box"][0], view.image_size, batch["native"][0]).numpy()
+
+
+def test_own_networks_work_where_vlm_itl_is_not(encoder: Path, tmp_path: Path):
+    """In another process and another folder, with nothing of ours to import."""
+    picture = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
+    picture.save(tmp_path / "p.png")
+    kept = {"nano": "cnn-nano", "probe": f"probe:{encoder}"}
+    for folder, name in kept.items():
+        save_model(load_model(name, PAIR, seed=2), tmp_path / folder, 64, "keep")
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
+    subprocess.run([sys.executable, "-c", ALONE, *kept], check=True, cwd=tmp_path, env=env, capture_output=True)
+    for folder in kept:
+        ours = our_mask(load_model(str(tmp_path / folder)), picture, Inference(64))
+        assert (np.array(Image.open(tmp_path / f"{folder}.png")) == ours).mean() > 0.999
+
+
+def test_nothing_loads_by_halves_without_its_code(encoder: Path, tmp_path: Path):
+    """A probe's folder is no MobileNetV2 with a new head for whoever does not trust its code: it is refused."""
+    folder = save_model(load_model(f"probe:{encoder}", PAIR), tmp_path, 64)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=False)
