@@ -11,19 +11,22 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, MobileNetV2Config, MobileNetV2Model
 
-from vlm_itl.core.checks import ConfigError
+from vlm_itl.cli.run import main
+from vlm_itl.core.checks import ConfigError, DataError, RunError
 from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.masks import MaskStore, read_indices
 from vlm_itl.data.sources import SegData, load_data, toy_images
 from vlm_itl.data.transforms import predicted_classes
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_baseline
 from vlm_itl.model.metrics import ConfusionMatrix
-from vlm_itl.model.predict import Inference, evaluate, predict_batches
+from vlm_itl.model.predict import Inference, evaluate, measured_view, predict_batches, predict_folder
 from vlm_itl.model.segmenter import SAVED_AS, Segmenter, load_model, load_weights, own_labels, save_model, saved_note
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -212,3 +215,130 @@ def test_nothing_loads_by_halves_without_its_code(encoder: Path, tmp_path: Path)
     folder = save_model(load_model(f"probe:{encoder}", PAIR), tmp_path, 64)
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=False)
+
+
+# --- predictions ------------------------------------------------------------------------------------------------------
+
+
+def photographs(data: SegData, folder: Path) -> Path:
+    """The test images as files, some in a folder below."""
+    (folder / "more").mkdir(parents=True)
+    for place, row in enumerate(data.test):
+        row["image"].save(folder / ("more" if place % 3 == 0 else ".") / f"{row['id']}.png")
+    return folder
+
+
+def written(out: Path) -> dict[str, bytes]:
+    """What predict_folder leaves; of the journal, its lines."""
+    files = {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+    lines = {line: b"" for line in files.pop(".predicted.jsonl").decode().splitlines()}
+    return {**files, **lines}
+
+
+@pytest.mark.parametrize("kind", ["nano", "segformer", "probe"])
+def test_a_folder_is_predicted_as_evaluate_counts(kind: str, scenes_small: SegData, encoder: Path, tmp_path: Path):
+    """Masks on disk give the mIoU of `evaluate`; files, folders below, palette and scores are as promised."""
+    model, view = models(scenes_small, encoder)[kind], Inference(64, "keep", 3)
+    folder = save_model(model, tmp_path / "m", 64, "keep")
+    table = predict_folder(folder, photographs(scenes_small, tmp_path / "p"), tmp_path / "out")
+    matrix, where = ConfusionMatrix(len(scenes_small.labels)), dict(zip(table["file"], table["id"], strict=True))
+    for row in scenes_small.test:
+        path = tmp_path / "out" / "masks" / f"{where[row['id'] + '.png']}.png"
+        matrix.update(torch.from_numpy(read_indices(path)), torch.as_tensor(row["mask"]))
+        assert Image.open(path).size == row["image"].size
+        assert Image.open(path).getpalette()[:12] == np.asarray(scenes_small.labels.palette)[:4].ravel().tolist()
+    ours = evaluate(model, scenes_small.test, view)["mean_iou"]
+    assert matrix.compute(scenes_small.labels.names)["mean_iou"] == pytest.approx(ours, abs=1e-3)
+    kept = pd.read_csv(tmp_path / "out" / "scores.csv")
+    assert list(kept["id"]) == list(table["id"]) and kept["confidence"].between(0, 1).all()
+    shares = kept[[f"share of {name}" for name in scenes_small.labels.names]].sum(axis=1)
+    assert np.allclose(shares, 1) and len(list((tmp_path / "out" / "overlays").glob("*.jpg"))) == len(table)
+
+
+def test_a_prediction_that_was_killed_goes_on_and_ends_the_same(scenes_small: SegData, tmp_path: Path, monkeypatch):
+    """Between any two writes: a mask, an overlay, half a line of the journal; a file that changed is done anew."""
+    model, view = load_model("cnn-nano", scenes_small.labels), Inference(64, "keep", 3)
+    folder = photographs(scenes_small, tmp_path / "p")
+    predict_folder(model, folder, tmp_path / "whole", view)
+    out, write = tmp_path / "out", MaskStore.write
+    for last in range(0, 8, 2):
+        calls = iter(range(100))
+
+        def dying(store: Any, image_id: str, mask: Any, last: int = last, calls: Any = calls) -> None:
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            write(store, image_id, mask)
+
+        monkeypatch.setattr(MaskStore, "write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            predict_folder(model, folder, out, view)
+        if (out / ".predicted.jsonl").is_file():
+            with (out / ".predicted.jsonl").open("a") as journal:
+                journal.write('{"id": "half')
+        if last > 3:
+            break
+    monkeypatch.setattr(MaskStore, "write", write)
+    predict_folder(model, folder, out, view)
+    assert written(out) == written(tmp_path / "whole")
+    changed = next(folder.glob("*.png"))
+    Image.new("RGB", (40, 30)).save(changed)
+    table = predict_folder(model, folder, out, view)
+    assert table.set_index("file").loc[changed.name, "width"] == 40
+
+
+def test_bad_folders_and_models_are_one_line(scenes_small: SegData, nano_run: Path, weights: Path, tmp_path: Path):
+    folder = photographs(scenes_small, tmp_path / "p")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("notes")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text('{"mode": "al"}')
+    done = predict_folder(nano_run, folder, tmp_path / "done", overlays=False)
+    assert len(done) == len(scenes_small.test) and not (tmp_path / "done" / "overlays").exists()
+    voc21 = weights / "deeplabv3-mobilenetv2-voc"
+    for model, given, out, message in (
+        (nano_run, tmp_path / "empty", "a", "no photographs"),
+        (nano_run, tmp_path / "gone", "a", "no such folder"),
+        (nano_run, folder, "p/masks", "would be taken for photographs"),
+        (nano_run, folder, "other", "holds no predictions"),
+        (voc21, folder, "done", "of another model"),
+        (tmp_path / "bare", folder, "a", "a run that holds no model"),
+        (tmp_path / "empty", folder, "a", "no config.json"),
+        (weights / "mobilenet-v2-imagenet", folder, "a", "no segmenter"),
+        ("segformer-nano", folder, "a", "is new"),
+    ):
+        with pytest.raises((ConfigError, DataError, RunError), match=message) as caught:
+            predict_folder(model, given, tmp_path / out)
+        assert "\n" not in str(caught.value)
+    assert measured_view(str(voc21)) == Inference(513, "stretch")
+
+
+def test_the_command_predicts(nano_run: Path, scenes_small: SegData, tmp_path: Path, capsys: Any):
+    folder, out = photographs(scenes_small, tmp_path / "p"), tmp_path / "out"
+    assert main(["predict", str(nano_run), str(folder), "--out", str(out), "--batch-size", "2"]) == 0
+    assert f"{len(scenes_small.test)} masks" in capsys.readouterr().out
+    (folder / "broken.jpg").write_bytes(b"nothing")
+    assert main(["predict", str(nano_run), str(folder), "--out", str(out), "--batch-size", "2"]) == 1
+    assert "not read" in capsys.readouterr().err
+    assert main(["predict", str(nano_run), str(folder), "--out", str(out), "--image-size", "40"]) == 2
+    assert main(["predict", str(nano_run), str(folder), "--out", str(out), "--resize", "keep"]) == 2
+    assert main(["predict", str(nano_run), str(folder), "--ou"]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 3 and "Traceback" not in told
+
+
+def test_real_photographs_are_predicted(voc: Path, weights: Path, tmp_path: Path):
+    """A published checkpoint of another library on VOC photographs: what `evaluate` counts, at the size it names."""
+    data = load_data(str(voc), leaks="off", options={"max_test": 6, "max_train": 8})
+    for row in data.test:
+        (tmp_path / "p").mkdir(exist_ok=True)
+        row["image"].save(tmp_path / "p" / f"{row['id']}.png")
+    name, view = str(weights / "deeplabv3-mobilenetv2-voc"), Inference(160, "stretch", 4)
+    table = predict_folder(name, tmp_path / "p", tmp_path / "out", view)
+    matrix = ConfusionMatrix(21)
+    for row in data.test:
+        mask = read_indices(tmp_path / "out" / "masks" / f"{row['id']}.png")
+        matrix.update(torch.from_numpy(mask), torch.as_tensor(row["mask"]))
+    ours = evaluate(load_model(name, data.labels), data.test, view)
+    assert matrix.compute(data.labels.names)["mean_iou"] == pytest.approx(ours["mean_iou"], abs=1e-3)
+    assert table["classes"].str.contains("background").all()
