@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import DatasetCard, ModelCard
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, MobileNetV2Config, MobileNetV2Model
 
@@ -24,10 +32,12 @@ from vlm_itl.data.masks import MaskStore, read_indices
 from vlm_itl.data.sources import SegData, load_data, toy_images
 from vlm_itl.data.transforms import predicted_classes
 from vlm_itl.experiment.config import make_config
-from vlm_itl.experiment.loop import run_baseline
+from vlm_itl.experiment.loop import run_al, run_baseline
 from vlm_itl.model.metrics import ConfusionMatrix
 from vlm_itl.model.predict import Inference, evaluate, measured_view, predict_batches, predict_folder
 from vlm_itl.model.segmenter import SAVED_AS, Segmenter, load_model, load_weights, own_labels, save_model, saved_note
+from vlm_itl.reports.cards import dataset_card, human_time, model_card, write_model_card
+from vlm_itl.reports.report import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = LabelSpace(("background", "crack", "hole"), palette=[(0, 0, 0), (9, 9, 9), (90, 0, 0)])
@@ -342,3 +352,224 @@ def test_real_photographs_are_predicted(voc: Path, weights: Path, tmp_path: Path
     ours = evaluate(load_model(name, data.labels), data.test, view)
     assert matrix.compute(data.labels.names)["mean_iou"] == pytest.approx(ours["mean_iou"], abs=1e-3)
     assert table["classes"].str.contains("background").all()
+
+
+# --- cards and the Hub ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run with a simulated judge that ends with a labelled data set."""
+    folder = tmp_path_factory.mktemp("runs") / "judged"
+    settings = {"mode": "vlm", "dataset": "scenes", "data_options": {"n_train": 24, "n_test": 8}, "goal": "dataset"}
+    settings |= {"steps": 4, "batch_size": 2, "image_size": 32, "val_share": 6, "gallery": 0, "preflight": 0}
+    settings |= {"initial": 8, "increment": 4, "max_labelled": 8, "judge_options": {"accuracy": 0.9}}
+    list(run_al(make_config(**settings, output_dir=str(folder))))
+    return folder
+
+
+def test_a_model_card_says_what_the_run_says(judged_run: Path):
+    run, folder = read_run(judged_run), kept_folder(judged_run)
+    card = ModelCard.load(write_model_card(run, folder, license="mit"))
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert results["mean_iou"] == pytest.approx(run.summary["test"]["mean_iou"], abs=1e-5)
+    assert card.data.license == "mit" and card.data.pipeline_tag == "image-segmentation"
+    budget = run.rounds[-1]["budget"]
+    assert f"| masks of people, to learn from | {budget['train_images']} |" in card.text
+    assert "**assumed**: 239.7 seconds a mask" in card.text and "**simulated**" in card.text
+    assert "For learning and testing".casefold() in card.text.casefold() and "## Use" in card.text
+    assert str(judged_run.parent) not in card.content  # no path of this machine
+    assert write_model_card(run, folder, license="mit").read_text() == card.content
+    load_model(str(folder))
+
+
+def test_a_dataset_card_counts_who_made_the_masks(judged_run: Path):
+    card, labels = DatasetCard(dataset_card(judged_run)), json.loads((judged_run / "labels/labels.json").read_text())
+    assert sum(labels["by"].values()) == labels["images"] and labels["promise"] in card.text
+    assert card.data.size_categories == "n<1K" and "machine-generated" in card.data.annotations_creators
+    assert f"{labels['measured']['quality']:.3f}" in card.text and "rights in the photographs" in card.text
+
+
+def test_cards_of_runs_without_a_round_or_a_test_are_honest(nano_run: Path, tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"mode": "al"}')
+    for card in (model_card, dataset_card):
+        with pytest.raises(RunError, match="no whole round"):
+            card(tmp_path)
+    (tmp_path / "round_000").mkdir()
+    (tmp_path / "round_000" / "record.json").write_text('{"index": 0}')
+    assert "was not measured" in model_card(tmp_path) and ModelCard(model_card(tmp_path)).data.eval_results is None
+    assert "**measured**" in human_time({"images": 3, "timed_masks": 3, "human_seconds": 60.0})
+
+
+def entries(repo: dict[str, Any]) -> list[dict[str, Any]]:
+    """Files and folders of a repository, as the Hub lists them."""
+    folders = {str(above) for path in repo["files"] for above in Path(path).parents if str(above) != "."}
+    files = [{"type": "file", "path": path, "size": len(content), "oid": "1"} for path, content in repo["files"].items()]
+    return files + [{"type": "directory", "path": path, "oid": "1"} for path in sorted(folders)]
+
+
+class FakeHub(BaseHTTPRequestHandler):
+    """As much of the Hub as a push asks for; everything is kept in `server.repos`."""
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def reply(self, content: Any, code: int = 200, **headers: str) -> None:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    @property
+    def repos(self) -> dict[str, Any]:
+        return self.server.repos  # type: ignore[attr-defined]
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.asked.append((self.path, self.headers.get("Authorization")))  # type: ignore[attr-defined]
+        parts = urlsplit(self.path).path.strip("/").split("/")
+        if self.headers.get("Authorization") != "Bearer hf_fake":
+            return self.reply({"error": "Invalid credentials"}, 401)
+        if parts[:3] == ["api", "repos", "create"]:
+            asked = json.loads(body)
+            name = f"{asked.get('type', 'model')}s/{asked['organization']}/{asked['name']}"
+            private = asked.get("private", asked.get("visibility") == "private")
+            self.repos[name] = {"private": private, "files": {}}
+            return self.reply({"url": f"http://{self.headers['Host']}/{name.removeprefix('models/')}"})
+        if parts[1] == "validate-yaml":
+            return self.reply({"errors": [], "warnings": []})
+        if parts[-2:] == ["objects", "batch"]:
+            href = f"http://{self.headers['Host']}/large/"
+            objects = [{**o, "actions": {"upload": {"href": href + o["oid"]}}} for o in json.loads(body)["objects"]]
+            return self.reply({"transfer": "basic", "objects": objects})
+        repo = self.repos["/".join(parts[1:4])]
+        if parts[4] == "preupload":
+            modes = {f["path"]: "lfs" if f["path"].endswith(".parquet") else "regular" for f in json.loads(body)["files"]}
+            return self.reply({"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
+        if parts[4] == "paths-info":
+            wanted = parse_qs(body.decode()).get("paths", []) if b"=" in body else json.loads(body)["paths"]
+            return self.reply([entry for entry in entries(repo) if entry["path"] in wanted])
+        for line in map(json.loads, body.decode().splitlines()):
+            if line["key"] == "file":
+                repo["files"][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "lfsFile":
+                repo["files"][line["value"]["path"]] = self.server.large[line["value"]["oid"]]  # type: ignore[attr-defined]
+        address = f"http://{self.headers['Host']}/{'/'.join(parts[1:4]).removeprefix('models/')}/commit/{'1' * 40}"
+        self.reply({"commitUrl": address, "commitOid": "1" * 40, "hookOutput": ""})
+
+    def do_PUT(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.large[self.path.rpartition("/")[2]] = content  # type: ignore[attr-defined]
+        self.reply({})
+
+    def do_GET(self) -> None:
+        parts = urlsplit(self.path).path.strip("/").split("/")
+        kind = parts[1] if parts[0] == "api" else parts[0] if parts[0] == "datasets" else "models"
+        name = "/".join([kind, *parts[2:4]]) if parts[0] == "api" else "/".join(parts[:3])
+        if name not in self.repos:
+            return self.reply({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        repo = self.repos[name]
+        if "resolve" in parts:
+            content = repo["files"].get("/".join(parts[parts.index("resolve") + 2 :]))
+            if content is None:
+                return self.reply({"error": "no entry"}, 404, X_Error_Code="EntryNotFound")
+            return self.reply(content, ETag='"1"', X_Repo_Commit="1" * 40)
+        if "tree" in parts:
+            below = "/".join(parts[parts.index("tree") + 2 :])
+            found = [e for e in entries(repo) if e["path"].rpartition("/")[0] == below or "recursive=true" in self.path]
+            if below and not found:
+                return self.reply({"error": "no entry"}, 404, X_Error_Code="EntryNotFound")
+            return self.reply(found)
+        siblings = [{"rfilename": path} for path in repo["files"]]
+        self.reply({"id": "/".join(parts[2:4]), "private": repo["private"], "sha": "1" * 40, "siblings": siblings})
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Any]:
+    """A Hub on the loopback."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
+    server.repos, server.asked, server.large = {}, [], {}
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+@pytest.fixture
+def publish(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+    """The command, for which the Hub is ours."""
+    address = f"http://127.0.0.1:{hub.server_port}"
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
+
+    def call(*words: str, token: str = "hf_fake") -> tuple[int, str, str]:
+        monkeypatch.setenv("HF_TOKEN", token)
+        code = main(["publish", *words])
+        told = capsys.readouterr()
+        return code, told.out, told.err
+
+    return call
+
+
+def test_a_model_goes_to_the_hub_and_comes_back(hub: Any, publish: Any, judged_run: Path, tmp_path: Path):
+    """Private, in one commit, with its card; what is there is a model folder that loads."""
+    (kept_folder(judged_run) / "secrets.txt").write_text("not for others")
+    code, out, err = publish(str(judged_run), "--to", "me/roads", "--license", "mit")
+    assert code == 0, err
+    repo = hub.repos["models/me/roads"]
+    assert repo["private"] and "secrets.txt" not in repo["files"] and "hf_fake" not in out + err
+    for name, content in repo["files"].items():
+        (tmp_path / "back" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "back" / name).write_bytes(content)
+    again, before = load_model(str(tmp_path / "back")), load_model(str(kept_folder(judged_run)))
+    with torch.inference_mode():
+        assert torch.equal(again(BATCH), before(BATCH))
+    card = ModelCard(repo["files"]["README.md"].decode())
+    assert card.data.license == "mit" and 'folder, picture = "me/roads"' in card.text
+
+
+def test_a_data_set_goes_to_the_hub_with_both_pages_in_one(hub: Any, publish: Any, judged_run: Path, tmp_path: Path):
+    """What `datasets` saved, by its own push: our words and its front matter; another folder as it is."""
+    rows = datasets.Dataset.from_dict({"id": ["a", "b"], "share": [0.5, 0.25]})
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "saved"))
+    code, out, err = publish(str(judged_run), "--to", "me/labels", "--data", str(tmp_path / "saved"))
+    assert code == 0, err
+    files = hub.repos["datasets/me/labels"]["files"]
+    card = DatasetCard(files["README.md"].decode())
+    assert "## Who made the masks" in card.text and card.data.to_dict()["configs"] and hub.repos["datasets/me/labels"]["private"]
+    (parquet,) = [content for name, content in files.items() if name.endswith(".parquet")]
+    assert pd.read_parquet(io.BytesIO(parquet))["id"].tolist() == ["a", "b"]
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "annotations.json").write_text("{}")
+    code, out, err = publish(str(judged_run), "--to", "me/coco", "--data", str(tmp_path / "coco"), "--public")
+    assert code == 0, err
+    assert not hub.repos["datasets/me/coco"]["private"] and set(hub.repos["datasets/me/coco"]["files"]) == {
+        "README.md",
+        "annotations.json",
+    }
+
+
+def test_what_must_not_be_sent_is_not(hub: Any, publish: Any, judged_run: Path, tmp_path: Path):
+    """A dry run asks nothing; a bad token, none, a public repository, no network: one line each."""
+    asked = len(hub.asked)
+    code, out, err = publish(str(judged_run), "--to", "me/dry", "--dry-run", token="")
+    assert code == 0 and len(hub.asked) == asked and "model.safetensors" in out
+    hub.repos["models/me/open"] = {"private": False, "files": {}}
+    for words, token, message in (
+        (("--to", "me/none"), "", "set HF_TOKEN"),
+        (("--to", "me/other"), "hf_wrong", "token is not valid"),
+        (("--to", "me/open"), "hf_fake", "exists and is public"),
+        (("--to", "open"), "hf_fake", "user/name"),
+    ):
+        code, out, err = publish(str(judged_run), *words, token=token)
+        assert code == 2 and message in err and err.count("\n") == 1, err
+        assert "hf_wrong" not in err and not hub.repos["models/me/open"]["files"]

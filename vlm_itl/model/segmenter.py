@@ -343,6 +343,8 @@ _README = """# A segmenter made with vlm_itl
 
 Classes, in the order of the channels: {classes}.
 
+## Use
+
 {use}
 
 {how}
