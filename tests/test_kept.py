@@ -1,4 +1,4 @@
-"""What one keeps of a run: model folders that answer elsewhere as they were measured, predictions, cards, publishing."""
+"""What one keeps of a run: model folders that answer elsewhere as measured, predictions, cards, publishing."""
 
 from __future__ import annotations
 
@@ -404,7 +404,9 @@ def test_cards_of_runs_without_a_round_or_a_test_are_honest(nano_run: Path, tmp_
 def entries(repo: dict[str, Any]) -> list[dict[str, Any]]:
     """Files and folders of a repository, as the Hub lists them."""
     folders = {str(above) for path in repo["files"] for above in Path(path).parents if str(above) != "."}
-    files = [{"type": "file", "path": path, "size": len(content), "oid": "1"} for path, content in repo["files"].items()]
+    files = [
+        {"type": "file", "path": path, "size": len(content), "oid": "1"} for path, content in repo["files"].items()
+    ]
     return files + [{"type": "directory", "path": path, "oid": "1"} for path in sorted(folders)]
 
 
@@ -447,8 +449,12 @@ class FakeHub(BaseHTTPRequestHandler):
             return self.reply({"transfer": "basic", "objects": objects})
         repo = self.repos["/".join(parts[1:4])]
         if parts[4] == "preupload":
-            modes = {f["path"]: "lfs" if f["path"].endswith(".parquet") else "regular" for f in json.loads(body)["files"]}
-            return self.reply({"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]})
+            modes = {
+                f["path"]: "lfs" if f["path"].endswith(".parquet") else "regular" for f in json.loads(body)["files"]
+            }
+            return self.reply(
+                {"files": [{"path": p, "uploadMode": m, "shouldIgnore": False} for p, m in modes.items()]}
+            )
         if parts[4] == "paths-info":
             wanted = parse_qs(body.decode()).get("paths", []) if b"=" in body else json.loads(body)["paths"]
             return self.reply([entry for entry in entries(repo) if entry["path"] in wanted])
@@ -500,7 +506,9 @@ def hub() -> Iterator[Any]:
 
 
 @pytest.fixture
-def publish(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., tuple[int, str, str]]:
+def publish(
+    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> Callable[..., tuple[int, str, str]]:
     """The command, for which the Hub is ours."""
     address = f"http://127.0.0.1:{hub.server_port}"
     for module in (huggingface_hub.constants, datasets.config):
@@ -509,6 +517,7 @@ def publish(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: A
     template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", address)
 
     def call(*words: str, token: str = "hf_fake") -> tuple[int, str, str]:
@@ -545,7 +554,11 @@ def test_a_data_set_goes_to_the_hub_with_both_pages_in_one(hub: Any, publish: An
     assert code == 0, err
     files = hub.repos["datasets/me/labels"]["files"]
     card = DatasetCard(files["README.md"].decode())
-    assert "## Who made the masks" in card.text and card.data.to_dict()["configs"] and hub.repos["datasets/me/labels"]["private"]
+    assert (
+        "## Who made the masks" in card.text
+        and card.data.to_dict()["configs"]
+        and hub.repos["datasets/me/labels"]["private"]
+    )
     (parquet,) = [content for name, content in files.items() if name.endswith(".parquet")]
     assert pd.read_parquet(io.BytesIO(parquet))["id"].tolist() == ["a", "b"]
     (tmp_path / "coco").mkdir()

@@ -64,7 +64,9 @@ def publish(run: str, to: str, data: str | None, licence: str | None, public: bo
     from vlm_itl.reports.publish import dataset_parcel, model_parcel, publish_dataset, publish_model
 
     if dry_run:
-        parcel = model_parcel(run, to, public, licence) if data is None else dataset_parcel(run, data, to, public, licence)
+        parcel = (
+            model_parcel(run, to, public, licence) if data is None else dataset_parcel(run, data, to, public, licence)
+        )
         click.echo(f"{parcel}\n\n{bytes(parcel.files['README.md']).decode()}")
         return 0
     if data is None:

@@ -212,7 +212,7 @@ def processor_settings(
 
 # %% ../../nbs/model/02_pixels.ipynb #pixels-padding
 PROCESSOR = "processing_vlm_itl.py"
-_PADDING = '''"""Pictures as a model of vlm_itl was measured on them: the long side at one size, the rest of a square grey."""
+_PADDING = '''"""Pictures as a model of vlm_itl was measured on them: the long side at one size, grey around it."""
 import math
 
 import numpy as np
@@ -232,7 +232,8 @@ class PaddingImageProcessor(ImageProcessingMixin):
 
     def __call__(self, images, return_tensors="pt", **_):
         pictures = images if isinstance(images, (list, tuple)) else [images]
-        return BatchFeature({{"pixel_values": torch.stack([self._show(p) for p in pictures])}}, tensor_type=return_tensors)
+        pixels = torch.stack([self._show(picture) for picture in pictures])
+        return BatchFeature({{"pixel_values": pixels}}, tensor_type=return_tensors)
 
     preprocess = __call__
 
@@ -244,7 +245,8 @@ class PaddingImageProcessor(ImageProcessingMixin):
         picture = ImageOps.exif_transpose(picture).convert("RGB")
         height, width = self._box((picture.height, picture.width))
         square = np.full((self.vlm_itl["side"], self.vlm_itl["side"], 3), 128, dtype=np.uint8)
-        square[:height, :width] = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0))
+        small = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0)
+        square[:height, :width] = np.asarray(small)
         pixels = torch.from_numpy(square.transpose(2, 0, 1)[self.vlm_itl["order"]].copy())
         mean, std = (torch.tensor(self.vlm_itl[part]).view(3, 1, 1) * 255 for part in ("mean", "std"))
         return (pixels.float() - mean) / std

@@ -273,7 +273,9 @@ def paint_over(
     small = np.asarray(Image.fromarray(mask).resize(shown.size, Image.Resampling.NEAREST))
     bare = [VOID, *(index for index, name in enumerate(labels.names) if name == "background")]
     weight = np.where(np.isin(small, bare), 0.0, strength)[..., None]
-    return Image.fromarray(((1 - weight) * np.asarray(shown) + weight * labels.colorize(small)).round().astype(np.uint8))
+    return Image.fromarray(
+        ((1 - weight) * np.asarray(shown) + weight * labels.colorize(small)).round().astype(np.uint8)
+    )
 
 # %% ../../nbs/model/05_predict.ipynb #predict-journal
 _ABOUT, _JOURNAL = ".predicted.json", ".predicted.jsonl"
@@ -292,7 +294,9 @@ def _open_results(out: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]
     noted = out / _ABOUT
     if noted.is_file():
         if read_json(noted, dict) != plain(about):
-            raise RunError(f"{out} holds the masks of another model, or of another view of the pictures: choose another.")
+            raise RunError(
+                f"{out} holds the masks of another model, or of another view of the pictures: choose another."
+            )
     elif out.is_dir() and any(out.iterdir()):
         raise RunError(f"{out} is not empty and holds no predictions: choose another.")
     with file_errors(f"writing into {out}"):

@@ -8,7 +8,6 @@ __all__ = ['human_time', 'model_card', 'write_model_card', 'dataset_card']
 # %% ../../nbs/reports/05_cards.ipynb #cards-imports
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from ..core.checks import RunError, one_line
-from ..core.files import read_json, write_text
+from ..core.files import write_text
 from .report import Run, as_runs, guarded
 from .run_figures import labels_card
 
@@ -67,11 +66,12 @@ def _measured(run: Run) -> str:
     if not test:
         return "## Measured\n\nThe model was not measured on a test split: nothing is known of its quality.\n"
     how = f"{run.config.get('image_size')} px, {run.config.get('resize')}"
-    told = f"On {sizes.get('test', 'some')} test images of {_name(run)} that were used for nothing else, at their own size"
+    told = f"On {sizes.get('test', 'some')} test images of {_name(run)} used for nothing else, at their own size"
     rows = [["mean IoU", test.get("mean_iou")], ["mean IoU of the classes in the truth", test.get("mean_iou_in_truth")]]
     rows += [["pixel accuracy", test.get("pixel_accuracy")]]
     per_class = _table(["class", "IoU"], list((test.get("per_class_iou") or {}).items()))
-    return f"## Measured\n\n{told} (shown to the network at {how}):\n\n{_table(['measure', 'value'], rows)}\n\n{per_class}\n"
+    table = _table(["measure", "value"], rows)
+    return f"## Measured\n\n{told} (shown to the network at {how}):\n\n{table}\n\n{per_class}\n"
 
 # %% ../../nbs/reports/05_cards.ipynb #cards-judge
 _WORTH = {
@@ -91,7 +91,9 @@ def _judged(run: Run) -> str:
     kind = "**simulated** (it reads the truth and errs on purpose)" if run.simulated else "a real one"
     judge, policy = one_line(str(run.config.get("judge")), 60), run.config.get("policy")
     told = f"The judge `{judge}` was {kind}; its answers were used as `{policy}`, a mask counting as good from IoU "
-    rows = [[r.get("index"), *((r.get("judge") or {}).get(key) for key in _WORTH)] for r in run.rounds if r.get("judge")]
+    rows = [
+        [r.get("index"), *((r.get("judge") or {}).get(key) for key in _WORTH)] for r in run.rounds if r.get("judge")
+    ]
     table = _table(["round", *_WORTH.values()], rows) if rows else "It was never measured against a truth."
     return f"## What the judge was worth\n\n{told}{run.config.get('tau')}.\n\n{table}\n"
 
@@ -219,7 +221,8 @@ def _label_quality(run: Run, card: Mapping[str, Any] | None) -> str:
     if "quality" not in measured:
         return "## Quality\n\nNobody knows the truth of these images: the quality of the labels was not measured.\n"
     told = "The pool had all its masks (a simulation), so the labels could be measured: "
-    return f"## Quality\n\n{told}mean IoU {_shown(measured['quality'])}, share of bad masks {_shown(measured.get('bad'))}.\n"
+    bad = _shown(measured.get("bad"))
+    return f"## Quality\n\n{told}mean IoU {_shown(measured['quality'])}, share of bad masks {bad}.\n"
 
 # %% ../../nbs/reports/05_cards.ipynb #cards-data
 def _size_category(count: int) -> str:
@@ -260,7 +263,7 @@ def dataset_card(
 # %% ../../nbs/reports/05_cards.ipynb #cards-data-limits
 def _data_limits(run: Run) -> str:
     "What whoever uses the labels should not believe."
-    told = ["Which images were labelled was not left to chance (active learning): shares of classes are not those of the pool."]
+    told = ["Images were not chosen by chance: shares of classes are not those of the pool."]
     if run.config.get("strategy") == "random":
         told = []
     if run.simulated:

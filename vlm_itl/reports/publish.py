@@ -7,7 +7,7 @@ __all__ = ['Parcel', 'send', 'model_parcel', 'publish_model', 'dataset_parcel', 
 
 # %% ../../nbs/reports/06_publish.ipynb #publish-imports
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +54,9 @@ def _checked_name(to: str) -> str:
         validate_repo_id(to)
         assert to.count("/") == 1
     except (HFValidationError, AssertionError):
-        raise ConfigError(f"to={show(to, 80)}: a repository is named user/name, in letters, digits, - . and _.") from None
+        raise ConfigError(
+            f"to={show(to, 80)}: a repository is named user/name, in letters, digits, - . and _."
+        ) from None
     return to
 
 # %% ../../nbs/reports/06_publish.ipynb #publish-send
@@ -64,7 +66,7 @@ def _hub_errors(to: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        code = getattr(getattr(error, "response", None), "status_code", "?")
+        code = int(getattr(getattr(error, "response", None), "status_code", 0))
         hint = {401: "the token is not valid", 403: "the token may not write there", 404: "no such user or repository"}
         why = hint.get(code, one_line(str(error.server_message or error), 160))
         raise RunError(f"{to} was refused by the Hub ({code}): {why}.") from error
@@ -72,14 +74,18 @@ def _hub_errors(to: str) -> Iterator[None]:
         raise
     except Exception as error:  # no network, offline mode: each library below has errors of its own
         reason = re.sub(r"hf_\w+", "hf_...", one_line(str(error) or type(error).__name__, 200))
-        raise RunError(f"{to} could not be reached ({reason}): is there a network, and HF_HUB_OFFLINE unset?") from error
+        raise RunError(
+            f"{to} could not be reached ({reason}): is there a network, and HF_HUB_OFFLINE unset?"
+        ) from error
 
 
 def _token() -> str:
     "The token of the environment; `ConfigError` where there is none."
     token = get_token()
     if not token:
-        raise ConfigError("no token: set HF_TOKEN to one that may write (huggingface.co/settings/tokens), or hf auth login.")
+        raise ConfigError(
+            "no token: set HF_TOKEN to one that may write (huggingface.co/settings/tokens), or hf auth login."
+        )
     return token
 
 
