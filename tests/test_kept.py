@@ -37,6 +37,7 @@ from vlm_itl.model.metrics import ConfusionMatrix
 from vlm_itl.model.predict import Inference, evaluate, measured_view, predict_batches, predict_folder
 from vlm_itl.model.segmenter import SAVED_AS, Segmenter, load_model, load_weights, own_labels, save_model, saved_note
 from vlm_itl.reports.cards import dataset_card, human_time, model_card, write_model_card
+from vlm_itl.reports.publish import publish_dataset
 from vlm_itl.reports.report import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -569,6 +570,13 @@ def test_a_data_set_goes_to_the_hub_with_both_pages_in_one(hub: Any, publish: An
         "README.md",
         "annotations.json",
     }
+
+
+def test_a_data_set_that_is_not_there_is_not_sent(judged_run: Path, tmp_path: Path):
+    (tmp_path / "empty").mkdir()
+    for folder, message in ((tmp_path / "gone", "is no folder"), (tmp_path / "empty", "is empty")):
+        with pytest.raises(DataError, match=message):
+            publish_dataset(judged_run, folder, "me/labels")
 
 
 def test_what_must_not_be_sent_is_not(hub: Any, publish: Any, judged_run: Path, tmp_path: Path):

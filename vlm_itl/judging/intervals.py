@@ -108,12 +108,11 @@ def _checked(matrices: np.ndarray, strata: np.ndarray, sizes: np.ndarray) -> Non
 def miou_interval(
     matrices: np.ndarray,  # (n, C, C) confusion matrix of each labelled image, rows: truth
     strata: Sequence[int] | np.ndarray | None = None,  # (n,) stratum of each; None: all are of one
-    sizes: Sequence[int]
-    | None = None,  # images of each stratum, labelled or not; None: endlessly many, all strata alike
+    sizes: Sequence[int] | None = None,  # images of each stratum, labelled or not; None: endlessly many
     level: float = 0.95,  # how often the interval shall hold the true value
     least: int = 2,  # a class counts if the truth of so many images shows it
 ) -> MiouInterval:
-    "Mean IoU of all images from a sample, by the stratified jackknife of a ratio. `DataError` where there is too little."
+    "Mean IoU of all images from a sample: the stratified jackknife of a ratio. `DataError` for too small a sample."
     if not 0 < level < 1:
         raise ConfigError(f"level must lie between 0 and 1, not {level!r}.")
     groups = np.zeros(len(matrices), dtype=int) if strata is None else np.asarray(strata, dtype=int)

@@ -37,7 +37,7 @@ def human_time(
     budget: Mapping[str, Any],  # of a round's record: what was paid
 ) -> str:
     "The human seconds of a run in words, and how much of them was measured."
-    seconds, masks = budget.get("human_seconds") or 0.0, budget.get("images") or 0
+    seconds, masks = budget.get("human_seconds") or 0.0, (budget.get("images") or 0) + (budget.get("again") or 0)
     timed = budget.get("timed_masks") or 0
     told = f"{seconds:,.0f} seconds ({seconds / 3600:.1f} hours) for {masks} masks"
     if checks := budget.get("checks") or 0:
@@ -103,6 +103,8 @@ def _people(run: Run) -> str:
     annotator = run.config.get("annotator") or "truth"
     if annotator == "truth":
         return "Human labelling was **simulated**: the masks are those of the data set, charged as if drawn now."
+    if annotator == "robot":
+        return "Human labelling was **simulated**: a robot answered from masks that were known."
     return f"Masks were drawn by people (annotator `{one_line(str(annotator), 40)}`)."
 
 
@@ -242,7 +244,7 @@ def dataset_card(
         raise RunError(f"{run.path} has no whole round: there are no labels to write about.")
     card = labels_card(run)
     made, by = _made(run, card)
-    people = "found" if (run.config.get("annotator") or "truth") == "truth" else "expert-generated"
+    people = "found" if (run.config.get("annotator") or "truth") in ("truth", "robot") else "expert-generated"
     human = people if sum(by.values()) > by.get("judge", 0) else None
     machine = "machine-generated" if by.get("judge") else None
     data = DatasetCardData(
