@@ -10,6 +10,7 @@ Parts, each with its public names; a part imports earlier ones only:
 - `vlm_itl.vlm`: judges: local models, servers, simulated and free ones
 - `vlm_itl.proposals`: whose masks a judge sees, how much of one to believe, what it costs to correct it
 - `vlm_itl.judging`: what a judge is worth
+- `vlm_itl.people`: what people are asked, where they answer, and what comes back
 - `vlm_itl.reports`: trackers, tables, figures and comparisons of runs
 - `vlm_itl.experiment`: the loop and its configuration
 - `vlm_itl.cli`: the command `vlm_itl_run`
@@ -22,7 +23,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PARTS = ("core", "data", "model", "probe", "sampler", "vlm", "proposals", "judging", "reports", "experiment")
+_PARTS = ("core", "data", "model", "probe", "sampler", "vlm", "proposals", "judging", "people", "reports", "experiment")
 
 
 def _names() -> dict[str, str]:
