@@ -45,10 +45,10 @@ def predict(model: str, folder: str, out: str, overlays: bool, plugin: tuple[str
     name, size, resize = kept_model(model), view["image_size"], view["resize"]
     if resize and not size:
         raise ConfigError("--resize says how pictures are brought to --image-size: say both.")
+    segmenter = load_model(name)
     measured = Inference(size, resize or "keep") if size else measured_view(name)
     shown = Inference(measured.image_size, measured.resize, view["batch_size"], device=view["device"])
-    segmenter = load_model(name)
-    click.echo(f"{name}: {len(segmenter.labels)} classes, pictures at {shown.image_size} px ({shown.resize})")
+    click.echo(f"{model}: {len(segmenter.labels)} classes, pictures at {shown.image_size} px ({shown.resize})")
     return _say_predicted(predict_folder(segmenter, folder, out, shown, overlays), Path(out))
 
 # %% ../../nbs/cli/02_keep.ipynb #keep-publish
