@@ -52,6 +52,7 @@ from ..people.account import people_account
 from ..people.desk import Desk
 from ..proposals.correction import CorrectionCost
 from ..proposals.proposers import make_proposer
+from ..reports.cards import write_model_card
 from ..reports.report import aubc
 from ..reports.run_figures import save_figures
 from ..reports.tracking import Tracker, make_tracker
@@ -418,6 +419,8 @@ class Loop:
             summary = finish(self)
             with protected(self.folder.path, "drawing the figures"):
                 tracker.finish(summary, (self._draw or save_figures)(self.folder.path))
+                if (model := self.folder.round_path(len(self.rounds) - 1) / "model").is_dir():
+                    write_model_card(self.folder.path, model)
                 write_text(self.folder.path / DRAWN, "")
 
 # %% ../../nbs/experiment/10_loop.ipynb #experiment-run
