@@ -11,6 +11,11 @@
 const TILE = 64; // a step of undo keeps the tiles it touches, 64 x 64 pixels each
 const HISTORY = 256 * 1024 * 1024; // bytes of tiles that are kept at most
 
+const same = (one, other) => {
+  for (let at = 0; at < one.length; at++) if (one[at] !== other[at]) return false;
+  return true;
+};
+
 export class Mask {
   constructor(width, height, pixels) {
     this.width = width;
@@ -34,7 +39,7 @@ export class Mask {
     this.step = null;
     if (!step) return false;
     for (const [tile, before] of step) {
-      if (this.#read(tile).every((value, at) => value === before[at])) step.delete(tile);
+      if (same(this.#read(tile), before)) step.delete(tile);
     }
     if (!step.size) return false;
     this.done.push(step);
@@ -63,12 +68,6 @@ export class Mask {
 
   at(x, y) {
     return x >= 0 && y >= 0 && x < this.width && y < this.height ? this.pixels[y * this.width + x] : -1;
-  }
-
-  equals(pixels) {
-    const mine = this.pixels;
-    for (let at = 0; at < mine.length; at++) if (mine[at] !== pixels[at]) return false;
-    return true;
   }
 
   // Every change of a pixel comes through here: [x0, x1) of one row gets a value.
@@ -274,6 +273,11 @@ const WHY = {
   outline: "click corner by corner, or drag; close with a double click or Enter, take a corner back with Backspace",
   fill: "give a whole area the chosen class",
 };
+const KEYS = `<b>1 ... 9, 0</b> class (with Shift the next ten), <b>V</b> void, <b>Alt + click</b> the class under the pointer;
+  <b>B E O F</b> tools, <b>right button</b> or the pen's other end erases, <b>[ ]</b> or Shift + wheel size;
+  <b>wheel</b> or <b>+ &minus;</b> closer and farther, <b>Space + drag</b> or middle button moves, <b>W</b> whole, <b>H</b> hide;
+  <b>Z</b> undo, <b>Y</b> redo, <b>Enter</b> submit, <b>S</b> skip, <b>N</b> no, <b>&larr; &rarr;</b> other images.
+  An outline closes with Enter or a double click; Backspace takes a corner back, Escape all of them.`;
 const PAGE = `
   <div class="top"><b class="place"></b><span class="asked"></span><span class="clock" title="Time that you worked"></span></div>
   <div class="reason"></div>
@@ -290,12 +294,12 @@ const PAGE = `
     <span class="group">
       <button data-do="undo" title="Take the last step back (Z)">Undo <kbd>Z</kbd></button>
       <button data-do="redo" title="Do it again (Y)">Redo <kbd>Y</kbd></button>
-      <button data-do="reset" title="Back to what was there at first; can be undone">Start anew</button>
+      <button data-do="reset" title="Back to what was there at first; can be undone">Reset</button>
     </span>
   </div>
   <div class="middle">
     <div class="stage"><canvas class="photo"></canvas><canvas class="paint"></canvas><svg><polyline class="dark"/><polyline class="light"/><circle class="dark"/><circle class="light"/></svg><div class="veil">waiting for the kernel</div></div>
-    <div class="legend"></div>
+    <div class="side"><div class="legend"></div></div>
   </div>
   <div class="bar bottom">
     <span class="group">
@@ -306,7 +310,8 @@ const PAGE = `
     <span class="state"></span><span class="under"></span>
     <button data-do="reject" class="no" title="The proposal is not good"><u>N</u>o</button>
     <button data-do="submit" class="yes"></button>
-  </div>`;
+  </div>
+  <details><summary>Keys</summary>${KEYS}</details>`;
 
 class Screen {
   constructor(model, root) {
@@ -374,6 +379,7 @@ class Screen {
     this.at("place").textContent = `${task.place} of ${task.total}`;
     this.at("asked").textContent = `${task.id}: ${ASKED[task.ask]}`;
     this.at("reason").textContent = task.reason ? `Why this image: ${task.reason}` : "";
+    this.at("under").textContent = "";
     this.veil("");
     this.#tell();
     this.#fit();
@@ -517,9 +523,12 @@ class Screen {
     for (const { value, color: [red, green, blue] } of this.classes) {
       if (value === this.blank) continue; // what is not painted shows the photograph
       const strength = this.lit === null ? this.opacity : this.lit === value ? Math.max(this.opacity, 0.7) : 0.1;
-      const color = (blue << 16) | (green << 8) | red;
-      soft[value] = ((Math.round(255 * strength) << 24) | color) >>> 0;
-      solid[value] = ((255 << 24) | color) >>> 0;
+      const colors = (alpha, light) => {
+        const [r, g, b] = [red, green, blue].map((level) => Math.round(level + (255 - level) * light));
+        return ((Math.round(255 * alpha) << 24) | (b << 16) | (g << 8) | r) >>> 0;
+      };
+      soft[value] = colors(strength, 0);
+      solid[value] = colors(1, 0.4); // lighter than the area, so that dark colours end visibly on dark ground
       stripes[value] = value === 255;
     }
     return { soft, solid, stripes };
@@ -558,20 +567,24 @@ class Screen {
   #drawOutline() {
     const ratio = devicePixelRatio, { view } = this;
     const place = ([x, y]) => `${((x + 0.5 - view.x) * view.scale) / ratio},${((y + 0.5 - view.y) * view.scale) / ratio}`;
-    for (const line of this.root.querySelectorAll("polyline")) line.setAttribute("points", this.points.map(place).join(" "));
+    const points = this.points.length && this.pointer ? [...this.points, this.pointer] : this.points;
+    for (const line of this.root.querySelectorAll("polyline")) line.setAttribute("points", points.map(place).join(" "));
   }
 
+  // The ring of the brush, and the name of what is under it.
   #drawPointer(event) {
-    const inside = event && this.mask, radius = (this.size * this.view.scale) / devicePixelRatio / 2;
-    const round = this.tool === "brush" || this.tool === "erase";
+    const { box, mask, view, tool } = this, inside = event && mask;
+    this.pointer = inside ? this.pixel(event) : null;
+    const round = tool === "brush" || tool === "erase";
+    const radius = round ? Math.max((this.size * view.scale) / devicePixelRatio / 2, 2) : 3;
     for (const circle of this.root.querySelectorAll("circle")) {
-      circle.setAttribute("r", inside ? (round ? Math.max(radius, 2) : 3) : 0);
-      if (inside) circle.setAttribute("cx", event.clientX - this.box.left);
-      if (inside) circle.setAttribute("cy", event.clientY - this.box.top);
+      circle.setAttribute("r", inside ? radius : 0);
+      if (inside) circle.setAttribute("cx", event.clientX - box.left);
+      if (inside) circle.setAttribute("cy", event.clientY - box.top);
     }
-    const value = inside ? this.mask.at(...this.pixel(event)) : -1;
-    const found = this.classes.find((one) => one.value === value);
-    this.at("under").textContent = found ? found.name : "";
+    const value = inside ? mask.at(...this.pointer) : -1;
+    this.at("under").textContent = this.classes.find((one) => one.value === value)?.name ?? "";
+    if (this.points.length) this.#drawOutline();
   }
 
   get box() {
@@ -579,8 +592,8 @@ class Screen {
   }
 
   // The pixel of the image under the pointer.
-  pixel(event) {
-    const { view, box } = this, ratio = devicePixelRatio;
+  pixel(event, box = this.box) {
+    const { view } = this, ratio = devicePixelRatio;
     const x = view.x + ((event.clientX - box.left) * ratio) / view.scale;
     return [Math.floor(x), Math.floor(view.y + ((event.clientY - box.top) * ratio) / view.scale)];
   }
@@ -625,7 +638,7 @@ class Screen {
   // ---- what is done
 
   #changed() {
-    this.differs = !this.mask.equals(this.start);
+    this.differs = !same(this.mask.pixels, this.start);
     this.#buttons();
   }
 
@@ -715,28 +728,32 @@ class Screen {
   }
 
   #move(event) {
+    if (this.press?.move) this.#pan(event);
+    else if (this.press && !this.press.fill) this.#stroke(event);
     this.#drawPointer(event);
-    const press = this.press;
-    if (!press || press.fill) return;
-    if (press.move) {
-      this.view.x -= ((event.clientX - press.x) * devicePixelRatio) / this.view.scale;
-      this.view.y -= ((event.clientY - press.y) * devicePixelRatio) / this.view.scale;
-      Object.assign(press, { x: event.clientX, y: event.clientY });
-      this.fitted = false;
-      return this.draw();
-    }
-    const between = event.getCoalescedEvents?.() ?? []; // what the mouse did since the last picture
+  }
+
+  #pan(event) {
+    const { view, press } = this;
+    view.x -= ((event.clientX - press.x) * devicePixelRatio) / view.scale;
+    view.y -= ((event.clientY - press.y) * devicePixelRatio) / view.scale;
+    Object.assign(press, { x: event.clientX, y: event.clientY });
+    this.fitted = false;
+    this.draw();
+  }
+
+  #stroke(event) {
+    const { press, box } = this, between = event.getCoalescedEvents?.() ?? []; // what the mouse did since the last picture
     for (const one of between.length ? between : [event]) {
-      const [x, y] = this.pixel(one);
+      const [x, y] = this.pixel(one, box);
       if (press.outline) {
         const [px, py] = this.points.at(-1);
         if ((x - px) ** 2 + (y - py) ** 2 >= (6 / this.view.scale) ** 2) this.points.push([x, y]);
-        continue;
+      } else {
+        this.mask.segment(press.x, press.y, x, y, this.size, press.value);
+        Object.assign(press, { x, y });
       }
-      this.mask.segment(press.x, press.y, x, y, this.size, press.value);
-      Object.assign(press, { x, y });
     }
-    if (press.outline) return this.#drawOutline();
     const rect = this.mask.takeDirty();
     if (rect) this.drawClasses(rect);
   }
