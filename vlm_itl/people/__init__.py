@@ -16,5 +16,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             *("Request", "Answer", "Annotator", "AnswerStore", "Waiting"),
             *("register_annotator", "make_annotator"),
         ],
+        "canvas": ["NotebookAnnotator", "open_canvas"],
     },
 )

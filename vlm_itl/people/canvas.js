@@ -358,6 +358,7 @@ class Screen {
   hear = (message, buffers) => {
     if (message.view && message.view !== this.name) return;
     if (message.what === "task") this.#show(message, buffers);
+    if (message.what === "kept") this.#kept();
     if (message.what === "done") this.#finish(message);
     if (message.what === "problem") this.#problem(message.text);
   };
@@ -407,9 +408,14 @@ class Screen {
     this.#buttons();
   }
 
+  #kept() {
+    clearTimeout(this.patience);
+    if (this.task && !this.sent) this.#tell();
+  }
+
   #problem(text) {
     clearTimeout(this.patience);
-    this.sent = false;
+    this.sent = this.drafted = false;
     this.at("state").textContent = text;
     this.at("state").classList.add("bad");
     this.#buttons();
@@ -419,8 +425,8 @@ class Screen {
   #expect() {
     clearTimeout(this.patience);
     this.patience = setTimeout(() => {
-      const text = "The kernel does not answer. Is it busy? Then wait. Was it restarted? Then run the cell again.";
-      if (this.task) this.#problem(`${text} What you painted is kept.`);
+      const text = "The kernel does not answer. Is it busy? Then wait. Was it restarted? Then reload this page and run the cell again.";
+      if (this.task) this.#problem(text);
       else this.veil(text);
     }, 4000);
   }
@@ -449,6 +455,7 @@ class Screen {
     clearTimeout(this.draft);
     if (!this.mask || this.drafted || this.sent) return;
     this.drafted = true;
+    this.#expect();
     const message = { what: "draft", id: this.task.id, seconds: this.clock.read() };
     this.send(message, [await deflate(this.mask.pixels)]);
   }

@@ -6,7 +6,7 @@
 __all__ = ['blank_value', 'blank_mask', 'LabelCanvas', 'NotebookAnnotator', 'open_canvas']
 
 # %% ../../nbs/people/05_canvas.ipynb #canvas-imports
-import json
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -27,7 +27,6 @@ from ..core.guards import inside
 from ..data.labels import VOID, LabelSpace
 from ..data.masks import open_image, read_image, read_indices
 from vlm_itl.people.requests import (
-    WITH_MASK,
     Annotator,
     Answer,
     Asked,
@@ -63,7 +62,7 @@ def _palette(labels: LabelSpace) -> list[dict[str, Any]]:
 # %% ../../nbs/people/05_canvas.ipynb #canvas-bytes
 def _packed(mask: np.ndarray) -> bytes:
     "The bytes of a mask, deflated."
-    return zlib.compress(np.ascontiguousarray(mask, np.uint8), 1)
+    return zlib.compress(np.asarray(mask, np.uint8).tobytes(), 1)
 
 
 def _unpacked(data: Any, size: tuple[int, int], image_id: str) -> np.ndarray:  # (H, W) uint8
@@ -118,10 +117,9 @@ def _read(
         line = read_json(path, dict)
         return line, read_indices(inside(path.parent, line["mask"])) if line["mask"] else None
     except (VlmItlError, KeyError) as error:
-        raise DataError(f"the answer for image {path.stem!r} cannot be read ({error}): {_AGAIN.format(path)}") from error
-
-
-_AGAIN = "remove {}, and the canvas asks again."
+        raise DataError(
+            f"the answer for image {path.stem!r} cannot be read ({error}): remove {path}, and the canvas asks again."
+        ) from error
 
 # %% ../../nbs/people/05_canvas.ipynb #canvas-desk-class
 class _Desk:
@@ -129,6 +127,7 @@ class _Desk:
 
     def __init__(self, asked: Asked, who: str):
         self.asked, self.labels, self.who = asked, asked.labels, who
+        self.lock = threading.RLock()  # JupyterLab lets the page be heard while a cell runs
 
     def order(self) -> list[Request]:
         "Everything that was asked, the most urgent first."
@@ -148,11 +147,9 @@ class _Desk:
         if verdict == "drawn" and mask is not None and (mask == VOID).all():
             raise DataError(f"image {request.id!r}: nothing is painted yet. Paint it, or skip it.")
         answer = Answer(request.id, request.kind, verdict, mask, seconds, self.who)
-        line = {"id": answer.id, "kind": answer.kind, "verdict": verdict, "digest": answer.digest()}
-        png = None if mask is None else mask_png(mask, self.labels)
-        _write(
-            self.path("answers", answer.id), {**line, "who": self.who, "seconds": seconds}, png, line["digest"][:8]
-        )
+        digest, png = answer.digest(), None if mask is None else mask_png(mask, self.labels)
+        line = {"id": answer.id, "kind": answer.kind, "verdict": verdict, "digest": digest}
+        _write(self.path("answers", answer.id), {**line, "who": self.who, "seconds": seconds}, png, digest[:8])
         draft = self.path("drafts", answer.id)
         for path in (draft, draft.with_name(f"{draft.stem}.draft.png")):
             path.unlink(missing_ok=True)
@@ -178,7 +175,7 @@ class _Desk:
         if not whole:
             raise DataError(
                 f"the answer for image {request.id!r} is not what was submitted, it was changed in its file: "
-                f"{_AGAIN.format(path)}"
+                f"remove {path}, and the canvas asks again."
             )
         return answer
 
@@ -198,7 +195,7 @@ class LabelCanvas(anywidget.AnyWidget):
 
     _esm = files("vlm_itl.people").joinpath("canvas.js").read_text("utf-8")
     _css = files("vlm_itl.people").joinpath("canvas.css").read_text("utf-8")
-    classes = traitlets.List().tag(sync=True)  # name, color, value of each; void is the last
+    classes = traitlets.List(traitlets.Dict()).tag(sync=True)  # name, color, value of each; void is the last
     blank = traitlets.Int().tag(sync=True)  # the value of what is not painted
 
     def __init__(
@@ -217,7 +214,8 @@ class LabelCanvas(anywidget.AnyWidget):
     ) -> None:
         "Do what the page says; what goes wrong is said there in one line."
         try:
-            self._act(message, buffers)
+            with self.desk.lock:
+                self._act(message, buffers)
         except (VlmItlError, KeyError, TypeError, IndexError) as error:
             text = str(error) if isinstance(error, VlmItlError) else f"the page said {show(dict(message), 80)}"
             self.send({"what": "problem", "text": text})
@@ -234,13 +232,14 @@ class LabelCanvas(anywidget.AnyWidget):
         if at is None:
             raise DataError(f"image {show(message['id'], 60)} is not asked here.")
         request, seconds = order[at], check_number("seconds", message["seconds"], 0)
-        mask = None if what in ("reject", "skip") else _unpacked(buffers[0], _photo(request.image)[1], request.id)
-        if mask is None:
-            self.desk.take(request, {"reject": "rejected", "skip": "skipped"}[what], None, seconds)
-        elif what == "draft":
-            return self.desk.keep(request, mask, seconds)
-        else:
+        if what in ("submit", "draft"):
+            mask = _unpacked(buffers[0], _photo(request.image)[1], request.id)
+            if what == "draft":
+                self.desk.keep(request, mask, seconds)
+                return self.send({"what": "kept", "id": request.id})
             self.desk.submit(request, mask, seconds)
+        else:
+            self.desk.take(request, {"reject": "rejected", "skip": "skipped"}[what], None, seconds)
         self._show_open(order, at + 1)
 
     def _show_open(self, order: Sequence[Request], after: int, view: str = "") -> None:
@@ -263,9 +262,10 @@ class LabelCanvas(anywidget.AnyWidget):
         photo, size = _photo(request.image)
         mask, seconds, verdict = self.desk.begun(request)
         start = blank_mask(size, self.desk.labels) if request.proposal is None else request.proposal
-        task = {"what": "task", "view": view, "id": request.id, "ask": request.kind, "reason": request.reason}
-        task |= {"place": at + 1, "total": len(order), "answered": sum(not self.desk.is_open(r) for r in order)}
-        task |= {"width": size[0], "height": size[1], "seconds": seconds, "verdict": verdict}
+        task: dict[str, Any] = {"what": "task", "view": view, "id": request.id, "ask": request.kind}
+        task |= {"reason": request.reason, "place": at + 1, "total": len(order)}
+        task |= {"answered": sum(not self.desk.is_open(other) for other in order), "seconds": seconds}
+        task |= {"width": size[0], "height": size[1], "verdict": verdict}
         self.send(task, [photo, _packed(start), _packed(start if mask is None else mask)])
 
 # %% ../../nbs/people/05_canvas.ipynb #canvas-annotator
@@ -305,7 +305,8 @@ class NotebookAnnotator(Annotator):
 
     def answered(self) -> dict[str, Answer]:
         "Everything answered so far."
-        return {request.id: self.desk.answer(request) for request in self.desk.order() if not self.desk.is_open(request)}
+        with self.desk.lock:
+            return {r.id: self.desk.answer(r) for r in self.desk.order() if not self.desk.is_open(r)}
 
     def left(self) -> list[Request]:
         "What nobody has answered yet, in the order in which people see it."
