@@ -490,6 +490,7 @@ class Screen {
       button.dataset.value = one.value;
     });
     this.at("opacity").value = 100 * this.opacity;
+    this.#resize();
     this.#buttons();
   }
 

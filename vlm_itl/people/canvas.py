@@ -266,7 +266,8 @@ class LabelCanvas(anywidget.AnyWidget):
         task |= {"reason": request.reason, "place": at + 1, "total": len(order)}
         task |= {"answered": sum(not self.desk.is_open(other) for other in order), "seconds": seconds}
         task |= {"width": size[0], "height": size[1], "verdict": verdict}
-        self.send(task, [photo, _packed(start), _packed(start if mask is None else mask)])
+        packed = _packed(start)
+        self.send(task, [photo, packed, packed if mask is None else _packed(mask)])
 
 # %% ../../nbs/people/05_canvas.ipynb #canvas-annotator
 @register_annotator("notebook")
