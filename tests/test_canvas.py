@@ -315,8 +315,8 @@ def test_a_mask_outside_the_folder_is_not_read(person: NotebookAnnotator):
 
 
 def test_a_folder_knows_its_classes(person: NotebookAnnotator, tmp_path: Path):
-    canvas = open_canvas(person.folder)
-    assert canvas.desk.labels == LABELS and [one["name"] for one in canvas.classes] == [*LABELS.names, "void"]
+    opened = open_canvas(person.folder)
+    assert opened.labels == LABELS and [one["name"] for one in opened.canvas.classes] == [*LABELS.names, "void"]
     with pytest.raises(ConfigError, match="holds answers for other classes: choose another folder"):
         make_annotator("notebook", person.folder, LabelSpace.voc())
     with pytest.raises(ConfigError, match="is no folder in which a run"):
@@ -373,11 +373,10 @@ def test_twelve_million_pixels_are_taken_in_seconds(tmp_path: Path):
     assert (person.answered()["big"].mask == mask).all()
 
 
-def test_the_canvas_is_part_of_the_package():
+def test_the_canvas_is_part_of_the_package(tmp_path: Path):
     """JavaScript and style travel in the wheel, and are what the widget shows."""
     root = Path(__file__).resolve().parent.parent
     assert "recursive-include vlm_itl *.js *.css" in (root / "MANIFEST.in").read_text()
-    import vlm_itl.people.canvas as canvas
-
-    assert canvas.LabelCanvas._esm == CODE.read_text(encoding="utf-8")
+    canvas = make_annotator("notebook", tmp_path, LABELS).canvas
+    assert canvas._esm == CODE.read_text(encoding="utf-8")
     assert os.path.getsize(CODE) < 60_000
