@@ -252,6 +252,14 @@ def test_going_back_and_answering_again(person: NotebookAnnotator, monkeypatch: 
     assert page.say("go", id="", by=-1)["id"] == "c"  # from the end
 
 
+def test_nobody_sees_that_an_image_is_asked_about_again(
+    person: NotebookAnnotator, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+):
+    person.ask([Request("b~again", "draw", requests[1].image, priority=9.0)])
+    task = Page(person, monkeypatch).say("ready")
+    assert (task["id"], task["name"]) == ("b~again", "b")
+
+
 def test_void_is_painted_too_and_where_nothing_is_background_it_is_the_start(tmp_path: Path, requests: list[Request]):
     person = make_annotator("notebook", tmp_path / "run", LabelSpace(("sky", "cat", "dog")))
     person.ask(requests)

@@ -378,7 +378,7 @@ class Screen {
     this.size ||= Math.round(Math.min(task.width, task.height) / 50) * 2 + 1;
     this.clock.start(task.seconds, working && !document.hidden);
     this.at("place").textContent = `${task.place} of ${task.total}`;
-    this.at("asked").textContent = `${task.id}: ${ASKED[task.ask]}`;
+    this.at("asked").textContent = `${task.name}: ${ASKED[task.ask]}`;
     this.at("reason").textContent = task.reason ? `Why this image: ${task.reason}` : "";
     this.at("under").textContent = "";
     this.veil("");

@@ -91,7 +91,7 @@ def _photo(path: Path) -> tuple[bytes, tuple[int, int]]:
     image.save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue(), image.size
 
-# %% ../../nbs/people/05_canvas.ipynb #canvas-desk
+# %% ../../nbs/people/05_canvas.ipynb #canvas-kept
 def _write(
     path: Path,  # FOLDER/ID.json
     line: Mapping[str, Any],  # what is said
@@ -121,8 +121,8 @@ def _read(
             f"the answer for image {path.stem!r} cannot be read ({error}): remove {path}, and the canvas asks again."
         ) from error
 
-# %% ../../nbs/people/05_canvas.ipynb #canvas-desk-class
-class _Desk:
+# %% ../../nbs/people/05_canvas.ipynb #canvas-kept-class
+class _Kept:
     "What is asked in a folder, what was answered, and what is half done."
 
     def __init__(self, asked: Asked, who: str):
@@ -159,7 +159,7 @@ class _Desk:
         same = request.proposal is not None and np.array_equal(mask, request.proposal)
         self.take(request, "drawn" if request.kind == "draw" else "accepted" if same else "fixed", mask, seconds)
 
-    def keep(self, request: Request, mask: np.ndarray, seconds: float) -> None:
+    def draft(self, request: Request, mask: np.ndarray, seconds: float) -> None:
         "Write down what is half done."
         _write(self.path("drafts", request.id), {"seconds": seconds}, mask_png(mask, self.labels), "draft")
 
@@ -181,8 +181,8 @@ class _Desk:
 
     def begun(self, request: Request) -> tuple[np.ndarray | None, float, str]:
         "The mask to go on with (None: from the start), the seconds so far, and the verdict if there is one."
-        if (draft := self.path("drafts", request.id)).is_file():
-            line, mask = _read(draft)
+        if (path := self.path("drafts", request.id)).is_file():
+            line, mask = _read(path)
             return mask, line["seconds"], ""
         if self.is_open(request):
             return None, 0.0, ""
@@ -195,10 +195,10 @@ class _Talk:
 
     def __init__(
         self,
-        desk: _Desk,  # what is asked, and where answers go
+        kept: _Kept,  # what is asked, and where answers go
         send: Callable[..., None],  # says something to the page: a message, and perhaps bytes
     ):
-        self.desk, self.send = desk, send
+        self.kept, self.send = kept, send
 
     def hear(
         self,
@@ -207,7 +207,7 @@ class _Talk:
     ) -> None:
         "Do what the page says; what goes wrong is said there in one line."
         try:
-            with self.desk.lock:
+            with self.kept.lock:
                 self.act(message, buffers)
         except (VlmItlError, KeyError, TypeError, IndexError) as error:
             text = str(error) if isinstance(error, VlmItlError) else f"the page said {show(dict(message), 80)}"
@@ -215,7 +215,7 @@ class _Talk:
 
     def act(self, message: Mapping[str, Any], buffers: Sequence[Any]) -> None:
         "One message."
-        what, order = message["what"], self.desk.order()
+        what, order = message["what"], self.kept.order()
         if what == "ready":
             return self._show_open(order, 0, str(message.get("view", "")))
         at = next((i for i, request in enumerate(order) if request.id == message["id"]), None)
@@ -228,17 +228,17 @@ class _Talk:
         if what in ("submit", "draft"):
             mask = _unpacked(buffers[0], _photo(request.image)[1], request.id)
             if what == "draft":
-                self.desk.keep(request, mask, seconds)
+                self.kept.draft(request, mask, seconds)
                 return self.send({"what": "kept", "id": request.id})
-            self.desk.submit(request, mask, seconds)
+            self.kept.submit(request, mask, seconds)
         else:
-            self.desk.take(request, {"reject": "rejected", "skip": "skipped"}[what], None, seconds)
+            self.kept.take(request, {"reject": "rejected", "skip": "skipped"}[what], None, seconds)
         self._show_open(order, at + 1)
 
     def _show_open(self, order: Sequence[Request], after: int, view: str = "") -> None:
         "The next open image, or that there is none."
         places = [*range(after, len(order)), *range(after)]
-        at = next((i for i in places if self.desk.is_open(order[i])), None)
+        at = next((i for i in places if self.kept.is_open(order[i])), None)
         if at is None:
             self.send({"what": "done", "total": len(order), "view": view})
         else:
@@ -248,11 +248,12 @@ class _Talk:
         "An image; to one page, or to all of them."
         request = order[at]
         photo, size = _photo(request.image)
-        mask, seconds, verdict = self.desk.begun(request)
-        start = blank_mask(size, self.desk.labels) if request.proposal is None else request.proposal
+        mask, seconds, verdict = self.kept.begun(request)
+        start = blank_mask(size, self.kept.labels) if request.proposal is None else request.proposal
         task: dict[str, Any] = {"what": "task", "view": view, "id": request.id, "ask": request.kind}
+        task["name"] = request.id.partition("~")[0]  # that an image is asked about again, nobody need know
         task |= {"reason": request.reason, "place": at + 1, "total": len(order)}
-        task |= {"answered": sum(not self.desk.is_open(other) for other in order), "seconds": seconds}
+        task |= {"answered": sum(not self.kept.is_open(other) for other in order), "seconds": seconds}
         task |= {"width": size[0], "height": size[1], "verdict": verdict}
         packed = _packed(start)
         self.send(task, [photo, packed, packed if mask is None else _packed(mask)])
@@ -266,9 +267,9 @@ class _Canvas(anywidget.AnyWidget):
     classes = traitlets.List(traitlets.Dict()).tag(sync=True)  # name, color, value of each; void is the last
     blank = traitlets.Int().tag(sync=True)  # the value of what is not painted
 
-    def __init__(self, desk: _Desk):
-        super().__init__(classes=_palette(desk.labels), blank=blank_value(desk.labels))
-        talk = _Talk(desk, lambda *said: self.send(*said))
+    def __init__(self, kept: _Kept):
+        super().__init__(classes=_palette(kept.labels), blank=blank_value(kept.labels))
+        talk = _Talk(kept, lambda *said: self.send(*said))
         self.on_msg(lambda _, message, buffers: talk.hear(message, buffers))
 
 # %% ../../nbs/people/05_canvas.ipynb #canvas-annotator
@@ -285,7 +286,7 @@ class NotebookAnnotator(Annotator):
     ):
         super().__init__(Path(folder), labels)
         self.show = show
-        self.desk = _Desk(self.asked, who)
+        self.kept = _Kept(self.asked, who)
         self._canvas: _Canvas | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         classes = {"names": list(labels.names), "palette": labels.palette[: len(labels)].tolist()}
@@ -297,7 +298,7 @@ class NotebookAnnotator(Annotator):
     @property
     def canvas(self) -> _Canvas:
         "The widget."
-        self._canvas = self._canvas or _Canvas(self.desk)
+        self._canvas = self._canvas or _Canvas(self.kept)
         return self._canvas
 
     def _ipython_display_(self) -> None:
@@ -312,12 +313,12 @@ class NotebookAnnotator(Annotator):
 
     def answered(self) -> dict[str, Answer]:
         "Everything answered so far."
-        with self.desk.lock:
-            return {r.id: self.desk.answer(r) for r in self.desk.order() if not self.desk.is_open(r)}
+        with self.kept.lock:
+            return {r.id: self.kept.answer(r) for r in self.kept.order() if not self.kept.is_open(r)}
 
     def left(self) -> list[Request]:
         "What nobody has answered yet, in the order in which people see it."
-        return [request for request in self.desk.order() if self.desk.is_open(request)]
+        return [request for request in self.kept.order() if self.kept.is_open(request)]
 
     def waiting(self) -> str:
         "One line: for how many masks, and what to type to get to the canvas."
@@ -327,7 +328,7 @@ class NotebookAnnotator(Annotator):
         "Answer as the page would."
         what = {"skipped": "skip", "rejected": "reject"}.get(answer.verdict, "submit")
         message = {"what": what, "id": answer.id, "seconds": answer.seconds or 0.0}
-        _Talk(self.desk, lambda *said: None).act(message, [] if answer.mask is None else [_packed(answer.mask)])
+        _Talk(self.kept, lambda *said: None).act(message, [] if answer.mask is None else [_packed(answer.mask)])
 
     def close(self) -> None:
         "Take the canvas off the page."
