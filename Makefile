@@ -1,5 +1,6 @@
 # make demo    install into .venv, run the VLM-in-the-loop experiment on generated scenes and its twin without a judge, draw both
 # make test    install into .venv, run every notebook and every test (make test-all: the slow tests as well)
+# make test-people   the slow tests with real tools: Label Studio (VLM_ITL_LABEL_STUDIO=its executable) and a browser
 # make lint    ruff on notebooks and tests, mypy on the library
 # make sync    write vlm_itl/*.py, cleaned notebooks and README.md anew from the notebooks (make export: only the modules)
 # make check   what CI runs: in sync, lint, test
@@ -28,7 +29,7 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 SUM := $(shell { echo '$(CURDIR)'; cat $(INPUTS); } | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(SUM)
 
-.PHONY: help setup demo test test-all audit trust study results house export sync check-sync lint check clean distclean hooks
+.PHONY: help setup demo test test-all test-people audit trust study results house export sync check-sync lint check clean distclean hooks
 .DEFAULT_GOAL := help
 
 help:
@@ -59,6 +60,12 @@ test: $(STAMP)
 	echo "notebooks"; \
 	OMP_NUM_THREADS=1 VLM_ITL_MAX_STEPS=20 timeout $(NBDEV_TEST_SECONDS) nbdev_test --timing </dev/null; \
 	OMP_NUM_THREADS=1 timeout $(PYTEST_SECONDS) python -m pytest $(PYTEST_ARGS) </dev/null
+
+# Label Studio lives in an environment of its own (python3 -m venv studio; studio/bin/pip install label-studio); the first start takes minutes, so its
+# empty tables are kept in the cache. What is missing is skipped, and -rs says why.
+test-people: $(STAMP)
+	@OMP_NUM_THREADS=1 VLM_ITL_PROGRESS=0 HF_HUB_OFFLINE=1 WANDB_MODE=offline MPLBACKEND=agg \
+	  $(BIN)/python -m pytest -m slow -rs $(wildcard tests/test_people*.py tests/test_canvas*.py) </dev/null
 
 test-all:
 	@$(MAKE) --no-print-directory test PYTEST_ARGS="-n auto" PYTEST_SECONDS=3600

@@ -23,6 +23,7 @@ from PIL import Image
 from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.people import Answer, NotebookAnnotator, Request, make_annotator, open_canvas
+from vlm_itl.people.robot import Robot, work
 
 LABELS = LabelSpace(("background", "cat", "dog"))
 CODE = Path(sys.modules[NotebookAnnotator.__module__].__file__ or "").with_name("canvas.js")
@@ -250,6 +251,17 @@ def test_going_back_and_answering_again(person: NotebookAnnotator, monkeypatch: 
     assert (person.answered()["a"].mask == 2).all() and person.answered()["a"].seconds == 5
     assert len(list((person.folder / "answers").iterdir())) == 2
     assert page.say("go", id="", by=-1)["id"] == "c"  # from the end
+
+
+def test_a_robot_answers_here_as_anywhere(person: NotebookAnnotator, requests: list[Request]):
+    """Through the page's own words, to the same answers."""
+    robot = Robot(lambda name: {"a": ONES, "b": 2 * ONES, "c": ONES}[name], LABELS)
+    assert work(robot, person) == 3 and person.left() == []
+    answered = person.answered()
+    for request in requests:
+        expected = robot.answer(request)
+        assert answered[request.id].digest() == expected.digest()
+        assert answered[request.id].seconds == expected.seconds
 
 
 def test_nobody_sees_that_an_image_is_asked_about_again(

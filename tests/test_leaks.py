@@ -858,7 +858,7 @@ def test_calibration_images_that_were_trained_on(folder: Path, tmp_path: Path) -
 def test_validation_that_is_not_in_the_budget(paid: int, experiment: Loop) -> None:
     """Validation rows are used only if the ledger was charged for exactly as many."""
     ledger = Ledger()
-    ledger.pay_masks([100] * paid, validation=True)
+    ledger.pay_masks([100] * paid, split="val")
     experiment.team.annotator.ledger = ledger
     with pytest.raises(LeakError, match=f"4 validation images are read and {paid} were paid for"):
         experiment.run_round()

@@ -73,7 +73,7 @@ def oracle(data: SegData) -> Oracle:
 def test_ledger_by_hand():
     ledger = Ledger(mask_seconds=10.0)
     ledger.pay_masks([100, 50])
-    ledger.pay_masks([30], validation=True)
+    ledger.pay_masks([30], split="val")
     assert (ledger.train_images, ledger.val_images, ledger.images, ledger.pixels) == (2, 1, 3, 180)
     assert ledger.human_seconds == 30.0
     ledger.pay_masks([])

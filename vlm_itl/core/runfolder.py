@@ -239,6 +239,7 @@ FREE_SETTINGS = (  # of runs and trials
     *("output_dir", "version", "log_with", "project", "keep_models", "gallery"),  # where, and what is told and kept
     *("device", "num_workers", "save_every", "eval_batch_size", "test_every_round"),  # how, not what, is computed
     *("leaks", "cache", "max_calls", "max_usd", "preflight"),  # what stops a run, or spares it questions
+    *("wait", "annotator_options"),  # how people are reached; what they have answered stays
     "mask_seconds",  # only a factor: what was paid is counted in masks, and its seconds are computed anew
 )
 
@@ -387,12 +388,12 @@ def _make_folder(
 
 # %% ../../nbs/core/09_runfolder.ipynb #runfolder-undo
 _START = ("config.json", "data.json", "stamps.json", ".broken_data")  # what a start writes, whatever comes of it
-_PAID = ("preflight.json", ".preflight.jsonl", "paid.json")  # what has cost money
+_PAID = ("preflight.json", ".preflight.jsonl", "paid.json", "people")  # what has cost money, or people's time
 
 
 def _undo_start(folder: Path) -> None:
     "Leave nothing of a start that failed, where no round, no work and no paid answer is lost by that."
-    done = [*(folder / _WORK.format(0)).glob("**/*"), *(folder / name for name in _PAID if (folder / name).is_file())]
+    done = [*(folder / _WORK.format(0)).glob("**/*"), *(folder / name for name in _PAID if (folder / name).exists())]
     if _whole_rounds(folder) or done:
         return
     for name in (_WORK.format(0), *_START):

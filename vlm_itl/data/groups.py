@@ -21,7 +21,7 @@ from ..core.checks import ConfigError, DataError, check_number
 from ..core.files import from_json, resolve_path
 from ..core.seeds import make_rng
 from .masks import row_ids
-from .stamps import file_cells
+from .stamps import empty_cells, file_cells
 
 # %% ../../nbs/data/09_groups.ipynb #leaks-groups
 def _listed(path: Path) -> dict[str, str]:
@@ -127,10 +127,12 @@ def draw_order(
     seed: int,
     purpose: str,  # different purposes draw independently
 ) -> list[int]:  # places of all rows
-    "The order in which rows are drawn: by seed and ids, whatever the order of the rows."
+    "The order in which rows are drawn: by seed and ids, whatever their order; those without a mask come last."
     ids = row_ids(rows)
     by_id = sorted(range(len(ids)), key=ids.__getitem__)
-    return [by_id[place] for place in make_rng(seed, purpose).permutation(len(ids)).tolist()]
+    order = [by_id[place] for place in make_rng(seed, purpose).permutation(len(ids)).tolist()]
+    empty = empty_cells(rows, "mask") if "mask" in rows.column_names else []
+    return sorted(order, key=empty.__getitem__) if any(empty) else order
 
 # %% ../../nbs/data/09_groups.ipynb #data-carve-deal
 def deal(

@@ -434,6 +434,9 @@ def is_pair_folder(
 def _whole(root: Path, options: Mapping[str, Any]) -> tuple[dict[str, Path], dict[str, Path]]:
     "Images and masks of one folder that is not cut into splits."
     both = _two_folders(root, options)
+    if both is None and options.get("unlabelled"):
+        at = _one_of(root, _IMAGE_FOLDERS, options.get("images"), "images")
+        both = image_files(root if at is None else at), {}
     if both is None:
         raise DataError(
             f"{root / str(options.get('masks', 'masks'))}: no such folder, and no masks beside the images. {hint(root)}"
@@ -442,7 +445,7 @@ def _whole(root: Path, options: Mapping[str, Any]) -> tuple[dict[str, Path], dic
     at = _one_of(root, _IMAGE_FOLDERS, options.get("images"), "images")
     if not images:
         raise DataError(f"{at or root}: no image files ({', '.join(_SUFFIXES)})")
-    if not masks:
+    if not masks and not options.get("unlabelled"):
         raise DataError(
             f"{_one_of(root, _MASK_FOLDERS, options.get('masks'), 'masks')}: no image files, so no masks. {hint(root)}"
         )
@@ -454,7 +457,9 @@ PAIR_OPTIONS = ("images", "masks", "mask_suffix")
 
 def find_pairs(
     root: Path,  # the folder of a data set
-    options: Mapping[str, Any],  # images, masks: folders; mask_suffix: what the names of masks end with
+    options: Mapping[
+        str, Any
+    ],  # images, masks: folders; mask_suffix: end of the masks' names; unlabelled: some have none
 ) -> Pairs:
     "Images and masks of a folder in any layout; `DataError` with a hint for those that are not read."
     for name in PAIR_OPTIONS:
@@ -470,6 +475,8 @@ def find_pairs(
     images: dict[str, Path] = {}
     masks: dict[str, Path] = {}
     for split, both in parts.items():
+        if both is None and options.get("unlabelled"):
+            both = image_files(root / split), {}
         for target, files in zip((images, masks), both or ({}, {}), strict=True):
             target.update({f"{split}/{key}": path for key, path in files.items()})
     if not parts:

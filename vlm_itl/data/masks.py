@@ -457,6 +457,7 @@ def check_headers(
     rows: Dataset,  # any split
     what: str = "rows",  # for the progress bar
     survey: Survey | None = None,  # to be filled
+    unlabelled: bool = False,  # may a row have no mask?
 ) -> Survey:  # of the masks
     "`DataError` for the first missing, unreadable or mis-sized file. Decodes no pixels, so it reads no human label."
     survey = Survey() if survey is None else survey
@@ -468,6 +469,8 @@ def check_headers(
         for column in columns:
             cell = table[column][0]
             if not cell.is_valid:
+                if column == "mask" and unlabelled:
+                    continue
                 raise DataError(f"row {name!r}: no {column}; leave such rows out, or name other splits in the options")
             opened = {"path": cell["path"].as_py(), "bytes": cell["bytes"].as_buffer()}  # a buffer is not a copy
             with open_image(opened, name) as image:

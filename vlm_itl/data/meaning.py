@@ -235,6 +235,8 @@ def describe(
     else:
         values = _shown(labels.file_values)
     ends = f"{_shown(list(dict.fromkeys(void)))} = void" if void else "nothing is void"
+    if not survey.kinds:
+        return f"no masks so far; classes {_shown(labels.names)}; {ends}"
     return f"{sum(survey.kinds.values())} masks: {kinds} {values} -> {_shown(labels.names)}; {ends}"
 
 # %% ../../nbs/data/04_meaning.ipynb #meaning-decide-nameless

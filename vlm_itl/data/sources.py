@@ -45,6 +45,7 @@ from .masks import DecodeRows, Survey, check_headers, make_rows, raw_rows, row_i
 from .meaning import LABEL_OPTIONS, MaskSpec, Meaning, decide, describe, read_spec
 from .prints import LOOK, look_at
 from .scenes import make_scenes
+from .stamps import empty_cells
 
 # %% ../../nbs/data/10_sources.ipynb #data-seg-data
 @dataclass
@@ -60,6 +61,7 @@ class SegData:
     meaning: dict[str, Any] = field(default_factory=dict)  # what was decided about the masks, for data.json
     watch: MaskWatch | None = None  # sees the masks that are read, and says when 255 must be a class
     groups: Mapping[str, str] = field(default_factory=dict)  # image -> its group, where several belong together
+    unlabelled: frozenset[str] = frozenset()  # images that have no mask yet
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -181,14 +183,18 @@ def _voc_root(path: Path) -> Path | None:
     return None
 
 # %% ../../nbs/data/10_sources.ipynb #data-lists
-def _pair(names: Sequence[str], images: Mapping[str, Path], masks: Mapping[str, Path], where: str) -> Dataset:
+def _pair(
+    names: Sequence[str], images: Mapping[str, Path], masks: Mapping[str, Path], where: str, options: Mapping[str, Any]
+) -> Dataset:
     "Rows for names; `DataError` that counts the names without a file. Ids are made later, for all splits together."
     for files, what in ((images, "image"), (masks, "mask")):
+        if what == "mask" and options.get("unlabelled"):
+            continue
         missing = [name for name in names if name not in files]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
             raise DataError(f"{where}: {missing[0]!r}{more} has no {what} file; remove the entry or add the file")
-    return make_rows(names, [images[name] for name in names], [masks[name] for name in names])
+    return make_rows(names, [images[name] for name in names], [masks.get(name) for name in names])
 
 
 def _with_ids(named: Mapping[str, Dataset]) -> dict[str, Dataset]:
@@ -209,20 +215,27 @@ def _voc_source(
     "A folder in VOC layout. The official `val` is the test split; a single list (CVAT's default.txt) is cut in two."
     options = options or {}
     for name in options:
-        check_choice("option of a VOC folder", name, ["train_list", "test_list", *LABEL_OPTIONS])
+        check_choice("option of a VOC folder", name, ["train_list", "test_list", "unlabelled", *LABEL_OPTIONS])
     root = _voc_root(resolve_path(source)) or resolve_path(source)
     for part in _VOC_PARTS:
+        if part == _VOC_PARTS[1] and options.get("unlabelled"):
+            continue
         if not (root / part).is_dir():
             raise DataError(f"{root / part}: no such folder; a VOC folder holds {', '.join(_VOC_PARTS)}")
-    images, masks = image_files(root / _VOC_PARTS[0]), image_files(root / _VOC_PARTS[1])
+    images, masks = image_files(root / _VOC_PARTS[0]), _masks_of(root / _VOC_PARTS[1])
     named = {}
     for split, path in _voc_lists(root / _VOC_PARTS[2], options).items():
-        named[split] = _pair(read_list(path), images, masks, str(path))
+        named[split] = _pair(read_list(path), images, masks, str(path), options)
     splits = _arrange(_with_ids(named), _voc_spec(root, options), str(root))
     splits.clips = _clips(root)
     return splits
 
 # %% ../../nbs/data/10_sources.ipynb #data-sources-voc-voc-lists
+def _masks_of(folder: Path) -> Mapping[str, Path]:
+    "The masks of a VOC folder; none where nobody has drawn one."
+    return image_files(folder) if folder.is_dir() else {}
+
+
 def _voc_lists(folder: Path, options: Mapping[str, Any]) -> dict[str, Path]:
     "The lists of train and test; of one split where one list is all there is, or both options name it."
     names = [str(options.get(option, usual)) for option, usual in (("train_list", "train"), ("test_list", "val"))]
@@ -258,11 +271,11 @@ def _folder_source(
     "A folder with images and masks in any layout that `find_pairs` knows."
     options = options or {}
     for name in options:
-        check_choice("option of a folder", name, [*PAIR_OPTIONS, *LABEL_OPTIONS])
+        check_choice("option of a folder", name, [*PAIR_OPTIONS, "unlabelled", *LABEL_OPTIONS])
     root = resolve_path(source)
     pairs = find_pairs(root, options)
     splits = pairs.splits or split_names(root, list(pairs.images), _ALIASES)
-    named = {split: _pair(names, pairs.images, pairs.masks, str(root)) for split, names in splits.items()}
+    named = {split: _pair(names, pairs.images, pairs.masks, str(root), options) for split, names in splits.items()}
     spec = read_spec(options, [root, *split_folders(root)])
     if pairs.note:
         print(f"{root.name}: {pairs.note}")
@@ -368,7 +381,7 @@ def _hub_source(
     return _arrange(named, read_spec(options, [folder] if folder.is_dir() else []), source)
 
 # %% ../../nbs/data/10_sources.ipynb #data-kind
-def _kind(source: str) -> str:
+def _kind(source: str, unlabelled: bool = False) -> str:
     "Which entry of `SOURCES` reads this; `DataError` where nothing can."
     if source in SOURCES and source not in ("voc", "folder", "hub"):
         return source
@@ -379,7 +392,7 @@ def _kind(source: str) -> str:
     if path.is_dir():
         if _voc_root(path):
             return "voc"
-        return "folder" if is_pair_folder(path) else "hub"
+        return "folder" if is_pair_folder(path) or (unlabelled and image_files(path)) else "hub"
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", source) or source in SOURCES:
         raise DataError(f"{path}: no such folder. {_KINDS}")
     if "/" not in source:
@@ -412,12 +425,13 @@ def _divide(
     named: Mapping[str, str],  # image -> group, as it was said
     limits: Mapping[str, int | None],  # max_train, max_test
     val_share: float | int,  # of train
+    test_share: float | int,  # of all, where the source has no test
     seed: int,  # what is drawn
     looking: Callable[[Mapping[str, Dataset]], dict[str, np.ndarray]],  # looks at splits
 ) -> tuple[dict[str, Dataset], dict[str, np.ndarray], dict[str, str]]:  # splits, their looks, groups
     "Carve what the source has not split. What belongs together stays in one split."
     whole, once = raw_rows(splits.train), splits.test is None
-    train, test = carve(whole, 0.2, seed, "test", named) if once else (whole, raw_rows(splits.test))
+    train, test = carve(whole, test_share, seed, "test", named) if once else (whole, raw_rows(splits.test))
     train, test = (_limited(r, limits[n], seed, n) for r, n in ((train, "max_train"), (test, "max_test")))
     parts = {"train": train, "test": test} | ({} if splits.val is None else {"val": raw_rows(splits.val)})
     looks = looking(parts)
@@ -428,7 +442,7 @@ def _divide(
     if once:
         names, kept = row_ids(whole), {*row_ids(train), *row_ids(test)}
         order = [place for place in draw_order(whole, seed, "test") if names[place] in kept]
-        parts["train"], parts["test"] = deal(whole, order, len(test), groups, "a test split of 0.2")
+        parts["train"], parts["test"] = deal(whole, order, len(test), groups, f"a test split of {test_share}")
     if splits.val is None:
         parts["train"], parts["val"] = carve(parts["train"], val_share, seed, groups=groups)
     parts = {split: parts[split] for split in ("train", "val", "test")}
@@ -444,7 +458,7 @@ def _meaning(labels: LabelSpace | MaskSpec, survey: Survey, source: str) -> Mean
     return Meaning(labels, line, True, {"line": line, "names from": "the source"})
 
 # %% ../../nbs/data/10_sources.ipynb #data-load-checked
-def _survey(parts: Mapping[str, Dataset], source: str) -> Survey:
+def _survey(parts: Mapping[str, Dataset], source: str, unlabelled: bool) -> Survey:
     "The headers of all masks; `DataError` for an empty split, an id in two splits, and what `check_headers` refuses."
     seen: dict[str, str] = {}
     survey = Survey()
@@ -455,8 +469,16 @@ def _survey(parts: Mapping[str, Dataset], source: str) -> Survey:
             if row_id in seen:
                 raise DataError(f"{source}: {row_id!r} is in {seen[row_id]} and in {split}; an image has one split")
             seen[row_id] = split
-        check_headers(rows, split, survey)
+        check_headers(rows, split, survey, unlabelled)
     return survey
+
+
+def _without_mask(parts: Mapping[str, Dataset]) -> frozenset[str]:
+    "The images that have no mask."
+    found: set[str] = set()
+    for rows in parts.values():
+        found |= {name for name, empty in zip(row_ids(rows), empty_cells(rows, "mask"), strict=True) if empty}
+    return frozenset(found)
 
 # %% ../../nbs/data/10_sources.ipynb #data-load
 def load_data(
@@ -464,6 +486,8 @@ def load_data(
     *,
     seed: int = 0,  # which images validate
     val_share: float | int = 0.1,  # of train: a fraction, or a count if int; unused where the source has its own
+    test_share: float | int = 0.2,  # of all images, likewise
+    unlabelled: bool = False,  # may images have no mask? Those that have one are the first to validate and to test
     binary: bool = False,  # merge all classes but the background
     cache_dir: str | Path | None = None,  # for what is generated or downloaded; None = the usual place
     options: Mapping[str, Any] | None = None,  # of the source, and max_train, max_test, groups (see `name_groups`)
@@ -473,12 +497,14 @@ def load_data(
     source, options = str(source), dict(options or {})
     limits = {name: options.pop(name, None) for name in ("max_train", "max_test")}
     grouping = options.pop("groups", None)
-    splits = SOURCES[_kind(source)](source, seed=seed, cache_dir=cache_dir, options=options)
+    kind = _kind(source, unlabelled)
+    options |= {"unlabelled": True} if unlabelled and kind in ("voc", "folder") else {}
+    splits = SOURCES[kind](source, seed=seed, cache_dir=cache_dir, options=options)
     named = name_groups(grouping, [rows for rows in (splits.train, splits.val, splits.test) if rows], splits.clips)
     off = check_choice("leaks", leaks, LEAKS) == "off"
     looking = (lambda parts: {}) if off else (lambda parts: look_at(parts, cache_dir))
-    parts, looks, groups = _divide(splits, named, limits, val_share, seed, looking)
-    meaning = _meaning(splits.labels, _survey(parts, source), source)
+    parts, looks, groups = _divide(splits, named, limits, val_share, test_share, seed, looking)
+    meaning = _meaning(splits.labels, _survey(parts, source, unlabelled), source)
     check_leaks(parts, source, splits.clips, cache_dir, leaks, looks, named)
     labels = meaning.labels.binary() if binary else meaning.labels
     watch = MaskWatch(labels, meaning.settled)
@@ -487,7 +513,14 @@ def load_data(
     if isinstance(splits.labels, MaskSpec) and source not in SOURCES:
         print(f"{name}: {meaning.line}")
     return SegData(
-        **decoded, labels=labels, name=name, binary=binary, meaning=meaning.record, watch=watch, groups=groups
+        **decoded,
+        labels=labels,
+        name=name,
+        binary=binary,
+        meaning=meaning.record,
+        watch=watch,
+        groups=groups,
+        unlabelled=_without_mask(parts) if unlabelled else frozenset(),
     )
 
 # %% ../../nbs/data/10_sources.ipynb #data-check

@@ -46,6 +46,7 @@ from vlm_itl.experiment.judge_turn import (
 from .pool import Ledger, budget_schedule
 from .state import ACCEPTED, START, State, Team
 from ..model.metrics import image_iou
+from ..people.desk import question_id
 from ..proposals.kept import KeptProposals
 from ..proposals.partial import is_empty, keep_agreed, keep_classes, label_questions, object_classes, sum_up
 from ..proposals.proposers import Own, Proposal, Proposer
@@ -225,7 +226,7 @@ def pay_judge(ledger: Ledger, judgements: Sequence[Judgement], journal: Journal)
     ledger.pay_judge(*bill([judgement for place, judgement in every.items() if place not in paid]))
 
 
-def _write_answers(path: Path, judgements: Sequence[Judgement], ious: Sequence[float]) -> None:
+def _write_answers(path: Path, judgements: Sequence[Judgement], ious: Sequence[float | None]) -> None:
     "One line per answer."
     lines = [to_json({**asdict(j), "iou": iou}) + "\n" for j, iou in zip(judgements, ious, strict=True)]
     write_text(path, "".join(lines))
@@ -383,7 +384,7 @@ def check_validation(
     if len(used) != paid:
         raise LeakError(
             f"{len(used)} validation images are read and {paid} were paid for: the budget would be too small. "
-            "Charge them with Ledger.pay_masks(..., validation=True), or start the run anew."
+            "Charge them with Ledger.pay_masks(..., split='val'), or start the run anew."
         )
     check_apart(used, [*state.pool.human, *state.pool.pseudo, *team.annotator.parts])
 
@@ -459,12 +460,25 @@ def _without(told: Mapping[str, Told], dropped: Sequence[str]) -> list[Judgement
 AUDIT_SHARE = 0.02  # of the accepted masks, at least one
 
 
-def _audit(team: Team, state: State, accepted: Sequence[str], ious: dict[str, float]) -> dict[str, list[str]]:
-    "A human looks at some accepted masks: those checked, and those of them that are bad."
+def _refused(team: Team, accepted: Sequence[str], kept: MaskStore) -> set[str]:
+    "Accepted masks to which people have said no before."
+    desk = team.annotator.desk
+    if desk is None:
+        return set()
+    return {i for i in accepted if desk.verdict(question_id(i, "verify", kept[i])) == "rejected"}
+
+
+def _to_audit(team: Team, state: State, accepted: Sequence[str]) -> list[str]:
+    "Which accepted masks a human looks at."
     count = min(len(accepted), max(1, round(AUDIT_SHARE * len(accepted))))
     rng = make_rng(team.config.seed, "audit", len(state.rounds))
-    checked = [accepted[i] for i in sorted(rng.choice(len(accepted), count, replace=False).tolist())]
-    state.ledger.pay_checks(count)
+    return [accepted[i] for i in sorted(rng.choice(len(accepted), count, replace=False).tolist())]
+
+
+def _audit(team: Team, state: State, accepted: Sequence[str], ious: dict[str, float]) -> dict[str, list[str]]:
+    "A simulated human looks at some accepted masks: those checked, and those of them that are bad."
+    checked = _to_audit(team, state, accepted)
+    state.ledger.pay_checks(len(checked))
     return {"checked": checked, "bad": [i for i in checked if not ious[i] >= team.config.tau]}
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-turn
@@ -550,9 +564,16 @@ def judge(
     chosen = ChosenMasks(team.data.labels, {i: told.shown.masks for i, told in made.told.items()})
     answers = {i: told.answers for i, told in made.told.items()} if config.accept_by == "class" else None
     measures, ious = measure_judge(judgements, made.said_yes, team.annotator, chosen, config.tau, made.kept, answers)
-    _write_answers(here / "judgements.jsonl", judgements, [ious[j.id] for j in judgements])
+    _write_answers(here / "judgements.jsonl", judgements, [ious.get(j.id) for j in judgements])
     measures["empty_dropped"] = made.empty
-    if made.certified is not None:
+    if team.annotator.desk is not None:
+        refused = _refused(team, accepted, made.kept)
+        accepted = [i for i in accepted if i not in refused]
+        looked = {i for record in state.rounds for i in (record.judge or {}).get("to_audit", [])}
+        left = [i for i in accepted if i not in looked]
+        measures["to_audit"] = _to_audit(team, state, left)  # people answer before the next round
+        measures |= {} if made.certified is None else {"certified": made.certified}
+    elif made.certified is not None:
         audit = _audit(team, state, accepted, ious)
         accepted = [i for i in accepted if i not in audit["bad"]]
         measures["certified"] = {**made.certified, "audit": audit}

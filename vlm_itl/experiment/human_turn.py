@@ -233,10 +233,10 @@ def _show_judged(
     entries: list[dict[str, Any]] = []
     for number, judgement in enumerate(judgements, first):
         image = oracle.images[oracle.rows([judgement.id])[0]]["image"]
-        truth = oracle.truth_for_measuring(judgement.id)
+        truth = oracle.truth_for_measuring(judgement.id) if oracle.knows(judgement.id) else None
         files = _save_example(folder, number, image, truth, masks[judgement.id], masks.labels)
         answer = {"verdict": judgement.verdict, "p_yes": judgement.p_yes, "score_kind": judgement.score_kind}
-        entries.append({"id": judgement.id, **files, **answer, "iou": ious[judgement.id], "split": "pool"})
+        entries.append({"id": judgement.id, **files, **answer, "iou": ious.get(judgement.id), "split": "pool"})
     return entries
 
 # %% ../../nbs/experiment/07_human_turn.ipynb #turns-gallery-write

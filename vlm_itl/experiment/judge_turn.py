@@ -289,12 +289,13 @@ def measure_judge(
     tau: float,  # a good mask reaches this mean IoU
     kept: MaskStore | None = None,  # what is kept of accepted masks; None: all of it
     answers: Mapping[str, Sequence[Answered]] | None = None,  # accept_by class: image -> answers about its classes
-) -> tuple[dict[str, Any], dict[str, float]]:  # measures, IoU of each judged image
-    "How good the judge was, against the truth, and what is kept. Nothing in the run depends on it."
+) -> tuple[dict[str, Any], dict[str, float]]:  # measures, IoU of each judged image that has a truth
+    "How good the judge was, where the truth is known, and what is kept. Nothing in the run depends on it."
     classes, taken, tally = len(masks.labels), set(accepted), _Kept(masks.labels.names)
     ious: dict[str, float] = {}
     rows: list[tuple[Judgement, float]] = []
-    for judgement in progress(judgements, "measuring the judge", unit="mask"):
+    known = [judgement for judgement in judgements if oracle.knows(judgement.id)]  # all, where people are simulated
+    for judgement in progress(known, "measuring the judge", unit="mask"):
         image_id, truth = judgement.id, oracle.truth_for_measuring(judgement.id)
         mask = masks[image_id]
         ious[image_id] = image_iou(mask, truth, classes)
@@ -303,7 +304,7 @@ def measure_judge(
         if image_id in taken:
             tally.add(mask if kept is None else kept[image_id], truth)
     measures = verdict_metrics([answer for answer, _ in rows], [iou for _, iou in rows], tau)
-    whole = {} if answers is None else {"images": len(judgements)}
+    whole = {} if answers is None and len(known) == len(judgements) else {"images": len(judgements)}
     return {**measures, **whole, "accepted": len(accepted), **tally.measures()}, ious
 
 # %% ../../nbs/experiment/05_judge_turn.ipynb #turns-certified

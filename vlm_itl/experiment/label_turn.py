@@ -24,6 +24,7 @@ from ..data.masks import MaskStore, row_ids, truth_reader
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-imports-1
 from vlm_itl.experiment.acceptance import (
+    ChosenMasks,
     Offered,
     Told,
     ask_judge,
@@ -47,6 +48,7 @@ from vlm_itl.judging.label_plan import (
     seconds_spent,
 )
 from ..model.metrics import image_iou
+from ..people.desk import Desk, question_id
 from ..proposals.correction import CorrectionCost
 from ..proposals.proposers import Own
 from ..vlm.handler import Shown, probability_of
@@ -189,6 +191,26 @@ def ask_for_labels(
     return Asked(left, told, sample)
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-act
+def _accepted(desk: Desk, image_id: str, mask: np.ndarray) -> bool:
+    "Did people say yes to a mask?"
+    return desk.verdict(question_id(image_id, "verify", mask)) == "accepted"
+
+
+def _summon(team: Team, asked: Asked, actions: Sequence[Action]) -> None:
+    "Ask people for everything at once, and then for what they have refused; in simulation nobody has to be asked."
+    desk = team.annotator.desk
+    if desk is None:
+        return
+    wanted: dict[str, list[str]] = {"draw": [], "fix": [], "verify": []}
+    for image_id, action in zip(asked.left, actions, strict=True):
+        if action != "accept":
+            wanted[str(action) if image_id in asked.told else "draw"].append(image_id)
+    shown = ChosenMasks(team.data.labels, {i: t.shown.masks for i, t in asked.told.items()})
+    team.annotator.summon(wanted, shown)
+    refused = [i for i in wanted["verify"] if not _accepted(desk, i, shown[i])]
+    team.annotator.summon({"fix": refused}, shown)
+
+
 def carry_out(
     team: Team,
     state: State,
@@ -198,6 +220,7 @@ def carry_out(
 ) -> Iterator[dict[str, Any]]:  # a line of provenance per image
     "Have people do what the plan says, image by image."
     oracle, no_look = team.annotator, replace(state.cost, look_seconds=0.0)
+    _summon(team, asked, actions)
     for image_id, action in zip(asked.left, progress(actions, desc="labelling", unit="img"), strict=True):
         told, before = asked.told.get(image_id), oracle.ledger.human_seconds
         by, mask = "human", None
@@ -236,8 +259,10 @@ def measure_labels(
     goal: LabelGoal,
     masks: MaskStore,  # of the whole pool
     spent: float,  # human seconds of what was drawn before, validation counted
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:  # None: nobody knows the truth of what nobody has drawn
     "Quality of the labels, and the curve of all plans; by truths that are read for measuring."
+    if not all(team.annotator.knows(i) for i in asked.left):
+        return None
     oracle, cost, price = team.annotator, state.cost, team.config.mask_seconds
     truths = {i: oracle.truth_for_measuring(i) for i in asked.left}
     ious = [image_iou(masks[i], truths[i], len(team.data.labels)) for i in asked.left]

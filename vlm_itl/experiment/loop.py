@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..core.checks import JudgeError, LeakError, RunError, check_choice
+from ..core.checks import ConfigError, JudgeError, LeakError, RunError, check_choice
 from ..core.files import read_json, write_json, write_text
 from ..core.runfolder import FREE_SETTINGS, RunFolder, protected
 from ..data.labels import MeaningError
@@ -28,12 +28,12 @@ from ..data.sources import SegData, load_data
 
 # %% ../../nbs/experiment/10_loop.ipynb #experiment-imports-1
 from .acceptance import kept_proposals, make_proposals, proposal_images, refuse_truth, share_left
-from .annotator import Oracle
+from .annotator import Oracle, make_desk, masks_by_people
 from .config import Config, make_config, run_path
 from .judge_turn import JUDGE_SETTINGS, check_certifiable, examine
 from .label_turn import label_pool
 from .pool import Ledger, budget_schedule
-from .round import make_learner, work
+from .round import draw_start, labelled_before, make_learner, work
 from vlm_itl.experiment.state import (
     DRAWN,
     STAMPS,
@@ -48,6 +48,8 @@ from vlm_itl.experiment.state import (
     noting_broken_data,
     resume,
 )
+from ..people.account import people_account
+from ..people.desk import Desk
 from ..proposals.correction import CorrectionCost
 from ..proposals.proposers import make_proposer
 from ..reports.report import aubc
@@ -60,10 +62,13 @@ from ..vlm.handler import VLMHandler, make_handler
 def plan(
     config: Config,  # mode, initial, increment, max_labelled
     n_pool: int,  # images in the pool
+    labelled: int = 0,  # images that have a mask before anybody is asked; they are the start, whatever `initial` says
 ) -> list[int]:
     "Labelled images in each round; none before round 0, where proposals can be accepted before any training."
     if config.mode == "baseline":
         return budget_schedule(n_pool, 1.0, 1.0, 1.0)
+    if labelled:
+        return budget_schedule(n_pool, labelled, config.increment, config.max_labelled)
     judged_first = config.mode == "vlm" and make_proposer(config.proposer, **config.proposer_options).fixed
     return budget_schedule(n_pool, config.initial, config.increment, config.max_labelled, least=1 - judged_first)
 
@@ -81,6 +86,16 @@ def _truth_for_simulation(data: SegData, annotator: Oracle) -> Callable[[str], n
     "For a simulated judge: the truth of validation images is paid for, that of the pool is peeked at."
     ids, validation = set(row_ids(data.val)), truth_reader(data.val)
     return lambda image_id: validation(image_id) if image_id in ids else annotator.peek_for_simulation(image_id)
+
+
+def _refuse_truth_readers(team: Team) -> None:
+    "`ConfigError` for a judge or a proposer that reads a truth which nobody has drawn."
+    if team.annotator.desk is not None and team.simulated:
+        name = f"judge={team.config.judge!r}" if team.handler and team.handler.needs_truth else "proposer='simulated'"
+        raise ConfigError(
+            f"{name} reads the true masks, and with annotator={team.config.annotator!r} there are none before people "
+            "have drawn them: choose a judge that looks (learned, confidence, openai, ...), or annotator='truth'."
+        )
 
 
 def _make_judge(config: Config) -> VLMHandler | None:
@@ -238,6 +253,7 @@ def finish(
         summary["sizes"] = read_json(folder.path / "data.json", dict)["sizes"]
         summary["notes"] = team.learner.notes
         summary["labelled_pool"] = labels
+        summary["people"] = people_account(folder.path, team.data.labels) if team.annotator.desk is not None else None
         total = sum(r.seconds["total"] for r in loop.rounds)
         summary["seconds"] = {"rounds": round(total, 2), "test": round(time.perf_counter() - started, 2)}
         for index in range(last + 1):
@@ -257,16 +273,22 @@ class Loop:
         learner: Learns,  # the network
         handler: VLMHandler | None = None,  # the judge (mode vlm)
         annotator: Oracle | None = None,  # the reader of human masks; None: the masks of the data set, at their price
+        desk: Desk | None = None,  # reaches the people who give masks; None: nobody is asked
         tracker: Tracker | None = None,  # None: the one that the settings ask for
         draw: Callable[[Path], list[Path]] | None = None,  # the figures of a finished run folder; None: `save_figures`
     ):
+        files = data
         if data.watch is not None:
             data.watch.patient = True  # it is asked when the masks of the start are paid for
-        annotator = annotator or Oracle(data, Ledger(mask_seconds=config.mask_seconds))
-        schedule, unit = plan(config, len(data.train)), make_region_unit(config, data)
+        if desk is not None:
+            data = masks_by_people(data, desk)
+        annotator = annotator or Oracle(data, Ledger(mask_seconds=config.mask_seconds), desk)
+        schedule = plan(config, len(data.train), len(labelled_before(annotator)))
+        unit = make_region_unit(config, data)
         self.config, self._test, self._examined = config, data.test, False
         self._tracker, self._draw = tracker, draw
         self.team = Team(config, seal_data(data), learner, handler, annotator, schedule, unit)
+        _refuse_truth_readers(self.team)
         cost = CorrectionCost(**config.fix_options)
         self.state = State(open_folder(config), annotator, self.team.regions, config.region_labels, cost)
         self.folder = self.state.folder
@@ -275,7 +297,7 @@ class Loop:
         for part in self.team.guessing:
             part.bind_truth(_truth_for_simulation(data, annotator))
         all_seen = bool(handler or self.team.sampler.needs or unit) or config.cold_start != "random"
-        self._guard = DataGuard(self.folder, data, unit is not None, all_seen)
+        self._guard = DataGuard(self.folder, files, unit is not None, all_seen)
         try:
             self._go_on(data)
         except BaseException:
@@ -291,12 +313,15 @@ class Loop:
             config.dataset,
             seed=config.seed,
             val_share=config.val_share,
+            test_share=config.test_share,
+            unlabelled=config.annotator != "truth",
             binary=config.binary,
             options=config.data_options,
             leaks=config.leaks,
         )
         plan(config, len(data.train))
-        return cls(config, data, make_learner(config, data.labels, len(data.train)), handler)
+        learner = make_learner(config, data.labels, len(data.train))
+        return cls(config, data, learner, handler, desk=make_desk(config, data, run_path(config)))
 
     @property
     def rounds(self) -> list[Round]:
@@ -314,12 +339,24 @@ class Loop:
         self._guard.check()
         card |= {"simulated": self.team.simulated, **self._check_proposals(data)}
         write_json(self.folder.path / "data.json", card)  # refused: it stays
+        self._summon_first(data)
         resume(self.state, data, self.config.mask_seconds)
         if self.rounds and data.watch is not None:
             data.watch.settled = True
         if not self.rounds:
             _warn_of_certificates(self.team)
         self._guard.write()  # a new run that cannot read its validation masks leaves none
+
+    def _summon_first(self, data: SegData) -> None:
+        "Ask people for all that a run needs before its first training, in one go; `Waiting` until they have answered."
+        if self.team.annotator.desk is None or self.folder.rounds():
+            return
+        self._guard.write()  # what people are shown is settled from now on
+        known = {"to test on": row_ids(data.test), "to validate on": row_ids(data.val)}
+        if self.config.cold_start == "random":
+            known["drawn by chance"] = draw_start(self.team, self.state)
+        why = {image_id: reason for reason, ids in known.items() for image_id in ids}
+        self.team.annotator.summon({"draw": list(why)}, reasons=why)
 
     def _check_proposals(self, data: SegData) -> dict[str, Any]:  # for data.json
         "What other models propose fits the data, is no truth, and is what it was when the run began."
@@ -339,6 +376,7 @@ class Loop:
     def run_round(self) -> Round:  # the record, safely on disk
         "Do the next round and write it."
         index, state = len(self.rounds), self.state
+        state.settle()
         with protected(self.folder.path, f"round {index}"), noting_broken_data(self.folder.path), _judge_may_stop(self):
             self.team.annotator.begin_round()
             self._guard.add_hashes()

@@ -23,6 +23,7 @@ class Ledger:
     mask_seconds: float = FULL_MASK_SECONDS  # human seconds for one full mask
     train_images: int = 0  # human masks in the pool
     val_images: int = 0  # human masks held out for validation
+    test_images: int = 0  # human masks for the test; where the data set came with them, they cost nothing here
     fixes: int = 0  # of the masks in the pool, those that were corrected and not drawn
     fix_shares: float = 0.0  # whole masks' worth of drawing in these corrections
     fix_looks: float = 0.0  # human seconds of looking at what was corrected
@@ -30,7 +31,11 @@ class Ledger:
     shares: float = 0.0  # whole masks that these regions make, by their pixels
     pixels: int = 0  # pixels inside those masks and regions
     clicks: int | None = 0  # by the rule of `count_clicks`; None as soon as some were not counted
-    human_seconds: float = 0.0  # `mask_seconds` per drawn image; a region or correction its share; and for looks
+    human_seconds: float = 0.0  # `mask_seconds` per mask, a region or correction its share; looks; what was timed
+    again: int = 0  # masks that were drawn a second time, to see what a proposal does to the one who corrects it
+    timed_masks: int = 0  # of the masks, those whose time was measured
+    timed_checks: int = 0  # of the checks, likewise
+    timed_seconds: float = 0.0  # what these took
     checks: int = 0  # masks that a human looked at and said yes or no, `CHECK_SECONDS` per mask
     judge_calls: int = 0  # questions put to the judge
     judge_usd: float | None = 0.0  # money for them; None as soon as one price is unknown
@@ -41,19 +46,23 @@ class Ledger:
 
     @property
     def images(self) -> int:
-        "Human-labelled images, validation included."
-        return self.train_images + self.val_images
+        "Human-labelled images, validation and test included."
+        return self.train_images + self.val_images + self.test_images
 
     def pay_masks(
         self,
         pixels: Sequence[int],  # pixels of each mask
-        validation: bool = False,  # for the validation split
+        split: str = "train",  # train, val, test
         clicks: int | None = None,  # for all of them; None: unknown
+        seconds: Sequence[float | None] = (),  # measured, one per mask; None: this one was not timed
     ) -> None:
         "Charge some full masks."
-        self.val_images += len(pixels) if validation else 0
-        self.train_images += 0 if validation else len(pixels)
+        name = f"{split}_images"
+        setattr(self, name, getattr(self, name) + len(pixels))
         self.pixels += int(sum(pixels))
+        timed = [second for second in seconds if second is not None]
+        self.timed_masks += len(timed)
+        self.timed_seconds += sum(timed)
         self._count(clicks)
 
     def pay_region(
@@ -74,18 +83,33 @@ class Ledger:
         drawing: float,  # whole masks' worth of drawing, in [0, 1]
         looking: float,  # seconds
         clicks: int,  # corners that were moved
+        seconds: float | None = None,  # measured; None: what is to be expected of so much drawing and looking
     ) -> None:
         "Charge one mask that was corrected instead of drawn."
         self.train_images += 1
         self.fixes += 1
-        self.fix_shares += drawing
-        self.fix_looks += looking
+        if seconds is None:
+            self.fix_shares += drawing
+            self.fix_looks += looking
+        else:
+            self.timed_seconds += seconds
         self.pixels += pixels
         self._count(clicks)
 
-    def pay_checks(self, count: int) -> None:
-        "Charge a human's yes or no to some masks."
+    def pay_checks(self, count: int, seconds: Sequence[float | None] = ()) -> None:
+        "Charge a human's yes or no to some masks; `seconds` where it was measured."
+        timed = [second for second in seconds if second is not None]
         self.checks += count
+        self.timed_checks += len(timed)
+        self.timed_seconds += sum(timed)
+        self._count(0)
+
+    def pay_again(self, seconds: Sequence[float | None]) -> None:
+        "Charge masks that were drawn a second time; `seconds` where it was measured."
+        timed = [second for second in seconds if second is not None]
+        self.again += len(seconds)
+        self.timed_masks += len(timed)
+        self.timed_seconds += sum(timed)
         self._count(0)
 
     def pay_judge(self, calls: int, usd: float | None) -> None:
@@ -97,8 +121,9 @@ class Ledger:
     def _count(self, clicks: int | None) -> None:
         "Clicks add up while all are known; human seconds follow from whole masks, shares of masks, looks and checks."
         self.clicks = None if clicks is None or self.clicks is None else self.clicks + clicks
-        drawn = self.images - self.fixes + self.shares + self.fix_shares
-        self.human_seconds = round(self.mask_seconds * drawn + CHECK_SECONDS * self.checks + self.fix_looks, 3)
+        drawn = self.images + self.again - self.fixes - self.timed_masks + self.shares + self.fix_shares
+        looks = CHECK_SECONDS * (self.checks - self.timed_checks) + self.fix_looks
+        self.human_seconds = round(self.mask_seconds * drawn + looks + self.timed_seconds, 3)
 
     @property
     def fix_seconds(self) -> float:
@@ -169,6 +194,14 @@ class Pool:
         taken = {*self.human, *self.complete}
         self.pseudo = {i: p for i, p in accepted.items() if i not in taken}
         self.sure = {i: float(p) for i, p in (sure or {}).items() if p is not None and i in self.pseudo}
+
+    def drop_pseudo(
+        self,
+        image_id: str,  # that a human has found to be badly labelled
+    ) -> None:
+        "Take one pseudo-label away."
+        self.pseudo.pop(image_id, None)
+        self.sure.pop(image_id, None)
 
     def set_complete(
         self,

@@ -251,7 +251,7 @@ class _Talk:
         mask, seconds, verdict = self.kept.begun(request)
         start = blank_mask(size, self.kept.labels) if request.proposal is None else request.proposal
         task: dict[str, Any] = {"what": "task", "view": view, "id": request.id, "ask": request.kind}
-        task["name"] = request.id.partition("~")[0]  # that an image is asked about again, nobody need know
+        task["name"] = request.image_id  # that an image is asked about again, nobody need know
         task |= {"reason": request.reason, "place": at + 1, "total": len(order)}
         task |= {"answered": sum(not self.kept.is_open(other) for other in order), "seconds": seconds}
         task |= {"width": size[0], "height": size[1], "verdict": verdict}

@@ -39,7 +39,7 @@ KINDS["verify"] = ("accepted", "rejected", "fixed", "skipped")  # who sees what 
 class Request:
     "What a person is asked about one image."
 
-    id: str  # of the question: the image's, or another one where an image is asked about again; fit for a file name
+    id: str  # of the question: the image's, or "cat~again" where the image is asked about again; fit for a file name
     kind: str  # "draw" (from nothing), "fix" (correct the proposal), "verify" (is the proposal good?)
     image: Path  # the photograph as a file
     proposal: np.ndarray | None = None  # (H, W) uint8 class indices, 255 = void; None for draw
@@ -55,6 +55,11 @@ class Request:
             what = "shows no proposal" if self.kind == "draw" else "needs a proposal"
             raise ConfigError(f"request {self.id!r}: {self.kind!r} {what}.")
         check_number(f"request {self.id!r}: priority", self.priority)
+
+    @property
+    def image_id(self) -> str:
+        "The image it is about: all of the id before the first ~, which no id of an image holds."
+        return self.id.partition("~")[0]
 
     @property
     def size(self) -> tuple[int, int]:
@@ -268,6 +273,10 @@ class Waiting(Exception):
     "A run that rests until people have answered; its text is the line for them."
 
     code: ClassVar[int] = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+    def _render_traceback_(self) -> list[str]:
+        "What Jupyter shows: the line. Nothing has gone wrong."
+        return [str(self)]
 
 # %% ../../nbs/people/01_requests.ipynb #requests-registry
 _LATER = {"folder": "vlm_itl.people.folder", "robot": "vlm_itl.people.robot"}

@@ -517,6 +517,8 @@ def plot_labels(
     card = labels_card(run)
     if card is None:
         raise RunError(f"{as_runs(run)[0].path} has no labelled pool: goal='dataset'.")
+    if card["measured"] is None:
+        raise RunError(f"{as_runs(run)[0].path}: how good its labels are is not known, since people have drawn them.")
     measured, spent = card["measured"], sum(card["human_seconds"].values()) / 3600
     figure, ((axes,),) = make_figure(6.4, 3.9)
     curve = measured["curve"]
@@ -557,6 +559,6 @@ def save_figures(
         drawings["asked"] = plot_asked
     if _has_judge(table):
         drawings["judge"] = plot_judge
-    if labels_card(run) is not None:
+    if (labels_card(run) or {}).get("measured") is not None:
         drawings["labels"] = plot_labels
     return [save_png(draw(run), folder / f"{name}.png") for name, draw in drawings.items()]

@@ -1,0 +1,106 @@
+"""Does the pipeline that the library is named after win with its own defaults, or lose? On generated scenes.
+
+    python benchmarks/bench_defaults.py            # 5 seeds, half an hour on two cores; goes on where it stopped
+    python benchmarks/bench_defaults.py --show     # the table of what is there
+
+`mode=al` and `mode=vlm` with nothing else set but the seed, so that both have the same human masks, network, steps and
+strategy; then `mode=vlm` with one default changed. Measured: test mean IoU after each round. Everything about the judge
+and its proposals is simulated here: this compares settings, and says nothing about a real judge.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from vlm_itl.core.files import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS: dict[str, dict[str, Any]] = {
+    "al": {"mode": "al"},
+    "vlm": {"mode": "vlm"},
+    "vlm, accept_by=class": {"mode": "vlm", "accept_by": "class"},
+    "vlm, tau=0.5": {"mode": "vlm", "tau": 0.5},
+    "vlm, policy=triage": {"mode": "vlm", "policy": "triage"},
+    "vlm, no mixture": {"mode": "vlm", "mixture": {}},
+    "vlm, proposer=own": {"mode": "vlm", "proposer": "own"},
+}
+
+
+def run_one(key: tuple[str, int]) -> dict[str, Any]:
+    "Test mean IoU after each round of one run."
+    import torch
+
+    from vlm_itl.experiment import make_config, run_al
+
+    torch.set_num_threads(1)
+    row, seed = key
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        out = Path(folder) / "run"
+        rounds = list(run_al(make_config({**ROWS[row], "seed": seed, "gallery": 0, "output_dir": str(out)})))
+        curve = json.loads((out / "summary.json").read_text())["curve"]
+    accepted = [r.judge["accepted"] if r.judge else None for r in rounds]
+    return {
+        "row": row,
+        "seed": seed,
+        **{k: curve[k] for k in ("labelled", "pseudo", "test_mean_iou")},
+        "accepted": accepted,
+    }
+
+
+def interval(values: np.ndarray) -> list[float]:  # mean, low, high
+    "A 95 % t interval."
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+    return [round(float(x), 4) for x in (values.mean(), values.mean() - half, values.mean() + half)]
+
+
+def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    "For each row and round: mean IoU, and what it is over `al`, in pairs of seeds."
+    curves = {(line["row"], line["seed"]): np.array(line["test_mean_iou"]) for line in lines}
+    table = []
+    for row in ROWS:
+        seeds = sorted(seed for name, seed in curves if name == row and ("al", seed) in curves)
+        if not seeds:
+            continue
+        own = np.stack([curves[row, seed] for seed in seeds])
+        more = own - np.stack([curves["al", seed] for seed in seeds])
+        labelled = next(line["labelled"] for line in lines if line["row"] == row)
+        for index, masks in enumerate(labelled):
+            found = {"row": row, "masks": masks, "seeds": len(seeds), "miou": interval(own[:, index])}
+            table.append({**found, "over al": interval(more[:, index]) if row != "al" else None})
+    return table
+
+
+def main() -> None:
+    "Run what is missing, and print the table."
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--lines", type=Path, default=ROOT / "runs/defaults.jsonl")
+    parser.add_argument("--show", action="store_true", help="run nothing")
+    given = parser.parse_args()
+    lines = [json.loads(line) for line in given.lines.read_text().splitlines()] if given.lines.is_file() else []
+    done = {(line["row"], line["seed"]) for line in lines}
+    todo = [] if given.show else [(r, s) for s in range(given.seeds) for r in given.rows if (r, s) not in done]
+    given.lines.parent.mkdir(exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool(given.jobs) as pool, given.lines.open("a") as file:
+        for found in pool.imap_unordered(run_one, todo):
+            lines.append(found)
+            print(json.dumps(found), file=file, flush=True)
+            print(found["row"], found["seed"], [round(x, 3) for x in found["test_mean_iou"]], flush=True)
+    table = summarise(lines)
+    for line in table:
+        print(line)
+    write_json(ROOT / "results/defaults.json", {"command": "python benchmarks/bench_defaults.py", "table": table})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""People who answer with files, and the robot that does as they do: nothing is lost, one line says what is wrong."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_people import LABELS, killed, masks, photos, requests, tree
+
+from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.sources import load_data
+from vlm_itl.people import Answer, AnswerStore, Request, make_annotator
+from vlm_itl.people.folder import FolderAnnotator, read_verdicts
+from vlm_itl.people.robot import Robot, slipped, work
+
+__all__ = ["photos"]  # the fixture
+
+
+@pytest.fixture
+def folder(tmp_path: Path, photos: dict[str, Path]) -> FolderAnnotator:
+    """Three questions, asked: 001_toy-1 to fix, 002_toy-0 to draw, 003_toy-2 to check."""
+    annotator = make_annotator("folder", tmp_path / "run", LABELS)
+    annotator.ask(requests(photos))
+    assert isinstance(annotator, FolderAnnotator)
+    return annotator
+
+
+def test_the_most_urgent_comes_first_and_has_everything_beside_it(folder: FolderAnnotator):
+    names = ["001_toy-1", "002_toy-0", "003_toy-2"]
+    assert sorted(p.stem for p in (folder.folder / "ask").iterdir()) == names
+    assert sorted(p.stem for p in (folder.folder / "proposals").iterdir()) == [names[0], names[2]]
+    assert [r.id for r in folder.left()] == ["toy-1", "toy-0", "toy-2"]
+    told = (folder.folder / "how_to.txt").read_text()
+    assert "red (red 200, green 40, blue 40)" in told and "002_toy-0: draw. unsure" in told
+    assert folder.waiting().startswith("waiting for 3 masks (1 to draw, 1 to fix, 1 to check): ")
+
+
+def test_later_questions_go_on_counting(folder: FolderAnnotator, photos: dict[str, Path]):
+    folder.ask([Request("toy-3", "draw", photos["toy-3"], priority=9.0)])
+    assert (folder.folder / "ask" / "004_toy-3.png").is_file() and folder.left()[0].id == "toy-3"
+
+
+def colours(mask: np.ndarray) -> Image.Image:
+    """Each class in its colour."""
+    return Image.fromarray(LABELS.colorize(mask))
+
+
+def palette(mask: np.ndarray) -> Image.Image:
+    """Indices with a palette."""
+    picture = Image.fromarray(mask).convert("P")
+    picture.putpalette(LABELS.palette.tobytes())
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("002_toy-0.png", Image.fromarray),
+        ("002_toy-0.tif", colours),
+        ("002_toy-0_mask.png", palette),
+        ("toy-0.bmp", Image.fromarray),
+        ("toy-0_L.png", colours),
+        ("done/SegmentationClass/002_toy-0.png", palette),
+        ("002_toy-0.webp", lambda mask: colours(mask)),
+    ],
+)
+def test_masks_come_back_as_tools_write_them(folder: FolderAnnotator, name: str, make: Callable[..., Image.Image]):
+    mask = masks()["toy-1"].copy()
+    mask[0, 0] = 255
+    path = folder.folder / "masks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make(mask).save(path, **({"lossless": True} if name.endswith("webp") else {}))
+    answer = folder.answered()["toy-0"]
+    assert (answer.mask == mask).all() and answer.verdict == "drawn" and answer.source == str(path)
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("001_toy-1,acept\n", r"line 1 \(001_toy-1\): 'acept' is no verdict. Did you mean 'accept'"),
+        ("name,verdict\n001_toy-1,accept,-3\n", "'-3' are no seconds"),
+        ("001_toy-1,accept,nan\n", "'nan' are no seconds"),
+        ("001_toy-1,accept\n1_toy-2,no\n", "'1_toy-2' was not asked. Did you mean '001_toy-1'|'003_toy-2'"),
+        ("001_toy-1,no\n", "'rejected', which does not answer 'fix'; allowed: fixed, accepted, skipped"),
+        ("002_toy-0,accept\n", "'accepted', which does not answer 'draw'"),
+    ],
+)
+def test_a_line_that_cannot_be_understood(folder: FolderAnnotator, lines: str, words: str):
+    (folder.folder / "verdicts.csv").write_text(lines)
+    with pytest.raises(DataError, match=words) as told:
+        folder.answered()
+    assert "\n" not in str(told.value)
+
+
+def test_a_table_from_a_spreadsheet(tmp_path: Path):
+    table = tmp_path / "v.csv"
+    table.write_bytes("\ufeffName;Verdict;Seconds;Who\r\n001_a;Accept;12,5;Zoë\r\n".replace("12,5", "12.5").encode())
+    assert read_verdicts(table)["001_a"].who == "Zoë"
+    table.write_bytes("001_a,yes,,Zo\xeb\n".encode("latin-1"))
+    with pytest.raises(DataError, match="is not UTF-8"):
+        read_verdicts(table)
+    assert read_verdicts(tmp_path / "none.csv") == {}
+
+
+def test_of_two_answers_none_is_taken(folder: FolderAnnotator):
+    for name in ("002_toy-0.png", "toy-0_mask.png"):
+        Image.fromarray(masks()["toy-0"]).save(folder.folder / "masks" / name)
+    with pytest.raises(DataError, match="image 'toy-0' has two answers, 002_toy-0.png and toy-0_mask.png"):
+        folder.answered()
+    (folder.folder / "masks" / "toy-0_mask.png").rename(folder.folder / "masks" / "002_toy-0.tif")
+    with pytest.raises(DataError):
+        folder.answered()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
+def test_a_file_that_is_being_written_waits(folder: FolderAnnotator, share: float):
+    path = folder.folder / "masks" / "002_toy-0.png"
+    mask = np.random.default_rng(0).integers(0, 3, (8, 8)).astype(np.uint8)
+    palette(mask).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert "toy-0" not in folder.answered() and len(folder.left()) == 3
+    os.utime(path, (1e9, 1e9))
+    with pytest.raises(DataError, match="the answer for image 'toy-0' is not taken"):
+        folder.answered()
+    path.write_bytes(whole)
+    assert (folder.answered()["toy-0"].mask == mask).all()
+
+
+def test_a_stray_file_is_told(folder: FolderAnnotator):
+    Image.fromarray(masks()["toy-0"]).save(folder.folder / "masks" / "02_toy0.png")
+    assert folder.waiting().endswith("02_toy0.png in masks/ has the name of no photograph in ask/")
+
+
+def test_options(tmp_path: Path):
+    with pytest.raises(ConfigError, match="settle must be a number >= 0"):
+        make_annotator("folder", tmp_path, LABELS, settle=-1)
+
+
+def test_killed_while_asking(tmp_path: Path, photos: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    def ask(place: Path) -> None:
+        make_annotator("folder", place, LABELS).ask(requests(photos))
+
+    ask(tmp_path / "whole")
+    (tmp_path / "whole" / "how_to.txt").unlink()
+    steps = 0
+    while killed(monkeypatch, partial(ask, tmp_path / str(steps)), steps):
+        ask(tmp_path / str(steps))
+        (tmp_path / str(steps) / "how_to.txt").unlink()
+        assert tree(tmp_path / str(steps)) == tree(tmp_path / "whole"), steps
+        steps += 1
+    assert steps > 15
+
+
+def test_a_robot_killed_while_it_answers(tmp_path: Path, photos: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    robot = Robot(lambda image_id: masks()[image_id], LABELS)
+    expected = {r.id: robot.answer(r) for r in requests(photos)}
+    steps = 0
+    while True:
+        annotator = make_annotator("folder", tmp_path / str(steps), LABELS)
+        annotator.ask(requests(photos))
+        stopped = killed(monkeypatch, partial(work, robot, annotator), steps)
+        work(robot, make_annotator("folder", tmp_path / str(steps), LABELS))
+        found = annotator.answered()
+        assert {i: (a.digest(), a.seconds) for i, a in found.items()} == {
+            i: (a.digest(), a.seconds) for i, a in expected.items()
+        }
+        if not stopped:
+            break
+        steps += 1
+    assert steps >= 8
+
+
+def test_a_robot_errs_as_often_as_told_and_the_same_whoever_asks(photos: dict[str, Path]):
+    robot = Robot(lambda image_id: masks()[image_id], LABELS, error=0.25)
+    many = [Request(f"toy-1~{n}", "draw", photos["toy-1"]) for n in range(120)]
+    wrong = [r.id for r in many if not np.array_equal(robot.answer(r).mask, masks()["toy-1"])]
+    assert 18 < len(wrong) < 45
+    assert wrong == [r.id for r in reversed(many) if (robot.answer(r).mask != masks()["toy-1"]).any()][::-1]
+    assert slipped(np.zeros((2, 1), np.uint8)).shape == (2, 1)
+    for bad in ({"error": 1.5}, {"tau": -1.0}, {"draw_seconds": -5.0}):
+        with pytest.raises(ConfigError):
+            Robot(masks().__getitem__, LABELS, **bad)
+
+
+def test_real_photographs_there_and_back(voc: Path, tmp_path: Path):
+    """Ten of PASCAL VOC, with void borders: what is taken is what was known, to the pixel, and so are the seconds."""
+    data = load_data(str(voc), seed=0)
+    rows = {row["id"]: row for row in data.train.select(range(10))}
+    asked: list[Request] = []
+    for n, (image_id, row) in enumerate(rows.items()):
+        row["image"].save(tmp_path / f"{image_id}.jpg")
+        kind: Any = ("draw", "fix", "verify")[n % 3]
+        shown = None if kind == "draw" else (row["mask"] if n % 2 else slipped(row["mask"]))
+        asked.append(Request(image_id, kind, tmp_path / f"{image_id}.jpg", shown, priority=float(n)))
+    annotator = make_annotator("folder", tmp_path / "run", data.labels)
+    annotator.ask(asked)
+    robot = Robot(lambda image_id: rows[image_id]["mask"], data.labels)
+    assert work(robot, annotator) == 10 and annotator.waiting() == ""
+    store = AnswerStore(tmp_path / "answers", data.labels)
+    assert all(store.take(answer) for answer in annotator.answered().values())
+    for request in asked:
+        known: Answer = robot.answer(request)
+        assert store[request.id].digest() == known.digest() and store.seconds[request.id] == known.seconds
+    assert isinstance(data.labels, LabelSpace)

@@ -1,0 +1,246 @@
+"""A run whose masks people give: it asks, rests, goes on, and ends as the simulation does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from toyloop import Eye, Listener, Parrot, no_figures, settings, toy_loop
+
+from vlm_itl.core.checks import ConfigError
+from vlm_itl.data.labels import VOID
+from vlm_itl.data.sources import SegData, toy_images
+from vlm_itl.experiment.annotator import asked_of_people
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import Loop
+from vlm_itl.people.desk import Desk, Photographs
+from vlm_itl.people.requests import Annotator, Answer, Waiting
+
+TOY = toy_images()
+TRUTH = {row["id"]: row["mask"] for rows in (TOY.train, TOY.val, TOY.test) for row in rows}
+
+
+class Table(Annotator):
+    """Questions on a table; the answers are kept in a dictionary, as a tool would keep them."""
+
+    given: dict[str, Answer]
+
+    def ask(self, requests: Any) -> None:
+        self.asked.add(requests)
+
+    def answered(self) -> dict[str, Answer]:
+        return {i: answer for i, answer in self.given.items() if i in self.asked.all()}
+
+    def waiting(self) -> str:
+        return f"waiting for {len(self.left())} masks: on the table"
+
+
+def people_loop(folder: Path, given: dict[str, Answer], data: SegData | None = None, **more: Any) -> Loop:
+    """The toy loop, its masks on the table."""
+    config, data = settings(folder, **more), data or toy_images()
+    table = Table(folder / "people", data.labels)
+    table.given = given
+    photographs = Photographs(folder / "people/photographs", data.train, data.val, data.test)
+    desk = Desk(folder, table, photographs, asked_of_people(config, data))
+    parrot = Parrot(toy_images())
+    return Loop(config, data, parrot, Eye(), tracker=Listener(), draw=no_figures, desk=desk)
+
+
+def answer(request: Any, good: bool = True, **more: Any) -> Answer:
+    """What a person says who knows the truth."""
+    if request.kind == "verify":
+        found = "accepted" if good else "rejected"
+        return Answer(request.id, "verify", found, request.proposal if good else None, seconds=2.0, **more)
+    verdict = {"draw": "drawn", "fix": "fixed"}[request.kind]
+    return Answer(request.id, request.kind, verdict, TRUTH[request.image_id], seconds=10.0, **more)
+
+
+def to_the_end(folder: Path, given: dict[str, Answer], one_by_one: bool = False, **more: Any) -> tuple[Any, list[Any]]:
+    """Run, answer what is asked, run again; the summary, and what was asked each time."""
+    asked = []
+    for _ in range(40):
+        loop = None
+        try:
+            loop = people_loop(folder, given, **more)
+            list(loop.run())
+            return json.loads((folder / "summary.json").read_text()), asked
+        except Waiting as rest:
+            assert "Run the same again" in str(rest)
+            if loop is not None:
+                loop.folder.close()
+            table = Table(folder / "people", TOY.labels)
+            table.given = given
+            left = table.left()
+            asked.append([(r.id.partition("~")[0], r.kind) for r in left])
+            for request in left[:1] if one_by_one else left:
+                given[request.id] = answer(request, good=more.get("good", True))
+    raise AssertionError("it never ends")
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The rounds, without what differs on purpose: money, time, and what nobody can know."""
+    found = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in one.items() if k not in ("budget", "seconds", "judge")} for one in found]
+
+
+@pytest.mark.parametrize("more", [{}, {"policy": "fix"}, {"policy": "triage"}, {"mode": "al"}, {"policy": "observe"}])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_people_and_simulation_end_alike(tmp_path: Path, more: dict[str, Any], one_by_one: bool) -> None:
+    summary, asked = to_the_end(tmp_path / "people", {}, one_by_one, **more)
+    list(toy_loop(settings(tmp_path / "simulated", **more)).run())
+    assert lines(tmp_path / "people") == lines(tmp_path / "simulated")
+    simulated = json.loads((tmp_path / "simulated/summary.json").read_text())
+    assert summary["test"] == simulated["test"] and not summary["simulated"]
+    assert sorted(asked[0]) == [("toy-2", "draw"), ("toy-4", "draw")]  # the start and validation, in one go
+    store = (tmp_path / "people/answers/answers.jsonl").read_text().splitlines()
+    seconds = sum(json.loads(line)["seconds"] for line in store if line)
+    assert summary["budget"]["human_seconds"] == seconds  # every second that was measured, and no other
+
+
+def test_the_judge_is_measured_on_what_people_answer(tmp_path: Path) -> None:
+    to_the_end(tmp_path, {})
+    found = [json.loads(line)["judge"] for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
+    assert [one["n"] for one in found] == [0, 0, 0] and found[0]["images"] == 3
+    assert "answered" not in found[0] and found[1]["answered"]["n"] == 1 and found[1]["answered"]["round"] == 0
+
+
+def test_what_people_find_bad_trains_nobody(tmp_path: Path) -> None:
+    given: dict[str, Answer] = {}
+    to_the_end(tmp_path / "good", given)
+    bad: dict[str, Answer] = {}
+    for _ in range(10):
+        loop = None
+        try:
+            loop = people_loop(tmp_path / "bad", bad)
+            list(loop.run())
+            break
+        except Waiting:
+            if loop is not None:
+                loop.folder.close()
+            table = Table(tmp_path / "bad/people", TOY.labels)
+            table.given = bad
+            bad |= {r.id: answer(r, good=False) for r in table.left()}
+    assert [one["pseudo"] for one in lines(tmp_path / "good")] == [0, 1, 1]
+    assert [one["pseudo"] for one in lines(tmp_path / "bad")] == [0, 0, 0]
+    assert lines(tmp_path / "bad")[1]["pseudo_ids"] == []  # and it is not accepted again
+
+
+def test_a_judge_that_reads_the_truth_is_refused(tmp_path: Path) -> None:
+    from vlm_itl.vlm.simulated import MockHandler
+
+    data = toy_images()
+    table = Table(tmp_path / "people", data.labels)
+    table.given = {}
+    desk = Desk(tmp_path, table, Photographs(tmp_path / "photographs", data.train), ["toy-0"])
+    with pytest.raises(ConfigError, match="reads the true masks"):
+        Loop(settings(tmp_path / "run"), data, Parrot(data), MockHandler(), desk=desk)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"annotator": "nobody"}, "annotator=.nobody. is not known"),
+        ({"annotator": "folder", "annotator_options": {"colour": 1}}, "has no option 'colour'"),
+        ({"annotator_options": {"url": "x"}}, "need people"),
+        ({"start": "labelled"}, "need people"),
+        ({"annotator": "folder", "unit": "region"}, "unit='image'"),
+        ({"annotator": "folder", "mode": "baseline"}, "mode al or vlm"),
+        ({"annotator": "folder", "start": "some"}, "start=.some. is not known"),
+        ({"wait": -1}, "wait"),
+    ],
+)
+def test_settings_that_cannot_be(wrong: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make_config(wrong)
+
+
+def test_an_answer_that_is_edited_later_is_told_and_not_taken(tmp_path: Path) -> None:
+    given: dict[str, Answer] = {}
+    for _ in range(2):
+        with pytest.raises(Waiting):
+            loop = people_loop(tmp_path, given)
+            try:
+                list(loop.run())
+            finally:
+                loop.folder.close()
+        table = Table(tmp_path / "people", TOY.labels)
+        table.given = given
+        if not given:
+            given |= {r.id: answer(r) for r in table.left()}
+    given["toy-2"] = Answer("toy-2", "draw", "drawn", TRUTH["toy-0"])
+    with pytest.warns(UserWarning, match="changed after the run had taken it"):
+        loop = people_loop(tmp_path, given)
+    with pytest.raises(Waiting):
+        list(loop.run())
+    assert (loop.team.annotator.labelled(["toy-2"])[0]["mask"] == TRUTH["toy-2"]).all()
+    loop.folder.close()
+
+
+def test_who_skips_an_image_teaches_nothing_and_is_not_asked_again(tmp_path: Path) -> None:
+    given = {"toy-2": Answer("toy-2", "draw", "skipped", None, seconds=1.0), "toy-4": answer_of("toy-4")}
+    loop = people_loop(tmp_path, given)
+    with pytest.raises(Waiting):
+        list(loop.run())
+    assert (loop.team.annotator.labelled(["toy-2"])[0]["mask"] == VOID).all()
+    assert loop.state.ledger.human_seconds == 11
+    loop.folder.close()
+
+
+def answer_of(image_id: str) -> Answer:
+    """Drawn from nothing."""
+    return Answer(image_id, "draw", "drawn", TRUTH[image_id], seconds=10.0)
+
+
+def test_what_has_a_mask_is_the_start(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    data = replace(toy_images(), unlabelled=frozenset({"toy-1", "toy-3"}))
+    loop = people_loop(tmp_path, {}, data, max_labelled=4)
+    with pytest.raises(Waiting):
+        list(loop.run())
+    assert loop.rounds[0].start_ids == ["toy-0", "toy-2"] and loop.team.schedule == [2, 3, 4]
+    assert set(loop.rounds[0].selection["ids"]) <= {"toy-1", "toy-3"}
+    loop.folder.close()
+
+
+def test_the_first_batch_holds_what_is_tested_on(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    data = replace(toy_images(), unlabelled=frozenset(TRUTH))
+    with pytest.raises(Waiting, match="3 masks"):
+        people_loop(tmp_path, {}, data)
+    summary, asked = to_the_end(tmp_path, {}, data=data)
+    assert sorted(asked[0]) == [("toy-2", "draw"), ("toy-4", "draw"), ("toy-5", "draw")]
+    assert summary["budget"]["test_images"] == 1 and summary["budget"]["images"] == 5
+
+
+def test_another_seed_does_not_take_over_what_people_were_asked(tmp_path: Path) -> None:
+    with pytest.raises(Waiting):
+        people_loop(tmp_path, {})
+    with pytest.raises(Exception, match="seed"):
+        people_loop(tmp_path, {}, seed=1)
+
+
+def test_masks_come_back_as_they_were_drawn(tmp_path: Path) -> None:
+    given: dict[str, Answer] = {}
+    to_the_end(tmp_path, given, mode="al")
+    loop = people_loop(tmp_path, given, mode="al")
+    for row in loop.team.annotator.labelled(loop.state.pool.human):
+        assert np.array_equal(row["mask"], TRUTH[row["id"]])
+    loop.folder.close()
+
+
+def test_some_corrections_are_drawn_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_itl.experiment.state.AGAIN", 1.0)
+    given: dict[str, Answer] = {}
+    summary, asked = to_the_end(tmp_path / "people", given, policy="fix")
+    again = [i for i in given if i.endswith("~again")]
+    assert again and summary["budget"]["again"] == len(again)
+    assert summary["budget"]["human_seconds"] == sum(a.seconds or 0 for a in given.values())
+    assert summary["people"]["agreement"] == {"n": len(again), "iou": 1.0, "bias": 0.0}
+    assert summary["people"]["kinds"]["fix"]["n"] == len([a for a in given.values() if a.kind == "fix"])
+    list(toy_loop(settings(tmp_path / "simulated", policy="fix")).run())
+    assert lines(tmp_path / "people") == lines(tmp_path / "simulated")  # it changes nothing
