@@ -22,8 +22,7 @@ from PIL import Image
 
 from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.data.labels import LabelSpace
-from vlm_itl.people import Answer, NotebookAnnotator, Request, make_annotator, open_canvas
-from vlm_itl.people.robot import Robot, work
+from vlm_itl.people import Answer, NotebookAnnotator, Request, Robot, make_annotator, open_canvas, work
 
 LABELS = LabelSpace(("background", "cat", "dog"))
 CODE = Path(sys.modules[NotebookAnnotator.__module__].__file__ or "").with_name("canvas.js")

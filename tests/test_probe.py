@@ -364,7 +364,7 @@ def test_a_saved_probe_is_a_whole_model(probe: Probe, toy: SegData, tmp_path: Pa
 def test_broken_folders_are_named(probe: Probe, toy: SegData, tmp_path: Path):
     folder = save_model(probe, tmp_path / "m")
     about = json.loads((folder / "vlm_itl.json").read_text())
-    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    whole = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     for name, content, message in (
         ("head.safetensors", b"", "head.safetensors cannot be read"),
         ("vlm_itl.json", b"{", "not readable JSON"),

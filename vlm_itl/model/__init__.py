@@ -14,7 +14,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "metrics": ["ConfusionMatrix", "image_iou", "boundary_iou"],
         "segmenter": ["Segmenter", "load_model", "save_model", "register_model"],
-        "predict": ["Inference", "evaluate"],
+        "predict": ["Inference", "evaluate", "predict_folder"],
         "train": ["TrainSettings", "fit"],
         "doubt": ["register_aggregate"],
         "scoring": ["PoolScores", "score_pool"],

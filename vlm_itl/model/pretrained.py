@@ -480,11 +480,12 @@ def load_pretrained(
 def load_encoder(
     name: str,  # local folder or Hub id, of any network that looks at images
     options: dict[str, Any] | None = None,  # settings of its configuration, e.g. {"output_stride": 16}
+    shown_by: str | None = None,  # the folder that says how it wants its pictures; None: its own
 ) -> Pretrained:  # what transformers calls its base model
     "A checkpoint without its head. No code of its own is run. `ConfigError` for one that cannot be used."
     config = read_config(name, kind=AutoModel)
     checked = _checked_options(name, config, options or {})
-    pixels = pixels_of(name, config.model_type)
+    pixels = pixels_of(shown_by or name, config.model_type)
     loaded = _from_pretrained(name, {key: checked[key] for key in options or {}}, AutoModel)
     _check_encoder(name, loaded)
     _check_finite(name, loaded.net)

@@ -16,6 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             *("Request", "Answer", "Annotator", "AnswerStore", "Waiting"),
             *("register_annotator", "make_annotator"),
         ],
+        "robot": ["Robot", "work"],
         "canvas": ["NotebookAnnotator", "open_canvas"],
     },
 )

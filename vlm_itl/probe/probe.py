@@ -27,9 +27,9 @@ from ..data.labels import LabelSpace
 from ..data.masks import raw_rows, read_mask, same_size, watch_of
 
 # %% ../../nbs/probe/02_probe.ipynb #probe-room-imports-1
-from ..model.pixels import Normalisation
+from ..model.pixels import Normalisation, code_of
 from ..model.pretrained import load_encoder, match_names, take_rows
-from ..model.segmenter import MODELS, SAVED_AS, Segmenter
+from ..model.segmenter import MODELING, MODELS, SAVED_AS, Segmenter
 from .features import FeatureCache, MapEncoder, Seen, look_once, pack, unpack
 
 # %% ../../nbs/probe/02_probe.ipynb #probe-enlarge
@@ -87,36 +87,74 @@ class ProbeHead(nn.Module):
         hidden = hidden + self.around(hidden).relu()
         return self.classify(self.drop(hidden))
 
+# %% ../../nbs/probe/02_probe.ipynb #probe-net-others
+_MODELING = """\"\"\"A frozen encoder of transformers with a small head on its feature maps, made with vlm_itl.\"\"\"
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.utils import cached_file
+
+
+{head}
+
+
+{maps}
+
+
+class MapEncoder(nn.Module):
+    def __init__(self, net, config):
+        super().__init__()
+        self.net = net.eval().requires_grad_(False)
+        self.tokens, self.unit, self.picked = config.tokens, config.unit, config.picked
+
+{encoder}
+
+
+class ProbeConfig(PretrainedConfig):
+    model_type = "vlm_itl_probe"
+
+    def __init__(self, channels=(), head_width=128, tokens=False, unit=32, picked=(), **more):
+        super().__init__(**more)
+        self.channels, self.head_width = list(channels), head_width
+        self.tokens, self.unit, self.picked = tokens, unit, list(picked)
+
+
+class ProbeForSemanticSegmentation(PreTrainedModel):
+    config_class = ProbeConfig
+
+    def __init__(self, config, encoder=None):
+        super().__init__(config)
+        self.encoder = MapEncoder(nn.Identity() if encoder is None else encoder, config)
+        self.head = ProbeHead(config.channels, config.num_labels, config.head_width)
+
+    @classmethod
+    def from_pretrained(cls, name, *_, config=None, **more):
+        known = ("cache_dir", "revision", "token", "local_files_only", "force_download")
+        hub = {{key: more[key] for key in known if more.get(key) is not None}}
+        config = config or ProbeConfig.from_pretrained(name, **hub)
+        net = cls(config, AutoModel.from_pretrained(name, subfolder="encoder", dtype=torch.float32, **hub))
+        net.head.load_state_dict(load_file(cached_file(name, "head.safetensors", **hub)))
+        return net.eval()
+
+    def forward(self, pixel_values, output_hidden_states=False, **_):
+        maps = self.encoder(pixel_values)
+        return SemanticSegmenterOutput(logits=self.head(maps), hidden_states=tuple(maps))
+"""
+
 # %% ../../nbs/probe/02_probe.ipynb #probe-net
 _HEAD = "head.safetensors"
-_README = """# A segmenter made with vlm_itl
-
-A frozen encoder (`config.json`, `model.safetensors`: transformers loads it alone) and a small head on its feature maps
-(`head.safetensors`, `vlm_itl.json`). Classes, in the order of the channels: {classes}.
-
-```python
-import json
-
-from PIL import Image
-from transformers import AutoImageProcessor
-from vlm_itl.data import LabelSpace
-from vlm_itl.model import load_model
-
-folder, picture = "...", Image.open("...").convert("RGB")
-model = load_model(folder, LabelSpace(json.load(open(folder + "/vlm_itl.json"))["classes"]))
-processor = AutoImageProcessor.from_pretrained(folder)
-out = model.net(**processor(picture, return_tensors="pt"))
-mask = processor.post_process_semantic_segmentation(out, target_sizes=[picture.size[::-1]])[0]
-```
-
-{how}
-"""
+_ENCODER = "encoder"  # the folder of the encoder, inside that of the probe
 
 
 class ProbeNet(nn.Module):
     "A frozen encoder with a head."
-
-    readme = _README  # of its folder
 
     def __init__(
         self,
@@ -141,9 +179,26 @@ class ProbeNet(nn.Module):
         folder: str | Path,  # must exist
     ) -> None:
         "Encoder, head, and a note that this is both."
-        self.encoder.net.save_pretrained(folder)
+        self.encoder.net.save_pretrained(Path(folder, _ENCODER))
         save_file({key: value.contiguous().cpu() for key, value in self.head.state_dict().items()}, Path(folder, _HEAD))
         write_json(Path(folder, SAVED_AS), {"model": "probe:", **self.about})
+
+    def for_others(
+        self,
+        labels: LabelSpace,  # what its channels mean
+    ) -> tuple[dict[str, Any], str]:  # config.json, and the content of `MODELING`
+        "What transformers needs where this library is not."
+        kinds = {"AutoConfig": "ProbeConfig", "AutoModelForSemanticSegmentation": "ProbeForSemanticSegmentation"}
+        settings: dict[str, Any] = {"model_type": "vlm_itl_probe", "architectures": ["ProbeForSemanticSegmentation"]}
+        settings |= {"auto_map": {auto: f"{Path(MODELING).stem}.{kind}" for auto, kind in kinds.items()}}
+        settings |= {"id2label": labels.id2label, "label2id": labels.label2id}
+        settings |= {"channels": self.head.channels, "head_width": self.about["head_width"]}
+        settings |= {name: getattr(self.encoder, name) for name in ("tokens", "unit", "picked")}
+        return settings, _MODELING.format(
+            head=code_of("vlm_itl.probe.probe", "enlarge", "ProbeHead"),
+            maps=code_of("vlm_itl.probe.features", "_token_map", "_hidden"),
+            encoder=code_of("vlm_itl.probe.features", "MapEncoder._maps", "MapEncoder.train", "MapEncoder.forward"),
+        )
 
     def read_weights(
         self,
@@ -151,7 +206,7 @@ class ProbeNet(nn.Module):
     ) -> None:
         "The head of a saved probe; `ConfigError` for one of another kind."
         about = read_json(Path(folder, SAVED_AS), dict)
-        if {**about, "model": None} != {**self.about, "model": None}:
+        if {key: about.get(key) for key in self.about} != self.about:
             raise ConfigError(f"{folder} holds the head of another probe: {one_line(str(about), 200)}.")
         self.head.load_state_dict(_head_weights(folder))
 
@@ -183,7 +238,7 @@ class Probe(Segmenter):
         cache: FeatureCache | None = None,  # where features are kept; None: under the library's cache folder
     ):
         super().__init__(net, labels, norm, name, pretrained=True, notes=notes)
-        self.cache = cache or FeatureCache()
+        self.cache, self.built_by = cache or FeatureCache(), "probe:"
 
     @cached_property
     def made_by(self) -> bytes:
@@ -322,7 +377,9 @@ def open_probe(
     own |= {key: options[key] for key in _OPTIONS if key in options}
     check_number("head_width", own["head_width"], low=1, high=8192, integer=True)
     check_number("head_dropout", own["head_dropout"], low=0, high=0.95)
-    part = load_encoder(name, {key: value for key, value in options.items() if key not in _OPTIONS})
+    inside = Path(name, _ENCODER) if Path(name, _ENCODER, "config.json").is_file() else Path(name)
+    encoder_options = {key: value for key, value in options.items() if key not in _OPTIONS}
+    part = load_encoder(name if inside == Path(name) else str(inside), encoder_options, shown_by=name)
     encoder = MapEncoder(part.net, name)
     head = ProbeHead(encoder.channels, len(labels), own["head_width"], own["head_dropout"])
     carried = _carried_head(name, head, labels, saved.get("classes", ())) if saved else "its head is new"

@@ -16,5 +16,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "report": ["read_run", "list_runs", "round_table", "summary_table"],
         "run_figures": ["plot_gallery", "plot_learning_curve"],
         "compare": ["compare"],
+        "cards": ["model_card", "dataset_card"],
+        "publish": ["publish_model", "publish_dataset"],
     },
 )
