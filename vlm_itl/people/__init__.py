@@ -17,5 +17,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             *("register_annotator", "make_annotator"),
         ],
         "robot": ["Robot", "work"],
+        "canvas": ["NotebookAnnotator", "open_canvas"],
     },
 )
