@@ -39,7 +39,7 @@ class MaskRow:
 
     id: str  # of the image, fit for a file name
     content: np.ndarray | Callable[[], np.ndarray]  # (H, W) uint8 class indices, 255 = void; or what reads it
-    image: Any = None  # the photograph: a path or {"path", "bytes"}; None: not known
+    image: Any = None  # the photograph: a path, {"path", "bytes"}, or what reads it; None: not known
     by: str = ""  # one of MADE_BY
     who: str = ""  # a name, an address, a judge
     seconds: float | None = None  # of human work; None: not measured
@@ -49,6 +49,11 @@ class MaskRow:
     def mask(self) -> np.ndarray:  # (H, W) uint8
         "The mask; read anew each time."
         return self.content() if callable(self.content) else self.content
+
+    @property
+    def photograph(self) -> Any:  # a path, {"path", "bytes"}, a picture, or None
+        "The photograph, where it is known; read anew each time."
+        return self.image() if callable(self.image) else self.image
 
     @property
     def provenance(self) -> dict[str, Any]:  # as plain values
@@ -326,19 +331,20 @@ def copy_image(
     folder: Path,  # made if it is not there
 ) -> str:  # the name of the file; "" where the row has no image
     "Put the photograph of a row into a folder; `DataError` where it is not as large as its mask."
-    if row.image is None:
+    cell = row.photograph
+    if cell is None:
         return ""
     folder.mkdir(parents=True, exist_ok=True)
-    with open_image(row.image, row.id) as opened:
+    with open_image(cell, row.id) as opened:
         kind, turned = (opened.format or "PNG").lower(), opened.getexif().get(0x0112, 1) != 1
-        as_it_is = isinstance(row.image, (str, Path, dict)) and not turned
+        as_it_is = isinstance(cell, (str, Path, dict)) and not turned
     if not as_it_is:
-        read_image(row.image, row.id).save(inside(folder, f"{row.id}.png"))
+        read_image(cell, row.id).save(inside(folder, f"{row.id}.png"))
         return f"{row.id}.png"
     target = inside(
         folder, f"{row.id}.{ {'jpeg': 'jpg', 'mpo': 'jpg', 'tiff': 'tif', 'jpeg2000': 'jp2'}.get(kind, kind) }"
     )
-    cell = row.image if isinstance(row.image, dict) else {"path": row.image, "bytes": None}
+    cell = cell if isinstance(cell, dict) else {"path": cell, "bytes": None}
     target.write_bytes(cell["bytes"] if cell.get("bytes") is not None else Path(cell["path"]).read_bytes())
     return target.name
 

@@ -134,16 +134,18 @@ def _who(annotation: Mapping[str, Any]) -> str:
 
 def _chosen(task: Mapping[str, Any], predictions: bool) -> tuple[Sequence[Any], dict[str, Any]] | None:
     "The `result` that counts, and its provenance; None where nobody has said anything."
+    meta = task["meta"] if isinstance(task.get("meta"), dict) else {}
+    written = {name: meta[name] for name in ("by", "who", "seconds", "p_yes") if name in meta}
     done = [a for a in task.get("annotations") or [] if isinstance(a, dict) and not a.get("was_cancelled")]
     if done:
         last = max(done, key=lambda a: str(a.get("updated_at") or a.get("created_at") or ""))
         known = {"by": _made_by(last), "who": _who(last), "seconds": last.get("lead_time")}
-        return last.get("result") or [], known_of(known | {k: v for k, v in known_of(task.get("meta")).items()})
+        return last.get("result") or [], known_of(known | written)
     made = [p for p in task.get("predictions") or [] if isinstance(p, dict)] if predictions else []
     if not made:
         return None
     known = {"by": "judge", "who": str(made[-1].get("model_version") or ""), "p_yes": made[-1].get("score")}
-    return made[-1].get("result") or [], known_of(known | known_of(task.get("meta")))
+    return made[-1].get("result") or [], known_of(known | written)
 
 # %% ../../nbs/formats/05_label_studio.ipynb #tools-ls-names
 def _task_name(task: Mapping[str, Any], number: int) -> str:
@@ -242,7 +244,7 @@ class LabelStudio(MaskFormat):
         labels, tasks = masks.labels, list[dict[str, Any]]()
         about = {"classes": list(labels.names), "rest": rest_word(labels)}
         for row, mask, name in each_row(masks, folder / "images"):
-            meta = {**row.provenance, **about}
+            meta = {"by": row.by, **row.provenance, **about}
             data = {"image": prefix + (name or f"{row.id}.png")}
             tasks.append({"id": len(tasks) + 1, "data": data, "meta": meta, **_ls_said(row, mask, labels)})
         write_json(folder / _TASKS, tasks)

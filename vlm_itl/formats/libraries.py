@@ -147,9 +147,13 @@ def _mask_rows(rows: Dataset, labels: LabelSpace, split: str) -> list[MaskRow]:
     known = few.to_list() if few.column_names else [{}] * len(plain)
     ids = safe_ids([str(said.get("id") or f"{split}-{number:05d}") for number, said in enumerate(known)])
 
+    plain = plain.flatten_indices() if plain._indices is not None else plain
+    masks, images = plain.select_columns("mask"), plain.select_columns([name for name in ("image",) if name in kept])
+    there = [cell.is_valid for cell in images.data.column("image")] if "image" in kept else [False] * len(plain)
+
     def row(number: int, image_id: str) -> MaskRow:
-        content = lambda: read_mask(plain[number]["mask"], labels, name=image_id)  # noqa: E731
-        image = plain[number]["image"] if "image" in kept else None
+        content = lambda: read_mask(masks[number]["mask"], labels, name=image_id)  # noqa: E731
+        image = (lambda: images[number]["image"]) if there[number] else None
         return MaskRow(image_id, content, image, **known_of(known[number]))
 
     return [row(number, image_id) for number, image_id in enumerate(ids)]
@@ -228,7 +232,9 @@ class Datumaro(MaskFormat):
             for row, mask, name in each_row(masks, Path(aside)):
                 regions = [dm.Mask(region, label=names.index(n)) for n, region in regions_of(mask, masks.labels)]
                 media = dm.Image.from_file(path=str(Path(aside) / name), size=mask.shape) if name else None
-                items.append(dm.DatasetItem(row.id, split, annotations=regions, media=media, attributes=row.provenance))
+                items.append(
+                    dm.DatasetItem(id=row.id, subset=split, annotations=regions, media=media, attributes=row.provenance)
+                )
             rest = "background" if rest_of(masks.labels) != 255 else "void"
             dataset = dm.Dataset.from_iterable(items, infos={"rest": rest}, categories=names)
             dataset.export(str(folder), "datumaro", save_media=True)

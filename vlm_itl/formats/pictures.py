@@ -132,12 +132,13 @@ class Voc(MaskFormat):
         return _read_voc(root, split, classes)
 
     def write(self, masks: MaskSet, folder: Path, *, split: str = "train") -> None:  # the name of the list
-        store = MaskStore(folder / _MASKS, masks.labels)
+        store, void = MaskStore(folder / _MASKS, masks.labels), False
         for row, mask, _ in each_row(masks, folder / _PHOTOS):
+            void |= bool((mask == VOID).any())
             store.write(row.id, mask)
         (folder / _LISTS).mkdir(parents=True)
         write_text(folder / _LISTS / f"{split}.txt", "".join(f"{row.id}\n" for row in masks))
-        write_text(folder / "labelmap.txt", labelmap(masks.labels))
+        write_text(folder / "labelmap.txt", labelmap(masks.labels, void))
         write_provenance(masks, folder)
 
 # %% ../../nbs/formats/03_pictures.ipynb #pictures-cvat
@@ -304,6 +305,8 @@ class Cityscapes(MaskFormat):
         out.mkdir(parents=True)
         for row, mask, name in each_row(masks, photos):
             Image.fromarray(table[mask]).save(out / f"{row.id}{_IDS}.png")
+            whole = table[mask].astype(np.uint16)  # a class without instances has its id there, too
+            Image.fromarray(whole).save(out / f"{row.id}_gtFine_instanceIds.png")
             if name:
                 (photos / name).rename(photos / f"{row.id}_{_STREETS}{Path(name).suffix}")
         write_provenance(masks, folder)

@@ -319,7 +319,7 @@ class Cvat(MaskFormat):
             image = ElementTree.SubElement(tree, "image", attributes)
             for label, region in regions_of(mask, masks.labels):
                 void |= label == "void"
-                made = {"label": label, "source": _SOURCES.get(row.by, "manual"), "occluded": "0", "z_order": "0"}
+                made = {"label": label, "source": _SOURCES.get(row.by, "file"), "occluded": "0", "z_order": "0"}
                 place = {key: str(value) for key, value in encode_cvat(region).items()}
                 ElementTree.SubElement(image, "mask", {**made, **place})
         colors = masks.labels.palette
