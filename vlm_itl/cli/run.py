@@ -11,6 +11,7 @@ __all__ = ['command', 'shipped', 'run_notebooks', 'find_notebook', 'copy_shipped
 # %% ../../nbs/cli/01_run.ipynb #run-imports
 import ast
 import base64
+import importlib
 import os
 import platform
 import re
@@ -445,6 +446,7 @@ def _run_command(notebook: str | None, output: str | None, **options: Any) -> in
     return _tell(run_notebook(source, target, parameters, **options))
 
 # %% ../../nbs/cli/01_run.ipynb #run-main
+_COMMANDS = {"export": "vlm_itl.cli.export"}  # word -> module with a `command`, imported when it is asked for
 _VERSION = click.Option(
     ["--version"],
     is_flag=True,
@@ -465,6 +467,7 @@ command = click.Command(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Run NOTEBOOK with papermill and checked parameters, and write the executed notebook to OUTPUT, by default a "
     "new file under runs/. `vlm_itl_run list` shows the run notebooks, `vlm_itl_run init DIR` copies them to work on, "
+    "`vlm_itl_run export RUN --format coco --out DIR` writes what a run has labelled, "
     "--help-notebook shows the parameters of one.",
 )
 
@@ -475,6 +478,9 @@ def main(
     "The console script `vlm_itl_run`."
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if given and given[0] in _COMMANDS:
+            other = importlib.import_module(_COMMANDS[given[0]]).command
+            return int(other.main(args=given[1:], prog_name=f"vlm_itl_run {given[0]}", standalone_mode=False) or 0)
         return int(command.main(args=given, prog_name="vlm_itl_run", standalone_mode=False) or 0)
     except click.ClickException as error:
         click.echo(f"vlm_itl_run: {error.format_message()} (vlm_itl_run --help shows the usage.)", err=True)

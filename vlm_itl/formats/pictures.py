@@ -19,10 +19,10 @@ from PIL import Image
 
 from ..core.checks import ConfigError, DataError, check_choice, closest
 from ..core.files import write_text
-from ..data.labels import BORDER_COLOR, VOID, LabelSpace
+from ..data.labels import BORDER_COLOR, VOID, LabelSpace, voc_palette
 from ..data.layouts import image_files, read_list, safe_ids
 from ..data.masks import MaskStore, check_headers, make_rows, read_mask
-from ..data.meaning import decide, read_lines, read_spec, read_text
+from ..data.meaning import MaskSpec, decide, read_lines, read_spec, read_text
 from .formats import MaskFormat, MaskRow, MaskSet, each_row, known_of, register_format, unzipped
 
 # %% ../../nbs/formats/03_pictures.ipynb #pictures-provenance
@@ -92,6 +92,12 @@ def _listed(root: Path, files: Mapping[str, Path], split: str | None) -> list[st
     return list(names)
 
 
+def _bare_names(path: Path) -> tuple[str, ...] | None:
+    "The names of a labelmap.txt without colours, as Datumaro writes it where it takes VOC's; None for any other."
+    lines = [line for line in read_lines(path) if not line.startswith("#")] if path.is_file() else []
+    return tuple(line[:-3] for line in lines) if lines and all(line.endswith(":::") for line in lines) else None
+
+
 def _read_voc(root: Path, split: str | None, classes: Any) -> MaskSet:
     "The masks of a folder in VOC layout."
     files = image_files(root / _MASKS)
@@ -100,7 +106,8 @@ def _read_voc(root: Path, split: str | None, classes: Any) -> MaskSet:
     if not files:
         raise DataError(f"{root / _MASKS}: no image files, so no masks")
     survey = check_headers(make_rows(list(files), list(files.values())).rename_column("image", "mask"), "masks")
-    spec = read_spec({"classes": classes}, [root])
+    bare = _bare_names(root / "labelmap.txt") if classes is None else None
+    spec = MaskSpec(bare, voc_palette()) if bare else read_spec({"classes": classes}, [root])
     labels = decide(spec, survey, str(root)).labels
     return MaskSet(labels, picture_rows(files, photos, labels, read_provenance(root)))
 

@@ -167,6 +167,16 @@ def _coco_folders(path: Path, images: str | Path | None) -> list[Path]:
     near = [path.parent / "images", path.parent, path.parent.parent / "images" / split, path.parent.parent / split]
     return [*near, path.parent.parent / "images"]
 
+# %% ../../nbs/formats/04_regions.ipynb #tools-coco-crowds
+def _refuse_crowds(by_image: Mapping[Any, Sequence[Mapping[str, Any]]], file: Path) -> None:
+    "`DataError` where regions are marked as crowds, and nobody has said what that means."
+    crowds = sum(bool(annotation.get("iscrowd")) for found in by_image.values() for annotation in found)
+    if crowds:
+        raise DataError(
+            f"{file}: {crowds} regions have iscrowd=1. In COCO's own files these are coarse crowds: say crowd='void'; "
+            "in those of CVAT and Datumaro they are masks drawn with a brush: say crowd='class'"
+        )
+
 # %% ../../nbs/formats/04_regions.ipynb #tools-coco
 @register_format("coco")
 class Coco(MaskFormat):
@@ -179,15 +189,17 @@ class Coco(MaskFormat):
         self,
         path: Path,
         *,
-        crowd: str = "void",  # what iscrowd=1 becomes: void, or class
+        crowd: str | None = None,  # what iscrowd=1 becomes: void, class; None: there must be none
         images: str | Path | None = None,  # the folder of the photographs; None: looked for
         rest: str | None = None,  # what no region covers: background, void; None: background
     ) -> MaskSet:
-        check_choice("crowd", crowd, ("void", "class"))
+        check_choice("crowd", crowd, (None, "void", "class"))
         file = the_file(path, files_of(path, ".json", lambda f: looks_like(f, "coco")), "COCO file")
         categories, pictures, by_image, said = _coco_parts(file)
+        if crowd is None:
+            _refuse_crowds(by_image, file)
         labels = region_labels([c["name"] for c in categories.values()], str(file), rest or said)
-        how, folders = (crowd, rest_index(labels, rest or said)), _coco_folders(file, images)
+        how, folders = (crowd or "class", rest_index(labels, rest or said)), _coco_folders(file, images)
 
         def row(image_id: str, image: Mapping[str, Any]) -> MaskRow:
             found, where = by_image[image["id"]], f"{file}, image {image['file_name']!r}"
