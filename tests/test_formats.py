@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from vlm_itl.core.checks import ConfigError, DataError, VlmItlError
+from vlm_itl.cli.run import main
+from vlm_itl.core.checks import ConfigError, DataError, RunError, VlmItlError
 from vlm_itl.data.labels import VOID, LabelSpace
-from vlm_itl.data.sources import load_data
+from vlm_itl.data.masks import MaskStore
+from vlm_itl.data.sources import load_data, toy_images
+from vlm_itl.experiment import export_run, make_config, run_al, run_masks
 from vlm_itl.formats import MaskFormat, MaskRow, MaskSet, push_masks, read_masks, register_format, write_masks
 from vlm_itl.formats.formats import FORMATS
 from vlm_itl.formats.label_studio import brush_results, mask_of_results
@@ -30,6 +34,7 @@ from vlm_itl.formats.run_lengths import (
     encode_coco,
     encode_cvat,
 )
+from vlm_itl.proposals import make_proposer
 
 ROUND = ("voc", "cvat-masks", "ade", "coco", "cvat", "labelstudio", "huggingface")  # any classes; datumaro is not here
 LABELS = LabelSpace(("background", "cat", "dog", "thin line", "übrig"))
@@ -368,6 +373,125 @@ def test_push_to_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(datasets.DatasetDict, "push_to_hub", refuse)
     with pytest.raises(ConfigError, match="did not take the data set .OSError: 403 Forbidden."):
         push_masks(ours, "anna/cats")
+
+
+@pytest.mark.parametrize("word", ["coco", "cvat", "labelstudio"])
+def test_the_hint_for_a_tools_folder_is_a_call_that_works(word: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """A folder given as a data set is refused with a command; after that command it is a data set."""
+    ours = with_images([*hard()[:1] * 8], LABELS, tmp_path / "photographs")
+    out = write_masks(ours, tmp_path / "out", word)
+    (out / "label_config.xml").unlink(missing_ok=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="read_masks") as refused:
+        load_data(out)
+    call = str(refused.value).split('python -c "')[1].split('"; then')[0]
+    exec(call, {})
+    data = load_data("my_masks", val_share=1, leaks="off")
+    assert data.labels.names == LABELS.names
+    assert all((row["mask"] == hard()[0]).all() for split in data.splits.values() for row in split)
+    (file,) = [path for path in out.rglob("*") if path.suffix in (".json", ".xml")]
+    with pytest.raises(DataError, match="is a file.*read_masks"):
+        load_data(file)
+
+
+def test_proposals_from_a_file_of_another_tool(tmp_path: Path) -> None:
+    toy = toy_images()
+    rows = [MaskRow(row["id"], row["mask"], by="judge", p_yes=0.25) for row in toy.train]
+    path = write_masks(MaskSet(toy.labels, rows[1:]), tmp_path / "ls", "labelstudio") / "tasks.json"
+    folder = make_proposer("folder", path=str(path), format="labelstudio")
+    store = MaskStore(tmp_path / "store", toy.labels)
+    made = folder.propose(toy.train.remove_columns("mask"), store)
+    assert sorted(made) == ["toy-1", "toy-2", "toy-3"] and made["toy-1"].score == 0.25
+    assert all((store[row.id] == row.mask).all() for row in rows[1:])
+    before = make_proposer("folder", path=str(path), format="labelstudio").stamps(["toy-1", "toy-2"])
+    assert before == folder.stamps(["toy-1", "toy-2"])
+    path.write_text(path.read_text().replace('"toy-1"', '"toy-9"').replace("toy-1.png", "toy-0.png"))
+    after = make_proposer("folder", path=str(path), format="labelstudio").stamps(["toy-0", "toy-1", "toy-2"])
+    assert sorted(after) == ["toy-0", "toy-2"] and after["toy-2"] == before["toy-2"]
+    with pytest.raises(ConfigError, match="format='cocos'"):
+        make_proposer("folder", path=str(path), format="cocos")
+    with pytest.raises(ConfigError, match="says itself"):
+        make_proposer("folder", path=str(path), format="coco", classes=["a", "b"])
+    small = [MaskRow("toy-1", np.ones((4, 4), np.uint8))]
+    path = write_masks(MaskSet(toy.labels, small), tmp_path / "small", "coco")
+    with pytest.raises(DataError, match="4x4"):
+        make_proposer("folder", path=str(path), format="coco").propose(toy.train.remove_columns("mask"), store)
+
+
+# --- what a run has labelled
+
+
+def new_run(folder: Path, **more: Any) -> Path:
+    plan = {"initial": 1, "increment": 1, "max_labelled": 2, "steps": 2, "batch_size": 2, "image_size": 32}
+    list(run_al(make_config(dataset="toy", output_dir=str(folder), **{**plan, **more})))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judged_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place, toy = tmp_path_factory.mktemp("run"), toy_images()
+    truth = [MaskRow(row["id"], row["mask"]) for split in toy.splits.values() for row in split]
+    proposed = {"path": str(write_masks(MaskSet(toy.labels, truth), place / "coco", "coco")), "format": "coco"}
+    more = {"mode": "vlm", "judge": "mock", "judge_options": {"accuracy": 1.0}}
+    return new_run(place / "run", **more, proposer="folder", proposer_options=proposed)
+
+
+def test_a_run_is_exported(judged_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """People's masks are those of the data set, accepted ones those of the last round; nothing else is there."""
+    records = [json.loads(line) for line in (judged_run / "rounds.jsonl").read_text().splitlines()]
+    human = {*records[0]["start_ids"], *(i for r in records for i in r["selection"]["ids"])}
+    accepted = {*records[0]["pseudo_ids"]} - human
+    assert main(["export", str(judged_run), "--format", "voc", "--out", str(tmp_path / "out"), "-o", "split=all"]) == 0
+    assert f"{len(human)} human" in capsys.readouterr().out
+    read = {row.id: row for row in read_masks(tmp_path / "out", labels=toy_images().labels)}
+    assert accepted and {i for i, row in read.items() if row.by == "human"} == human
+    assert {i for i, row in read.items() if row.by == "judge"} == accepted and sorted(read) == sorted(human | accepted)
+    truth = {row["id"]: row["mask"] for row in toy_images().train}
+    assert all((read[i].mask == truth[i]).all() for i in human)
+    assert all((read[i].mask == truth[i]).all() for i in accepted)
+    assert all(read[i].who == "mock" and read[i].p_yes is not None for i in accepted)
+    assert (tmp_path / "out" / "ImageSets" / "Segmentation" / "all.txt").is_file()
+
+
+def test_a_run_whose_goal_was_the_data_set_is_exported(judged_run: Path, tmp_path: Path) -> None:
+    """`labels/` counts, with its lines."""
+    run = tmp_path / "run"
+    shutil.copytree(judged_run, run)
+    store, truth = MaskStore(run / "labels" / "masks", toy_images().labels), {}
+    lines = []
+    for number, row in enumerate(toy_images().train):
+        truth[row["id"]] = row["mask"]
+        store.write(row["id"], row["mask"])
+        by = ("human", "judge", "verified", "corrected")[number]
+        told = {"judge": "mock", "p_yes": 0.75, "human_seconds": 2.0 * number}
+        lines.append({"id": row["id"], "by": by, "proposer": "own", **told})
+    (run / "labels" / "provenance.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (run / "labels" / "labels.json").write_text("{}")
+    out, masks = export_run(run, "labelstudio", tmp_path / "out")
+    read = {row.id: row for row in read_masks(out, labels=masks.labels)}
+    assert all((read[i].mask == mask).all() for i, mask in truth.items()) and len(read) == 4
+    assert read["toy-0"].provenance == {"by": "human", "seconds": 0.0}
+    assert read["toy-1"].provenance == {"by": "judge", "who": "mock", "p_yes": 0.75, "seconds": 2.0}
+    assert read["toy-3"].provenance == {"by": "corrected", "seconds": 6.0}
+
+
+def test_what_cannot_be_exported_is_told(judged_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, words in (
+        ([str(tmp_path), "--format", "coco", "--out", str(tmp_path / "x")], "is no run folder"),
+        ([str(judged_run), "--format", "cocos", "--out", str(tmp_path / "x")], "Did you mean 'coco'"),
+        ([str(judged_run), "--format", "coco"], "--out"),
+        ([str(judged_run), "--format", "coco", "--out", str(judged_run)], "holds something already"),
+        ([str(judged_run), "--format", "coco", "--out", str(tmp_path / "x"), "-o", "split"], "NAME=VALUE"),
+    ):
+        assert main(["export", *arguments]) == 2
+        told = capsys.readouterr().err
+        assert words in told and told.count("\n") == 1
+    assert not [*tmp_path.iterdir()]
+    shutil.copytree(judged_run, tmp_path / "run")
+    card = json.loads((tmp_path / "run" / "data.json").read_text())
+    (tmp_path / "run" / "data.json").write_text(json.dumps(card | {"labels": ["a", "b", "c"]}))
+    with pytest.raises(RunError, match="other classes"):
+        run_masks(tmp_path / "run")
 
 
 # --- real photographs, and the tools themselves

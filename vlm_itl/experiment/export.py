@@ -18,7 +18,7 @@ from ..data.labels import LabelSpace
 from ..data.masks import MaskStore, raw_rows, row_ids, truth_reader
 from ..data.sources import SegData, load_data
 from .label_turn import LABELS
-from .state import ACCEPTED, _read_p_yes
+from .state import ACCEPTED, START, _read_p_yes
 from ..formats.formats import MaskRow, MaskSet, known_of, write_masks
 
 # %% ../../nbs/experiment/11_export.ipynb #export-data
@@ -68,6 +68,25 @@ def _labelled(run: RunFolder, data: SegData, labels: LabelSpace) -> list[MaskRow
 
     return [row(line) for line in lines]
 
+# %% ../../nbs/experiment/11_export.ipynb #export-accepted
+def _accepted(
+    run: RunFolder, records: Sequence[Mapping[str, Any]], labels: LabelSpace
+) -> tuple[list[str], MaskStore, dict[str, float | None]]:
+    "What the judge accepted last: images, masks, and how sure it was."
+    last = len(records) - 1
+    tried = [(records[i]["pseudo_ids"], run.round_path(i)) for i in (last, last - 1) if i >= 0]
+    ids, here = next(((found, path) for found, path in tried if found), ([], run.round_path(last)))
+    folder = here / (ACCEPTED if (here / ACCEPTED).is_dir() else "masks")
+    if not ids and last == 0 and records[0].get("start_pseudo_ids"):  # before the only training
+        ids, folder = records[0]["start_pseudo_ids"], here / START
+    store = MaskStore(folder, labels)
+    if gone := [i for i in ids if i not in store]:
+        raise RunError(
+            f"{run.path}: {len(gone)} of {len(ids)} accepted masks are no longer on disk, e.g. that of {gone[0]!r}: "
+            "earlier versions removed them."
+        )
+    return list(ids), store, _read_p_yes(here)
+
 # %% ../../nbs/experiment/11_export.ipynb #export-rounds
 def _from_rounds(run: RunFolder, data: SegData, labels: LabelSpace) -> list[MaskRow]:
     "What people have labelled, and what the judge accepted last."
@@ -76,12 +95,11 @@ def _from_rounds(run: RunFolder, data: SegData, labels: LabelSpace) -> list[Mask
         raise RunError(f"{run.path} has no whole round yet, so nothing is labelled in it.")
     if records[0].get("regions") or run.config.get("unit") == "region":
         raise ConfigError(f"{run.path}: people labelled parts of images there; only whole masks can be exported.")
-    last, here = records[-1], run.round_path(len(records) - 1)
     human = list(dict.fromkeys([*records[0]["start_ids"], *(i for r in records for i in r["selection"]["ids"])]))
     fixed = {image_id for record in records for image_id in record.get("fix_ids", [])}
-    store = MaskStore(here / (ACCEPTED if (here / ACCEPTED).is_dir() else "masks"), labels)
-    accepted = [i for i in last["pseudo_ids"] if i not in set(human) and i in store]
-    images, p_yes = _photographs(data, [*human, *accepted], run.path), _read_p_yes(here)
+    ids, store, p_yes = _accepted(run, records, labels)
+    accepted = [i for i in ids if i not in set(human)]
+    images = _photographs(data, [*human, *accepted], run.path)
     truth = truth_reader(data.train)
 
     def drawn(image_id: str) -> MaskRow:
