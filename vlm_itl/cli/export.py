@@ -33,7 +33,7 @@ def command(run: str, kind: str, out: str, options: tuple[str, ...]) -> int:
     "Write what the run folder RUN has labelled: people's masks, accepted ones, or its data set (goal=dataset)."
     from vlm_itl.experiment.export import export_run  # heavy
 
-    path, masks = export_run(run, kind, Path(out), **_option_pairs(options))
+    _, masks = export_run(run, kind, Path(out), **_option_pairs(options))
     made = Counter(row.by or "not known" for row in masks)
-    click.echo(f"{len(masks)} masks ({', '.join(f'{n} {by}' for by, n in made.most_common())}) as {kind} in {path}")
+    click.echo(f"{len(masks)} masks ({', '.join(f'{n} {by}' for by, n in made.most_common())}) as {kind} in {out}")
     return 0
