@@ -18,7 +18,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB = ROOT / "vlm_itl"
-PARTS = ("core", "data", "model", "probe", "sampler", "vlm", "proposals", "judging", "people", "reports", "experiment")
+PARTS = (
+    *("core", "data", "formats", "model", "probe", "sampler", "vlm", "proposals", "judging", "people", "reports"),
+    "experiment",
+)
 ALL = (*PARTS, "cli", "studies")
 
 

@@ -15,9 +15,12 @@ from vlm_itl.data.labels import VOID
 from vlm_itl.data.sources import SegData, toy_images
 from vlm_itl.experiment.annotator import asked_of_people
 from vlm_itl.experiment.config import make_config
-from vlm_itl.experiment.loop import Loop
+from vlm_itl.experiment.export import export_run
+from vlm_itl.experiment.loop import Loop, run_al
+from vlm_itl.formats import read_masks
 from vlm_itl.people.desk import Desk, Photographs
-from vlm_itl.people.requests import Annotator, Answer, Waiting
+from vlm_itl.people.requests import Annotator, Answer, Waiting, make_annotator
+from vlm_itl.people.robot import Robot, work
 
 TOY = toy_images()
 TRUTH = {row["id"]: row["mask"] for rows in (TOY.train, TOY.val, TOY.test) for row in rows}
@@ -44,7 +47,7 @@ def people_loop(folder: Path, given: dict[str, Answer], data: SegData | None = N
     table = Table(folder / "people", data.labels)
     table.given = given
     photographs = Photographs(folder / "people/photographs", data.train, data.val, data.test)
-    desk = Desk(folder, table, photographs, asked_of_people(config, data))
+    desk = Desk(folder, table, photographs, asked_of_people(config.start, data))
     parrot = Parrot(toy_images())
     return Loop(config, data, parrot, Eye(), tracker=Listener(), draw=no_figures, desk=desk)
 
@@ -244,3 +247,22 @@ def test_some_corrections_are_drawn_as_well(tmp_path: Path, monkeypatch: pytest.
     assert summary["people"]["kinds"]["fix"]["n"] == len([a for a in given.values() if a.kind == "fix"])
     list(toy_loop(settings(tmp_path / "simulated", policy="fix")).run())
     assert lines(tmp_path / "people") == lines(tmp_path / "simulated")  # it changes nothing
+
+
+def test_what_people_drew_is_exported(tmp_path: Path) -> None:
+    folder = tmp_path / "toy"
+    for row in TOY.train:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        row["image"].save(folder / "images" / f"{row['id']}.png")
+    plan = {"mode": "al", "dataset": str(folder), "data_options": {"classes": list(TOY.labels.names)}, "steps": 1}
+    plan |= {"annotator": "folder", "initial": 1, "max_labelled": 1, "test_share": 1, "val_share": 1, "image_size": 32}
+    config = make_config(plan, output_dir=str(tmp_path / "run"), leaks="off", gallery=0)
+    with pytest.raises(Waiting):
+        list(run_al(config))
+    work(Robot(TRUTH.__getitem__, TOY.labels), make_annotator("folder", tmp_path / "run/people", TOY.labels))
+    list(run_al(config))
+    _, masks = export_run(tmp_path / "run", "coco", tmp_path / "coco")
+    (row,) = masks
+    assert row.by == "human" and row.seconds == pytest.approx(239.7) and np.array_equal(row.mask, TRUTH[row.id])
+    (back,) = read_masks(tmp_path / "coco")
+    assert back.id == row.id and np.array_equal(back.mask, row.mask)

@@ -4,6 +4,7 @@ Parts, each with its public names; a part imports earlier ones only:
 
 - `vlm_itl.core`: checks, seeds, files, settings, guards, run folders
 - `vlm_itl.data`: from files of any layout to images, masks and classes
+- `vlm_itl.formats`: masks in and out of annotation tools and other data sets
 - `vlm_itl.model`: any segmenter: loaded, trained, evaluated, asked how unsure it is
 - `vlm_itl.probe`: a segmenter for fast rounds: a frozen encoder, its features kept on disk, and a small head
 - `vlm_itl.sampler`: which images, or which parts of them, to label next
@@ -23,7 +24,10 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PARTS = ("core", "data", "model", "probe", "sampler", "vlm", "proposals", "judging", "people", "reports", "experiment")
+_PARTS = (
+    *("core", "data", "formats", "model", "probe", "sampler", "vlm", "proposals", "judging", "people", "reports"),
+    "experiment",
+)
 
 
 def _names() -> dict[str, str]:

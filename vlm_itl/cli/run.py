@@ -478,11 +478,11 @@ command = click.Command(
     help="Run NOTEBOOK with papermill and checked parameters, and write the executed notebook to OUTPUT, by default a "
     "new file under runs/. `vlm_itl_run list` shows the run notebooks, `vlm_itl_run init DIR` copies them to work on, "
     "--help-notebook shows the parameters of one. What comes after a run: `vlm_itl_run predict --help`, and likewise "
-    "publish.",
+    "publish and export.",
 )
 
 # word -> the module that has a click command of this name; imported when the word is used
-COMMANDS = {"predict": "vlm_itl.cli.keep", "publish": "vlm_itl.cli.keep"}
+COMMANDS = {"predict": "vlm_itl.cli.keep", "publish": "vlm_itl.cli.keep", "export": "vlm_itl.cli.export"}
 
 # %% ../../nbs/cli/01_run.ipynb #run-main-main
 def main(

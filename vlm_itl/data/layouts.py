@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAIR_OPTIONS', 'same_name', 'safe_ids', 'check_text', 'image_files', 'stem', 'read_list', 'Pairs', 'pair_masks',
-           'split_folders', 'split_names', 'hint', 'is_pair_folder', 'find_pairs']
+           'split_folders', 'split_names', 'tool_hint', 'hint', 'is_pair_folder', 'find_pairs']
 
 # %% ../../nbs/data/05_layouts.ipynb #layouts-imports
 import csv
@@ -369,10 +369,11 @@ def split_names(
 
 # %% ../../nbs/data/05_layouts.ipynb #layouts-hint-draw
 _DRAW = "draw its polygons, one PNG of class indices for each image, and put those into masks/."
+_CONVERTED = ("COCO", "CVAT", "Label Studio")  # what the part `formats` reads
 
 
-def _json_kind(path: Path) -> str:
-    "Which tool has written a JSON file, as far as its beginning and its end tell."
+def _tool_of(path: Path) -> str:
+    "Which tool has written a JSON or XML file, as far as its beginning and its end tell."
     try:
         with path.open("rb") as file:
             start = file.read(200_000)
@@ -381,20 +382,37 @@ def _json_kind(path: Path) -> str:
     except OSError:
         return ""
     if b'"categories"' in text and b'"annotations"' in text or b'"segmentation"' in text and b'"bbox"' in text:
-        return "a file of COCO"
+        return "COCO"
+    if b'"data"' in text and b'"annotations"' in text and text.lstrip().startswith(b"["):
+        return "Label Studio"
+    if b"<annotations>" in text and b"<image " in text:
+        return "CVAT"
     if b'"shapes"' in text and b'"imagePath"' in text:
-        return "a file of Labelme"
-    return "a file of VIA" if b'"regions"' in text and b'"shape_attributes"' in text else ""
+        return "Labelme"
+    return "VIA" if b'"regions"' in text and b'"shape_attributes"' in text else ""
+
+
+def tool_hint(
+    path: Path,  # a file
+) -> str:  # empty where it is of no tool
+    "What to do about a file of an annotation tool."
+    tool = _tool_of(path)
+    if tool not in _CONVERTED:
+        return f"{path.name} is a file of {tool}: {_DRAW}" if tool else ""
+    call = f"write_masks(read_masks({str(path)!r}), 'my_masks', 'voc')"
+    return (
+        f'{path.name} is a file of {tool}. Once: python -c "from vlm_itl.formats import *; {call}"; then the data set '
+        "is the folder my_masks."
+    )
 
 # %% ../../nbs/data/05_layouts.ipynb #layouts-hint
 def hint(
     root: Path,  # a folder that is no data set so far
 ) -> str:
     "What a folder seems to hold, and what to do about it."
-    for path in sorted(root.glob("**/*.json"))[:50]:
-        kind = _json_kind(path)
-        if kind:
-            return f"{path.name} is {kind}: {_DRAW}"
+    for path in [*sorted(root.glob("**/*.json"))[:50], *sorted(root.glob("**/*.xml"))[:50]]:
+        if told := tool_hint(path):
+            return told
     texts = [p for name in _MASK_FOLDERS for p in sorted((root / name).glob("**/*.txt"))[:1]]
     if texts:
         return f"{texts[0].parent.name}/ holds text files (YOLO's?): {_DRAW}"

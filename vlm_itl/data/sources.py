@@ -39,6 +39,7 @@ from vlm_itl.data.layouts import (
     same_name,
     split_folders,
     split_names,
+    tool_hint,
 )
 from .leaks import LEAKS, check_leaks, together
 from .masks import DecodeRows, Survey, check_headers, make_rows, raw_rows, row_ids, short_error
@@ -388,7 +389,8 @@ def _kind(source: str, unlabelled: bool = False) -> str:
     check_text(source)
     path = resolve_path(source)
     if path.is_file():
-        raise DataError(f"{path}: is a file; a data set is a folder, a name or a Hub id")
+        told = tool_hint(path)
+        raise DataError(f"{path}: is a file; a data set is a folder, a name or a Hub id{told and '. '}{told}")
     if path.is_dir():
         if _voc_root(path):
             return "voc"

@@ -16,5 +16,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "pool": ["Ledger", "Pool"],
         "state": ["Round"],
         "loop": ["Loop", "run_al", "run_baseline"],
+        "export": ["run_masks", "export_run"],
     },
 )

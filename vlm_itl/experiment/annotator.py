@@ -292,13 +292,13 @@ def _beside(
 
 
 def asked_of_people(
-    config: Config,  # start
+    start: str,  # drawn, labelled, or empty: whichever fits
     data: SegData,  # loaded with `unlabelled`
 ) -> frozenset[str]:  # images
     "Whose masks people give: of images without one; and where the start is drawn by chance, of all but the test's."
     train, val = set(row_ids(data.train)), set(row_ids(data.val))
     some = bool(data.unlabelled) and bool(train - data.unlabelled)
-    if config.start == "labelled" or (not config.start and some):
+    if start == "labelled" or (not start and some):
         return data.unlabelled
     return data.unlabelled | train | val
 
@@ -313,7 +313,7 @@ def make_desk(
         return None
     annotator = make_annotator(config.annotator, folder / "people", data.labels, **config.annotator_options)
     photographs = Photographs(folder / "people" / "photographs", *data.splits.values())
-    return Desk(folder, annotator, photographs, asked_of_people(config, data), config.wait)
+    return Desk(folder, annotator, photographs, asked_of_people(config.start, data), config.wait)
 
 
 def masks_by_people(

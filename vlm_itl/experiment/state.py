@@ -320,8 +320,8 @@ class State:
         self.annotator.summon({**wanted, "again": again}, shown, why)
 
     def drop_masks(self) -> None:
-        "Predicted masks are needed for one round only."
-        for record in self.rounds[:-1]:
+        "Predicted masks are needed for one round, and kept for one more: the last network has learnt from them."
+        for record in self.rounds[:-2]:
             for name in ("masks", ACCEPTED, FIXED, SHOWN, START):
                 shutil.rmtree(self.folder.round_path(record.index) / name, ignore_errors=True)
 

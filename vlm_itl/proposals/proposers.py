@@ -26,8 +26,9 @@ from ..core.files import read_json, resolve_path
 from ..core.registry import Registry
 from ..data.labels import VOID, LabelSpace
 from ..data.layouts import image_files, pair_masks, safe_ids
-from ..data.masks import MaskStore, check_headers, raw_rows, read_mask, row_ids
+from ..data.masks import MaskStore, check_headers, raw_rows, read_mask, row_ids, same_size
 from ..data.meaning import LABEL_OPTIONS, MaskSpec, decide, read_spec, read_text
+from ..formats.formats import FORMATS, MaskRow, match_classes, read_masks
 
 # %% ../../nbs/proposals/01_proposers.ipynb #proposers-proposal
 @dataclass(frozen=True)
@@ -162,27 +163,6 @@ def _spec_of(labels: LabelSpace, folder: Path, options: Mapping[str, Any]) -> Ma
         "the data set",
     )
 
-
-def _as_ours(theirs: LabelSpace, labels: LabelSpace, unknown: str, where: str) -> np.ndarray:
-    "Class index of theirs -> ours (256), by name; `ConfigError` for a class that the data set does not have."
-    whole = labels.merged_from or labels
-    background = whole.names.index("background") if "background" in whole.names else VOID
-    table = np.full(256, VOID, np.uint8)
-    for index, name in enumerate(theirs.names):
-        if name in whole.names:
-            table[index] = whole.names.index(name)
-        elif unknown == "refuse":
-            raise ConfigError(
-                f"{where}: the data set has no class {name!r}.{closest(name, whole.names)} Say "
-                "proposer_options={'unknown': 'void'}, or 'background', or name the classes of the files in order: "
-                "{'classes': [...]}"
-            )
-        else:
-            table[index] = background if unknown == "background" else VOID
-    if labels.merged_from is not None:  # a binary task
-        table = np.where(table == VOID, VOID, table != background).astype(np.uint8)
-    return table
-
 # %% ../../nbs/proposals/01_proposers.ipynb #proposers-scores
 def _score(value: Any, where: str) -> float | None:
     "A confidence; None where there is none."
@@ -240,8 +220,16 @@ def _pairs(folder: Path, ids: Sequence[str], ending: str | None) -> dict[str, Pa
 
 
 def _as_option(error: Exception) -> str:
-    "The advice of the data part names its own setting."
-    return str(error).replace("data_options", "proposer_options")
+    "The advice of earlier parts names their own settings."
+    told = str(error).replace("data_options", "proposer_options")
+    options = "proposer_options={'unknown': 'void'}, or 'background', or name the classes of the files in order: "
+    return told.replace("unknown='void', or 'background'", options + "{'classes': [...]}")
+
+
+def _row_hash(row: MaskRow) -> str:
+    "What a mask from a file of many is recognised by."
+    mask = row.mask
+    return hashlib.sha256(repr(mask.shape).encode() + mask.tobytes()).hexdigest()
 
 # %% ../../nbs/proposals/01_proposers.ipynb #proposers-folder
 @register_proposer("folder")
@@ -251,7 +239,8 @@ class Folder(Proposer):
     def __init__(
         self,
         *,
-        path: str,  # the folder
+        path: str,  # the folder; or a file of another tool
+        format: str | None = None,  # of another tool, as for `read_masks`; None: a folder of masks
         scores: str = "",  # a file that says how sure the proposer was: JSON or CSV, in the folder or anywhere
         mask_suffix: str | None = None,  # the ending of the files, e.g. "_mask"; None: found
         missing: str = "skip",  # an image without a file: skip (it has no proposal), or refuse
@@ -262,13 +251,21 @@ class Folder(Proposer):
         ignore: Any = None,  # what is void in the files
         read_by: str | None = None,  # index or colour
     ):
-        self.folder = resolve_path(path)
+        self.folder, self.format = resolve_path(path), format
+        if format is not None:
+            check_choice("format", format, FORMATS)
         self.scores_file, self.mask_suffix = scores, mask_suffix
         self.missing = check_choice("missing", missing, ("skip", "refuse"))
         self.unknown = check_choice("unknown", unknown, ("refuse", "void", "background"))
         given = {"classes": classes, "palette": palette, "values": values, "ignore": ignore, "read_by": read_by}
         self.options = {name: given[name] for name in LABEL_OPTIONS if given[name] is not None}
         self.files: dict[str, Path] = {}  # image -> file, of the images it was prepared for
+        self.rows: dict[str, MaskRow] = {}  # image -> row, of another tool's format
+        if format is not None and (self.options or mask_suffix is not None):
+            raise ConfigError(
+                f"proposer 'folder': the format {format!r} says itself what its masks mean; drop the others"
+            )
+        self._theirs: LabelSpace | None = None
         self._labels: LabelSpace | None = None
         self._table = np.arange(256, dtype=np.uint8)
         self._scores: dict[str, tuple[float | None, dict[int, float]]] = {}
@@ -283,44 +280,72 @@ class Folder(Proposer):
         except (DataError, ConfigError) as error:
             raise type(error)(_as_option(error)) from None
 
+    def _find(self, ids: Sequence[str]) -> Mapping[str, Any]:
+        "Image -> what its proposal is read from."
+        if self.format is None:
+            self.files = _pairs(self.folder, ids, self.mask_suffix)
+            return self.files
+        read, wanted = read_masks(self.folder, self.format), set(ids)
+        self._theirs, self.rows = read.labels, {row.id: row for row in read if row.id in wanted}
+        return self.rows
+
     def _prepare(self, images: datasets.Dataset, labels: LabelSpace) -> None:
         ids = row_ids(images)
-        self.files = _pairs(self.folder, ids, self.mask_suffix)
-        if not self.files:
+        found = self._find(ids)
+        if not found:
             raise DataError(f"{self.folder}: no file is called like an image, e.g. {ids[0] + '.png'!r}")
-        if without := [i for i in ids if i not in self.files]:
+        if without := [i for i in ids if i not in found]:
             told = f"{len(without)} of {len(ids)} images have no proposal, e.g. {without[0]!r}"
             if self.missing == "refuse":
                 raise DataError(f"{self.folder}: {told}")
             print(f"{self.source}: {told}")
-        rows = (
-            raw_rows(images).select([n for n, i in enumerate(ids) if i in self.files]).select_columns(["id", "image"])
-        )
-        cells = [str(self.files[i]) for i in row_ids(rows)]
-        survey = check_headers(rows.add_column("mask", cells).cast_column("mask", ImageColumn(decode=False)))
-        self._labels = decide(_spec_of(labels, self.folder, self.options), survey, str(self.folder)).labels
-        self._table = _as_ours(self._labels, labels, self.unknown, str(self.folder))
+        self._labels = self._theirs if self.format is not None else self._decided(images, labels)
+        assert self._labels is not None
+        self._table = match_classes(self._labels.names, labels, self.unknown, str(self.folder))
         file = self.folder / self.scores_file if (self.folder / self.scores_file).is_file() else self.scores_file
         self._scores = read_scores(resolve_path(file), labels) if self.scores_file else {}
 
+    def _decided(self, images: datasets.Dataset, labels: LabelSpace) -> LabelSpace:
+        "What the files mean; their headers are checked."
+        places = [n for n, i in enumerate(row_ids(images)) if i in self.files]
+        rows = raw_rows(images).select(places).select_columns(["id", "image"])
+        cells = [str(self.files[i]) for i in row_ids(rows)]
+        survey = check_headers(rows.add_column("mask", cells).cast_column("mask", ImageColumn(decode=False)))
+        return decide(_spec_of(labels, self.folder, self.options), survey, str(self.folder)).labels
+
     def stamps(self, ids: Sequence[str]) -> dict[str, str]:
+        if self.format is not None:
+            if not self.rows and ids and self.folder.exists():
+                self._find(ids)
+            return {i: _row_hash(self.rows[i]) for i in ids if i in self.rows}
         found = self.files or (_pairs(self.folder, ids, self.mask_suffix) if ids and self.folder.is_dir() else {})
         there = {i: found[i] for i in ids if i in found and found[i].is_file()}
         return {i: hashlib.sha256(path.read_bytes()).hexdigest() for i, path in there.items()}
 
+    def _mask(self, image_id: str, image: Any) -> np.ndarray:  # (H, W) uint8
+        "A proposal in our classes; `DataError` where a mask of another tool is not as large as its image."
+        if self.format is None:
+            assert self._labels is not None
+            return self._table[read_mask(str(self.files[image_id]), self._labels, name=image_id)]
+        mask = self.rows[image_id].mask
+        same_size(image_id, image()["image"].size, mask.shape[::-1])
+        return self._table[mask]
+
     def propose(self, images: datasets.Dataset, masks: MaskStore) -> dict[str, Proposal]:
         if self._labels is None:
             self.prepare(images, masks.labels)
-        assert self._labels is not None
         proposals: dict[str, Proposal] = {}
-        for image_id in (i for i in row_ids(images) if i in self.files):
+        for place, image_id in enumerate(row_ids(images)):
+            if image_id not in self.files and image_id not in self.rows:
+                continue
             try:
-                mask = self._table[read_mask(str(self.files[image_id]), self._labels, name=image_id)]
+                mask = self._mask(image_id, lambda place=place: images[place])
             except DataError as error:
                 raise DataError(_as_option(error)) from None
             if (mask != VOID).any():
                 masks.write(image_id, mask)
-                proposals[image_id] = Proposal(image_id, self.source, *self._scores.get(image_id, (None, {})))
+                p_yes = self.rows[image_id].p_yes if image_id in self.rows else None
+                proposals[image_id] = Proposal(image_id, self.source, *self._scores.get(image_id, (p_yes, {})))
         return proposals
 
 # %% ../../nbs/proposals/01_proposers.ipynb #proposers-several
