@@ -145,9 +145,8 @@ def test_a_broken_brush_is_told_in_one_line(rle: list[int], shape: tuple[int, in
 
 def test_brushes_with_soft_edges() -> None:
     """Label Studio's editor writes values one by one where the edge of a stroke is soft."""
-    bits = (
-        f"{8:032b}" + "00111" + "0010" * 4 + "0" + "00" + "111" + "".join(f"{v:08b}" for v in (9, 9, 9, 127, 1, 2, 3, 128))
-    )
+    values = "".join(f"{value:08b}" for value in (9, 9, 9, 127, 1, 2, 3, 128))
+    bits = f"{8:032b}" + "00111" + "0010" * 4 + "0" + "00" + "111" + values
     rle = np.packbits([int(bit) for bit in bits]).tolist()
     assert decode_brush(rle, (1, 2)).tolist() == [[False, True]]
 
