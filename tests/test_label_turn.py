@@ -23,6 +23,7 @@ from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_al
 from vlm_itl.judging.measures import CHECK_SECONDS
 from vlm_itl.model.metrics import image_iou
+from vlm_itl.people import AnswerStore, Robot, Waiting, make_annotator, work
 
 from faults import in_child, kill  # isort: skip
 
@@ -238,3 +239,29 @@ def test_without_any_proposal_of_a_known_image_one_line_says_so(scenes: Path, pr
     with pytest.raises(ConfigError, match="no image with a human mask has a proposal"):
         monkey = make_config({**config.to_dict(), "cold_start": "typiclust"})
         list(run_al(monkey))
+
+
+@pytest.mark.parametrize("goal", [{"quality": 0.7}, {"bad": 0.3}])
+def test_people_label_the_pool_as_the_simulation_does(
+    scenes: Path, proposed: Path, tmp_path: Path, goal: dict[str, float]
+) -> None:
+    """Asked in batches, answered by a robot who knows the masks: the same masks, and seconds that were measured."""
+    free = {"judge": "confidence", "judge_options": {}, "goal_options": goal}
+    simulated = label(scenes, proposed, tmp_path / "simulated", **free)
+    data = load_data(str(scenes), leaks="off")
+    truth = {row["id"]: row["mask"] for rows in data.splits.values() for row in rows}
+    robot, batches = Robot(truth.__getitem__, data.labels), 0
+    while True:
+        try:
+            drawn = label(scenes, proposed, tmp_path / "people", **free, annotator="folder", start="drawn")
+            break
+        except Waiting:
+            batches += work(robot, make_annotator("folder", tmp_path / "people/people", data.labels)) > 0
+    told = ("id", "by", "proposer", "p_yes")
+    assert [[line[k] for k in told] for line in drawn["lines"]] == [[x[k] for k in told] for x in simulated["lines"]]
+    stores = [MaskStore(tmp_path / where / "labels/masks", data.labels) for where in ("people", "simulated")]
+    assert all(np.array_equal(*(store[line["id"]] for store in stores)) for line in drawn["lines"])
+    assert drawn["measured"] is None and not drawn["simulated"] and 2 <= batches <= 3
+    seconds = [line["seconds"] for line in AnswerStore(tmp_path / "people/answers", data.labels).lines().values()]
+    assert drawn["budget"]["human_seconds"] == pytest.approx(sum(seconds), abs=0.01)
+    assert sum(drawn["budget"][name] for name in ("timed_masks", "timed_checks", "fixes")) == len(seconds)

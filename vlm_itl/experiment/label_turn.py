@@ -203,8 +203,10 @@ def _summon(team: Team, asked: Asked, actions: Sequence[Action]) -> None:
         return
     wanted: dict[str, list[str]] = {"draw": [], "fix": [], "verify": []}
     for image_id, action in zip(asked.left, actions, strict=True):
-        if action != "accept":
-            wanted[str(action) if image_id in asked.told else "draw"].append(image_id)
+        if image_id not in asked.told:
+            wanted["draw"].append(image_id)
+        elif action != "accept":
+            wanted[str(action)].append(image_id)
     shown = ChosenMasks(team.data.labels, {i: t.shown.masks for i, t in asked.told.items()})
     team.annotator.summon(wanted, shown)
     refused = [i for i in wanted["verify"] if not _accepted(desk, i, shown[i])]
