@@ -89,7 +89,18 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in one.items() if k not in ("budget", "seconds", "judge")} for one in found]
 
 
-@pytest.mark.parametrize("more", [{}, {"policy": "fix"}, {"policy": "triage"}, {"mode": "al"}, {"policy": "observe"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"audit": 0.02},
+        {"policy": "fix", "audit": 1.0},
+        {"policy": "fix"},
+        {"policy": "triage"},
+        {"mode": "al"},
+        {"policy": "observe"},
+    ],
+)
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_people_and_simulation_end_alike(tmp_path: Path, more: dict[str, Any], one_by_one: bool) -> None:
     summary, asked = to_the_end(tmp_path / "people", {}, one_by_one, **more)
@@ -117,7 +128,7 @@ def test_what_people_find_bad_trains_nobody(tmp_path: Path) -> None:
     for _ in range(10):
         loop = None
         try:
-            loop = people_loop(tmp_path / "bad", bad)
+            loop = people_loop(tmp_path / "bad", bad, audit=0.02)
             list(loop.run())
             break
         except Waiting:

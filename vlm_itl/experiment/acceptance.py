@@ -46,7 +46,6 @@ from vlm_itl.experiment.judge_turn import (
 from .pool import Ledger, budget_schedule
 from .state import ACCEPTED, START, State, Team
 from ..model.metrics import image_iou
-from ..people.desk import question_id
 from ..proposals.kept import KeptProposals
 from ..proposals.partial import is_empty, keep_agreed, keep_classes, label_questions, object_classes, sum_up
 from ..proposals.proposers import Own, Proposal, Proposer
@@ -460,17 +459,9 @@ def _without(told: Mapping[str, Told], dropped: Sequence[str]) -> list[Judgement
 AUDIT_SHARE = 0.02  # of the accepted masks, at least one
 
 
-def _refused(team: Team, accepted: Sequence[str], kept: MaskStore) -> set[str]:
-    "Accepted masks to which people have said no before."
-    desk = team.annotator.desk
-    if desk is None:
-        return set()
-    return {i for i in accepted if desk.verdict(question_id(i, "verify", kept[i])) == "rejected"}
-
-
-def _to_audit(team: Team, state: State, accepted: Sequence[str]) -> list[str]:
+def _to_audit(team: Team, state: State, accepted: Sequence[str], share: float = AUDIT_SHARE) -> list[str]:
     "Which accepted masks a human looks at."
-    count = min(len(accepted), max(1, round(AUDIT_SHARE * len(accepted))))
+    count = min(len(accepted), max(1, round(share * len(accepted))))
     rng = make_rng(team.config.seed, "audit", len(state.rounds))
     return [accepted[i] for i in sorted(rng.choice(len(accepted), count, replace=False).tolist())]
 
@@ -566,12 +557,12 @@ def judge(
     measures, ious = measure_judge(judgements, made.said_yes, team.annotator, chosen, config.tau, made.kept, answers)
     _write_answers(here / "judgements.jsonl", judgements, [ious.get(j.id) for j in judgements])
     measures["empty_dropped"] = made.empty
-    if team.annotator.desk is not None:
-        refused = _refused(team, accepted, made.kept)
-        accepted = [i for i in accepted if i not in refused]
+    measures |= {} if state.audited is None else {"audited": state.audited}
+    accepted = [i for i in accepted if i not in state.refused]
+    share = config.audit or (AUDIT_SHARE if made.certified is not None and team.annotator.desk is not None else 0.0)
+    if share:  # people answer before the next round
         looked = {i for record in state.rounds for i in (record.judge or {}).get("to_audit", [])}
-        left = [i for i in accepted if i not in looked]
-        measures["to_audit"] = _to_audit(team, state, left)  # people answer before the next round
+        measures["to_audit"] = _to_audit(team, state, [i for i in accepted if i not in looked], share)
         measures |= {} if made.certified is None else {"certified": made.certified}
     elif made.certified is not None:
         audit = _audit(team, state, accepted, ious)

@@ -109,6 +109,7 @@ class Config(TrainSettings):
     alpha: float = 0.1  # for acceptance certified: largest share of bad masks among the accepted
     delta: float = 0.1  # for acceptance certified: chance that the promise fails, over all rounds together
     min_share: float = 0.15  # for acceptance certified: look for a threshold from where this share is accepted
+    audit: float = 0.0  # share of the accepted masks that people look at, at least one; what they find bad is dropped
     tau: float = 0.7  # a mask is good if its mean IoU reaches this
     seed: int = 0  # of everything random
     initial: float | int = 0.1  # labelled before round 0: share (float up to 1.0) or count
@@ -245,7 +246,7 @@ def _check_words(config: Config) -> None:
 # %% ../../nbs/experiment/01_config.ipynb #settings-check-numbers
 def _check_numbers(config: Config) -> None:
     "`ConfigError` for a number out of range."
-    for name in ("tau", "judge_threshold", "min_share", "confident"):
+    for name in ("tau", "judge_threshold", "min_share", "confident", "audit"):
         check_number(name, getattr(config, name), low=0, high=1)
     for name in ("alpha", "delta"):
         check_number(name, getattr(config, name), low=1e-9, high=1 - 1e-9)
@@ -330,7 +331,7 @@ def notebook_settings(
 # %% ../../nbs/experiment/01_config.ipynb #settings-dir
 _NEWER = (
     *("plugins", "proposer", "proposer_options", "fix_options", "accept_by", "confident", "goal", "goal_options"),
-    *("annotator", "annotator_options", "start", "test_share"),
+    *("annotator", "annotator_options", "start", "test_share", "audit"),
 )
 
 

@@ -291,7 +291,7 @@ class Loop:
         self.team = Team(config, seal_data(data), learner, handler, annotator, schedule, unit)
         _refuse_truth_readers(self.team)
         cost = CorrectionCost(**config.fix_options)
-        self.state = State(open_folder(config), annotator, self.team.regions, config.region_labels, cost)
+        self.state = State(open_folder(config), annotator, self.team.regions, config.region_labels, cost, config.tau)
         self.folder = self.state.folder
         if handler is not None and handler.needs_truth:
             handler.bind_truth(_truth_for_simulation(data, annotator))

@@ -238,12 +238,17 @@ class State:
         regions: Regions | None = None,  # covers of the pool (unit region)
         region_labels: str = "precise",  # how the human answers for a region: precise, dominant
         cost: CorrectionCost | None = None,  # of a correction (policy fix); None: the usual one
+        tau: float = 0.7,  # simulation: whoever checks a mask finds it good from this mean IoU
     ):
+        self.tau = tau
         self.folder, self.annotator = folder, annotator
         self.regions, self.region_labels = regions, region_labels
         self.cost = cost or CorrectionCost()
         self.pool = Pool(annotator.ids)
         self.rounds: list[Round] = []
+        self.audited: dict[str, list[str]] | None = (
+            None  # of the last round: what people looked at, what they found bad
+        )
         self._due: Round | None = None  # the round whose choice people have not answered yet
 
     @property
@@ -298,11 +303,18 @@ class State:
         if self.annotator.desk is not None:
             self._summon(record, proposals, accepted, again)
         self.label(record.selection["ids"], record.fix_ids, proposals)
-        for image_id in audited:
-            if not self.annotator.check(image_id, accepted):
-                self.pool.drop_pseudo(image_id)
+        bad = [i for i in audited if not self.annotator.check(i, accepted, self.tau)]
+        for image_id in bad:
+            self.pool.drop_pseudo(image_id)
+        self.audited = {"checked": audited, "bad": bad} if audited else None
         self.annotator.draw_again(again)
         self._due = None
+
+    @property
+    def refused(self) -> set[str]:
+        "Images of which people have found an accepted mask bad: none of them is accepted again."
+        known = [(record.judge or {}).get("audited") for record in self.rounds]
+        return {i for audit in (*known, self.audited) if audit for i in audit["bad"]}
 
     def _summon(
         self,
