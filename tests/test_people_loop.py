@@ -19,7 +19,7 @@ from vlm_itl.experiment.export import export_run
 from vlm_itl.experiment.loop import Loop, run_al
 from vlm_itl.formats import read_masks
 from vlm_itl.people.desk import Desk, Photographs
-from vlm_itl.people.requests import Annotator, Answer, Waiting, make_annotator
+from vlm_itl.people.requests import Annotator, Answer, Waiting, make_annotator, register_annotator
 from vlm_itl.people.robot import Robot, work
 
 TOY = toy_images()
@@ -277,3 +277,26 @@ def test_what_people_drew_is_exported(tmp_path: Path) -> None:
     assert row.by == "human" and row.seconds == pytest.approx(239.7) and np.array_equal(row.mask, TRUTH[row.id])
     (back,) = read_masks(tmp_path / "coco")
     assert back.id == row.id and np.array_equal(back.mask, row.mask)
+
+
+class Eager(Table):
+    """An annotator that writes something as soon as it is made, as tools do."""
+
+    def __init__(self, folder: Path, labels: Any) -> None:
+        super().__init__(folder, labels)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "window.json").write_text("{}")
+
+
+def test_an_annotator_may_write_before_it_is_asked(tmp_path: Path) -> None:
+    register_annotator("eager")(Eager)
+    Eager.given = {}
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for row in TOY.train:
+        row["image"].save(folder / f"{row['id']}.png")
+    plan = {"mode": "al", "dataset": str(folder), "data_options": {"classes": list(TOY.labels.names)}, "steps": 1}
+    plan |= {"annotator": "eager", "initial": 1, "max_labelled": 1, "test_share": 1, "val_share": 1, "image_size": 32}
+    for _ in range(2):
+        with pytest.raises(Waiting):
+            list(run_al(make_config(plan, output_dir=str(tmp_path / "run"), leaks="off")))

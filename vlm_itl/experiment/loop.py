@@ -278,32 +278,37 @@ class Loop:
         tracker: Tracker | None = None,  # None: the one that the settings ask for
         draw: Callable[[Path], list[Path]] | None = None,  # the figures of a finished run folder; None: `save_figures`
     ):
-        files = data
-        if data.watch is not None:
-            data.watch.patient = True  # it is asked when the masks of the start are paid for
-        if desk is not None:
-            data = masks_by_people(data, desk)
+        self.config, self._examined, self._tracker, self._draw = config, False, tracker, draw
+        self.folder = open_folder(config)
+        try:
+            self._begin(data, learner, handler, annotator, desk or make_desk(config, data, self.folder.path))
+        except BaseException:
+            self.folder.give_up()  # a notebook keeps what failed alive, and others would be kept out
+            raise
+
+    def _begin(
+        self, files: SegData, learner: Learns, handler: VLMHandler | None, annotator: Oracle | None, desk: Desk | None
+    ) -> None:
+        "Bring the team together, and the state to where the folder says it is."
+        config = self.config
+        if files.watch is not None:
+            files.watch.patient = True  # it is asked when the masks of the start are paid for
+        data = files if desk is None else masks_by_people(files, desk)
         annotator = annotator or Oracle(data, Ledger(mask_seconds=config.mask_seconds), desk)
         schedule = plan(config, len(data.train), len(labelled_before(annotator)))
         unit = make_region_unit(config, data)
-        self.config, self._test, self._examined = config, data.test, False
-        self._tracker, self._draw = tracker, draw
+        self._test = data.test
         self.team = Team(config, seal_data(data), learner, handler, annotator, schedule, unit)
         _refuse_truth_readers(self.team)
         cost = CorrectionCost(**config.fix_options)
-        self.state = State(open_folder(config), annotator, self.team.regions, config.region_labels, cost, config.tau)
-        self.folder = self.state.folder
+        self.state = State(self.folder, annotator, self.team.regions, config.region_labels, cost, config.tau)
         if handler is not None and handler.needs_truth:
             handler.bind_truth(_truth_for_simulation(data, annotator))
         for part in self.team.guessing:
             part.bind_truth(_truth_for_simulation(data, annotator))
         all_seen = bool(handler or self.team.sampler.needs or unit) or config.cold_start != "random"
         self._guard = DataGuard(self.folder, files, unit is not None, all_seen)
-        try:
-            self._go_on(data)
-        except BaseException:
-            self.folder.give_up()  # a notebook keeps what failed alive, and others would be kept out
-            raise
+        self._go_on(data)
 
     @classmethod
     def from_config(cls, config: Config) -> "Loop":
@@ -322,7 +327,7 @@ class Loop:
         )
         plan(config, len(data.train))
         learner = make_learner(config, data.labels, len(data.train))
-        return cls(config, data, learner, handler, desk=make_desk(config, data, run_path(config)))
+        return cls(config, data, learner, handler)
 
     @property
     def rounds(self) -> list[Round]:
