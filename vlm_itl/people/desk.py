@@ -81,6 +81,7 @@ class Desk:
     ):
         self.annotator, self.photographs, self.covers = annotator, photographs, frozenset(covers)
         self.store, self.wait = AnswerStore(folder / "answers", annotator.labels), wait
+        self._put: set[str] = set()  # questions that were put by this process
         self._told: set[str] = set()
 
     def ask(
@@ -104,8 +105,9 @@ class Desk:
                         question, "draw" if kind == "again" else kind, self.photographs[image_id], mask, reason, urgent
                     )
                 )
-        if requests:
-            self.annotator.ask(requests)
+        if fresh := [request for request in requests if request.id not in self._put]:
+            self.annotator.ask(fresh)
+            self._put |= {request.id for request in fresh}
         return new
 
     def need(
