@@ -12,6 +12,7 @@ from toyloop import Eye, Listener, Parrot, no_figures, settings, toy_loop
 
 from vlm_itl.core.checks import ConfigError
 from vlm_itl.data.labels import VOID
+from vlm_itl.data.masks import raw_rows
 from vlm_itl.data.sources import SegData, toy_images
 from vlm_itl.experiment.annotator import asked_of_people
 from vlm_itl.experiment.config import make_config
@@ -273,10 +274,11 @@ def test_what_people_drew_is_exported(tmp_path: Path) -> None:
     work(Robot(TRUTH.__getitem__, TOY.labels), make_annotator("folder", tmp_path / "run/people", TOY.labels))
     list(run_al(config))
     _, masks = export_run(tmp_path / "run", "coco", tmp_path / "coco")
-    (row,) = masks
-    assert row.by == "human" and row.seconds == pytest.approx(239.7) and np.array_equal(row.mask, TRUTH[row.id])
-    (back,) = read_masks(tmp_path / "coco")
-    assert back.id == row.id and np.array_equal(back.mask, row.mask)
+    back = {row.id: row.mask for row in read_masks(tmp_path / "coco")}
+    assert len(masks) == len(back) == 3  # one of the pool, those of validation and test: people drew all of them
+    for row in masks:
+        assert row.by == "human" and row.seconds == pytest.approx(239.7) and np.array_equal(row.mask, TRUTH[row.id])
+        assert np.array_equal(back[row.id], row.mask)
 
 
 class Eager(Table):
@@ -300,3 +302,23 @@ def test_an_annotator_may_write_before_it_is_asked(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(Waiting):
             list(run_al(make_config(plan, output_dir=str(tmp_path / "run"), leaks="off")))
+
+
+def test_names_with_a_tilde_and_a_run_that_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = TOY.train.select([0, 1])
+    renamed = raw_rows(rows).remove_columns("id").add_column("id", ["IMG~1", "b"])
+    table = Table(tmp_path / "people", TOY.labels)
+    table.given = {"IMG~1": Answer("IMG~1", "draw", "skipped", None)}
+    desk = Desk(tmp_path, table, Photographs(tmp_path / "photographs", renamed), ["IMG~1", "b"], wait=0.05)
+    looks: list[int] = []
+
+    def wait(seconds: float) -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            table.given["b"] = Answer("b", "draw", "drawn", TRUTH["toy-1"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlm_itl.people.desk.time.sleep", wait)
+        desk.need(["IMG~1", "b"])
+    assert desk.store.masks["IMG~1"].shape == (8, 8) and (desk.store.masks["IMG~1"] == VOID).all()
+    assert capsys.readouterr().out.count("waiting for 1 masks") == 1  # told once

@@ -21,7 +21,7 @@ from .annotator import asked_of_people
 from .label_turn import LABELS
 from .state import ACCEPTED, START, _read_p_yes
 from ..formats.formats import MaskRow, MaskSet, known_of, write_masks
-from ..people.requests import AnswerStore
+from ..people.requests import WITH_MASK, AnswerStore
 
 # %% ../../nbs/experiment/11_export.ipynb #export-data
 def data_of_run(
@@ -43,16 +43,18 @@ def data_of_run(
 # %% ../../nbs/experiment/11_export.ipynb #export-photographs
 def _photographs(data: SegData, ids: Sequence[str], where: Path) -> dict[str, Callable[[], Any]]:
     "What reads the photograph of an image; `RunError` where the data set does not have it any more."
-    rows = raw_rows(data.train).select_columns("image")
-    places = {image_id: number for number, image_id in enumerate(row_ids(data.train))}
+    splits = [raw_rows(rows).select_columns("image") for rows in data.splits.values()]
+    places: dict[str, tuple[Any, int]] = {}
+    for cells, rows in zip(splits, data.splits.values(), strict=True):
+        places |= {image_id: (cells, number) for number, image_id in enumerate(row_ids(rows))}
     if missing := [image_id for image_id in ids if image_id not in places]:
         raise RunError(
             f"{where}: the data set has no image {missing[0]!r} any more, and the run has labelled it: put back what "
             "was there when the run began."
         )
 
-    def reader(place: int) -> Callable[[], Any]:
-        return lambda: rows[place]["image"]
+    def reader(place: tuple[Any, int]) -> Callable[[], Any]:
+        return lambda: place[0][place[1]]["image"]
 
     return {image_id: reader(places[image_id]) for image_id in ids}
 
@@ -102,10 +104,13 @@ def _from_rounds(run: RunFolder, data: SegData, labels: LabelSpace) -> list[Mask
     human = list(dict.fromkeys([*records[0]["start_ids"], *(i for r in records for i in r["selection"]["ids"])]))
     fixed = {image_id for record in records for image_id in record.get("fix_ids", [])}
     ids, store, p_yes = _accepted(run, records, labels)
+    people = AnswerStore(run.path / "answers", labels)
+    answers = people.lines()
+    held_out = [*row_ids(data.val), *row_ids(data.test)]
+    human += [i for i in held_out if answers.get(i, {}).get("verdict") in WITH_MASK]  # drawn for this run, too
     accepted = [i for i in ids if i not in set(human)]
     images = _photographs(data, [*human, *accepted], run.path)
-    truth, people = truth_reader(data.train), AnswerStore(run.path / "answers", labels)
-    answers = people.lines()
+    truth = truth_reader(data.train)
     waiting = _unanswered(run, data, human, answers)
 
     def drawn(image_id: str) -> MaskRow:

@@ -39,6 +39,10 @@ class Photographs:
         self._rows = [(raw_rows(rows).select_columns(["image"]), row_ids(rows)) for rows in splits]
         self._where = {name: (rows, place) for rows, names in self._rows for place, name in enumerate(names)}
 
+    def __contains__(self, image_id: str) -> bool:
+        "Is it an image of one of the splits?"
+        return image_id in self._where
+
     def __getitem__(self, image_id: str) -> Path:
         "Its file; `DataError` for an image of no split."
         if image_id not in self._where:
@@ -83,6 +87,7 @@ class Desk:
         self.store, self.wait = AnswerStore(folder / "answers", annotator.labels), wait
         self._put: set[str] = set()  # questions that were put by this process
         self._told: set[str] = set()
+        self._line = ""  # what people were last told, where the run waits
 
     def ask(
         self,
@@ -123,8 +128,12 @@ class Desk:
             self.take()
             done = self.store.lines()
             new = [question for question in new if question not in done]
+            line = self.annotator.waiting() if new else ""
             if new and not self.wait:
-                raise Waiting(f"{self.annotator.waiting()}. Run the same again when they are done.")
+                raise Waiting(f"{line}. Run the same again when they are done.")
+            if new and line != self._line:
+                print(line, flush=True)
+            self._line = line
             time.sleep(self.wait if new else 0)
 
     def take(self) -> None:
@@ -135,12 +144,17 @@ class Desk:
                 self._tell_change(answer)
                 continue
             if answer.verdict == "skipped" and answer.kind != "verify":
-                width, height = Request(answer.id, "draw", self.photographs[answer.id.partition("~")[0]]).size
+                width, height = Request(answer.id, "draw", self.photographs[self._image_of(answer.id)]).size
                 self.store.masks.write(answer.id, np.full((height, width), VOID, np.uint8))
             if answer.kind == "verify" and answer.verdict == "fixed":  # who said no has put it right at once
-                image_id = answer.id.rpartition("~")[0]
-                self.store.take(Answer(image_id, "fix", "fixed", answer.mask, 0.0, answer.who, answer.source))
+                self.store.take(
+                    Answer(self._image_of(answer.id), "fix", "fixed", answer.mask, 0.0, answer.who, answer.source)
+                )
             self.store.take(answer)
+
+    def _image_of(self, question: str) -> str:
+        "The image of a question; the name of an image may have a tilde in it, too."
+        return question if question in self.photographs else question.rpartition("~")[0]
 
     def _tell_change(self, answer: Answer) -> None:
         "Once in a process."
