@@ -315,7 +315,7 @@ def test_broken_cache(damage: str, tmp_path: Path) -> None:
         len(again)
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("file", ["vlm_itl.json", "model.safetensors"])  # config.json is for others: see test_kept
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b"\xff" * 40, b'{"a":' * 5000])
 def test_broken_model_folder(file: str, data: bytes, runs: dict[str, Path], tmp_path: Path) -> None:
     """The weights of a round, damaged."""

@@ -87,7 +87,8 @@ def content(folder: Path) -> dict[str, Any]:
         elif name.endswith(".jsonl"):
             found[name] = [timeless(json.loads(line)) for line in data.decode().splitlines()]
         else:
-            found[name] = True if name.startswith("figures") else data
+            named = name.startswith("figures") or name.endswith("README.md")  # a card names its run
+            found[name] = True if named else data
     return found
 
 

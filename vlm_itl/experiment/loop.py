@@ -39,6 +39,7 @@ from vlm_itl.experiment.state import (
     STAMPS,
     DataGuard,
     Learns,
+    RegionUnit,
     Round,
     State,
     Team,
@@ -279,15 +280,23 @@ class Loop:
         draw: Callable[[Path], list[Path]] | None = None,  # the figures of a finished run folder; None: `save_figures`
     ):
         self.config, self._examined, self._tracker, self._draw = config, False, tracker, draw
+        unit = make_region_unit(config, data)  # what cannot be is refused before there is a folder
         self.folder = open_folder(config)
         try:
-            self._begin(data, learner, handler, annotator, desk or make_desk(config, data, self.folder.path))
+            desk = desk or make_desk(config, data, self.folder.path)
+            self._begin(data, learner, handler, annotator, desk, unit)
         except BaseException:
             self.folder.give_up()  # a notebook keeps what failed alive, and others would be kept out
             raise
 
     def _begin(
-        self, files: SegData, learner: Learns, handler: VLMHandler | None, annotator: Oracle | None, desk: Desk | None
+        self,
+        files: SegData,
+        learner: Learns,
+        handler: VLMHandler | None,
+        annotator: Oracle | None,
+        desk: Desk | None,
+        unit: RegionUnit | None,
     ) -> None:
         "Bring the team together, and the state to where the folder says it is."
         config = self.config
@@ -296,7 +305,6 @@ class Loop:
         data = files if desk is None else masks_by_people(files, desk)
         annotator = annotator or Oracle(data, Ledger(mask_seconds=config.mask_seconds), desk)
         schedule = plan(config, len(data.train), len(labelled_before(annotator)))
-        unit = make_region_unit(config, data)
         self._test = data.test
         self.team = Team(config, seal_data(data), learner, handler, annotator, schedule, unit)
         _refuse_truth_readers(self.team)
