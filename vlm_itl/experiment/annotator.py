@@ -291,6 +291,17 @@ def _beside(
     return datasets.concatenate_datasets([whole, more], axis=1).select(places)
 
 
+_MARKS = {"human": datasets.Value("bool"), "weight": datasets.Value("float32"), "p_yes": datasets.Value("float32")}
+
+
+def _marked(rows: datasets.Dataset, pool: Pool) -> datasets.Dataset:
+    "Rows that tell who labelled them, how much they weigh in training, and how sure the judge was."
+    ids = row_ids(rows)
+    marks: dict[str, list[Any]] = {"human": [i not in pool.pseudo for i in ids], "weight": [1.0] * len(ids)}
+    marks["p_yes"] = [pool.sure.get(i, 1.0) for i in ids]
+    return _beside(raw_rows(rows), marks, _MARKS) if len(ids) else raw_rows(rows)
+
+# %% ../../nbs/experiment/03_annotator.ipynb #annotator-people
 def asked_of_people(
     start: str,  # drawn, labelled, or empty: whichever fits
     data: SegData,  # loaded with `unlabelled`
@@ -335,17 +346,6 @@ def masks_by_people(
     if data.watch is not None and set(row_ids(data.train)) <= desk.covers:
         data.watch.settled = True  # what people answer is kept as class indices, 255 is void
     return replace(data, **splits)
-
-
-_MARKS = {"human": datasets.Value("bool"), "weight": datasets.Value("float32"), "p_yes": datasets.Value("float32")}
-
-
-def _marked(rows: datasets.Dataset, pool: Pool) -> datasets.Dataset:
-    "Rows that tell who labelled them, how much they weigh in training, and how sure the judge was."
-    ids = row_ids(rows)
-    marks: dict[str, list[Any]] = {"human": [i not in pool.pseudo for i in ids], "weight": [1.0] * len(ids)}
-    marks["p_yes"] = [pool.sure.get(i, 1.0) for i in ids]
-    return _beside(raw_rows(rows), marks, _MARKS) if len(ids) else raw_rows(rows)
 
 # %% ../../nbs/experiment/03_annotator.ipynb #annotator-training-rows
 def training_rows(
