@@ -16,7 +16,7 @@ from vlm_itl.data.masks import raw_rows
 from vlm_itl.data.sources import SegData, toy_images
 from vlm_itl.experiment.annotator import asked_of_people
 from vlm_itl.experiment.config import make_config
-from vlm_itl.experiment.export import export_run
+from vlm_itl.experiment.export import export_run, run_masks
 from vlm_itl.experiment.loop import Loop, run_al
 from vlm_itl.formats import read_masks
 from vlm_itl.people.desk import Desk, Photographs
@@ -322,3 +322,27 @@ def test_names_with_a_tilde_and_a_run_that_stays(tmp_path: Path, capsys: pytest.
         desk.need(["IMG~1", "b"])
     assert desk.store.masks["IMG~1"].shape == (8, 8) and (desk.store.masks["IMG~1"] == VOID).all()
     assert capsys.readouterr().out.count("waiting for 1 masks") == 1  # told once
+
+
+def test_what_people_found_bad_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Answer] = {}
+    for _ in range(10):
+        loop = None
+        try:
+            loop = people_loop(tmp_path, given, audit=0.02, max_labelled=2)
+            list(loop.run())
+            break
+        except Waiting:
+            if loop is not None:
+                loop.folder.close()
+            table = Table(tmp_path / "people", TOY.labels)
+            table.given = given
+            given |= {r.id: answer(r, good=False) for r in table.left()}
+    assert (
+        loop is not None
+        and loop.rounds[0].pseudo_ids == ["toy-1"]
+        and loop.rounds[1].judge
+        and loop.rounds[1].judge["audited"]["bad"] == ["toy-1"]
+    )
+    monkeypatch.setattr("vlm_itl.experiment.export.data_of_run", lambda config: toy_images())
+    assert "toy-1" not in {row.id for row in run_masks(tmp_path)}

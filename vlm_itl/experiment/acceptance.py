@@ -558,7 +558,8 @@ def judge(
     _write_answers(here / "judgements.jsonl", judgements, [ious.get(j.id) for j in judgements])
     measures["empty_dropped"] = made.empty
     measures |= {} if state.audited is None else {"audited": state.audited}
-    accepted = [i for i in accepted if i not in state.refused]
+    refused = state.refused
+    accepted = [i for i in accepted if i not in refused]
     share = config.audit or (AUDIT_SHARE if made.certified is not None and team.annotator.desk is not None else 0.0)
     if share:  # people answer before the next round
         looked = {i for record in state.rounds for i in (record.judge or {}).get("to_audit", [])}

@@ -76,8 +76,7 @@ class Oracle:
         self,
         data: SegData,  # train is the pool
         ledger: Ledger,  # what will be charged
-        desk: Desk
-        | None = None,  # reaches the people who draw; None: the masks of the data set are what they would draw
+        desk: Desk | None = None,  # reaches the people who draw; None: the data set has the masks that they would draw
     ):
         self.desk = desk
         self._rows = raw_rows(data.train)

@@ -108,7 +108,10 @@ def _from_rounds(run: RunFolder, data: SegData, labels: LabelSpace) -> list[Mask
     answers = people.lines()
     held_out = [*row_ids(data.val), *row_ids(data.test)]
     human += [i for i in held_out if answers.get(i, {}).get("verdict") in WITH_MASK]  # drawn for this run, too
-    accepted = [i for i in ids if i not in set(human)]
+    bad = {i for r in records for i in ((r.get("judge") or {}).get("audited") or {}).get("bad", [])}
+    accepted = [
+        i for i in ids if i not in {*human, *bad}
+    ]  # what people found bad trained nobody, and is handed to nobody
     images = _photographs(data, [*human, *accepted], run.path)
     truth = truth_reader(data.train)
     waiting = _unanswered(run, data, human, answers)
