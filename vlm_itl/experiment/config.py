@@ -23,6 +23,7 @@ from ..core.settings import named_run, read_settings
 from ..data.leaks import LEAKS
 from ..judging.label_plan import LabelGoal
 from ..judging.measures import FULL_MASK_SECONDS
+from ..judging.stopping import StopRule
 from ..model.predict import Inference
 from ..model.train import TrainSettings
 from ..people.requests import ANNOTATORS, annotator_options
@@ -115,6 +116,9 @@ class Config(TrainSettings):
     initial: float | int = 0.1  # labelled before round 0: share (float up to 1.0) or count
     increment: float | int = 0.1  # labelled more each round
     max_labelled: float | int = 0.4  # the last round's labelled share or count
+    stop: dict[str, Any] = field(
+        default_factory=dict
+    )  # end earlier: {"seconds": 36000}, {"gain": 0.0}, {"price": 1800}
     image_size: int = 96  # long side in evaluation, pixels
     resize: str = "keep"  # evaluation: keep the aspect and pad, or stretch to a square
     eval_batch_size: int = 8  # images at once when not training
@@ -201,6 +205,18 @@ def _check_goal(config: Config) -> None:
     label_goal(config)
 
 
+def _check_stop(config: Config) -> None:
+    "`ConfigError` for a rule to stop by that cannot be."
+    if not config.stop:
+        return
+    known = StopRule.__dataclass_fields__
+    if unknown := [name for name in config.stop if name not in known]:
+        raise ConfigError(f"stop has no {unknown[0]!r}.{closest(unknown[0], known)} Known: {', '.join(known)}.")
+    if config.mode == "baseline":
+        raise ConfigError("stop ends a run between rounds, and mode='baseline' has only one: leave it out.")
+    StopRule(**config.stop)
+
+
 def _check_annotator(config: Config) -> None:
     "`ConfigError` for an annotator that cannot be asked what the other settings ask for."
     if config.annotator == "truth":
@@ -239,6 +255,7 @@ def _check_words(config: Config) -> None:
         raise ConfigError("consistency is built for probes: set model='probe:<folder or Hub id>', or consistency=0.")
     _check_proposer(config)
     _check_goal(config)
+    _check_stop(config)
     _check_annotator(config)
     sort_options(config.strategy, config.strategy_options)
     check_question(config.question)
@@ -331,7 +348,7 @@ def notebook_settings(
 # %% ../../nbs/experiment/01_config.ipynb #settings-dir
 _NEWER = (
     *("plugins", "proposer", "proposer_options", "fix_options", "accept_by", "confident", "goal", "goal_options"),
-    *("annotator", "annotator_options", "start", "test_share", "audit"),
+    *("annotator", "annotator_options", "start", "test_share", "audit", "stop"),
 )
 
 

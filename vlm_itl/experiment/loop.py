@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
-from ..core.checks import ConfigError, JudgeError, LeakError, RunError, check_choice
+from ..core.checks import ConfigError, JudgeError, LeakError, RunError, check_choice, show
 from ..core.files import read_json, write_json, write_text
 from ..core.runfolder import FREE_SETTINGS, RunFolder, protected
 from ..data.labels import MeaningError
@@ -49,6 +49,8 @@ from vlm_itl.experiment.state import (
     noting_broken_data,
     resume,
 )
+from ..judging.intervals import told_interval
+from ..judging.stopping import StopRule
 from ..people.account import people_account
 from ..people.desk import Desk
 from ..proposals.correction import CorrectionCost
@@ -97,6 +99,15 @@ def _refuse_truth_readers(team: Team) -> None:
         raise ConfigError(
             f"{name} reads the true masks, and with annotator={team.config.annotator!r} there are none before people "
             "have drawn them: choose a judge that looks (learned, confidence, openai, ...), or annotator='truth'."
+        )
+
+
+def _refuse_blind_stop(config: Config, data: SegData) -> None:
+    "`ConfigError` for a rule to stop by that has nothing to look at."
+    if config.stop and StopRule(**config.stop).needs_validation and len(data.val) < 2:
+        raise ConfigError(
+            f"stop={show(config.stop)} looks at validation images, and of them there are {len(data.val)}: set val_share "
+            "to at least 2 (30 and more tell something), or stop by human seconds."
         )
 
 
@@ -251,6 +262,7 @@ def finish(
         tests = {index: loop.test_round(index) for index in tested} if len(loop.team.data.test) else {}
         summary = summarise(config, folder.path.name, loop.rounds, tests, team.data.labels.names)
         summary["simulated"] = team.simulated
+        summary["stopped"] = loop.rounds[-1].stopped
         summary["judge_notes"] = _note_judge(loop)
         summary["sizes"] = read_json(folder.path / "data.json", dict)["sizes"]
         summary["notes"] = team.learner.notes
@@ -308,6 +320,7 @@ class Loop:
         self._test = data.test
         self.team = Team(config, seal_data(data), learner, handler, annotator, schedule, unit)
         _refuse_truth_readers(self.team)
+        _refuse_blind_stop(config, data)
         cost = CorrectionCost(**config.fix_options)
         self.state = State(self.folder, annotator, self.team.regions, config.region_labels, cost, config.tau)
         if handler is not None and handler.needs_truth:
@@ -345,7 +358,7 @@ class Loop:
     @property
     def finished(self) -> bool:
         "Are all rounds on disk?"
-        return len(self.rounds) == len(self.team.schedule)
+        return len(self.rounds) == len(self.team.schedule) or bool(self.rounds and self.rounds[-1].stopped)
 
     def _go_on(self, data: SegData) -> None:
         "Compare the data set with the one the run began with, and rebuild the state."
@@ -414,7 +427,9 @@ class Loop:
         path = self.folder.path / f"test_{index:03d}.json"
         if not path.is_file():
             self.team.learner.load(self.folder.round_path(index) / "model")
-            write_json(path, self.team.learner.evaluate(self._test, f"testing round {index}"))
+            counts: list[np.ndarray] = []
+            found = self.team.learner.evaluate(self._test, f"testing round {index}", counts)
+            write_json(path, {**found, "interval": told_interval(np.stack(counts))} if counts else found)
         return read_json(path, dict)
 
     def run(self) -> Iterator[Round]:

@@ -12,12 +12,13 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 
 from ..core.checks import ConfigError, LeakError
 from ..core.files import plain, to_json, write_json, write_text
@@ -55,7 +56,9 @@ from vlm_itl.experiment.state import (
     Team,
     make_region_unit,
 )
+from ..judging.intervals import told_interval
 from ..judging.measures import verdict_metrics
+from ..judging.stopping import Point, StopRule, why_stop
 
 # %% ../../nbs/experiment/08_round.ipynb #round-imports-2
 from ..model.doubt import PASS_SCORES
@@ -113,8 +116,8 @@ class Learner:
             return fit_probe(probe, rows, config.train_settings, config.view, **how)
         return fit(self.segmenter, rows, config.train_settings, config.view, **how, checkpoints=checkpoints)
 
-    def evaluate(self, rows: datasets.Dataset, desc: str) -> dict[str, Any]:
-        return dict(evaluate(self.segmenter, rows, self.config.view, desc=desc))
+    def evaluate(self, rows: datasets.Dataset, desc: str, counts: list[np.ndarray] | None = None) -> dict[str, Any]:
+        return dict(evaluate(self.segmenter, rows, self.config.view, desc=desc, counts=counts))
 
     def look(self, images: datasets.Dataset, masks: MaskStore | None = None, **options: Any) -> PoolScores:
         return score_pool(self.segmenter, images, self.config.view, masks=masks, **options)
@@ -323,16 +326,50 @@ def _write_pictures(team: Team, here: Path, ids: list[str], turn: JudgeTurn) -> 
     write_gallery(here / "gallery", count, team.learner.look, team.data, shown, turn.ious, team.annotator, turn.masks)
 
 # %% ../../nbs/experiment/08_round.ipynb #round-learn
-def _learn(team: Team, state: State, clock: Clock) -> tuple[FitResult, dict[str, Any] | None]:
+_VAL_COUNTS = "val_counts.npz"  # `class_counts` of every validation image
+
+
+def _validate(team: Team, here: Path) -> dict[str, Any] | None:
+    "Metrics on validation, and how sure they are; the counts of each image are kept."
+    if not len(team.data.val):
+        return None
+    counts: list[np.ndarray] = []
+    val = team.learner.evaluate(team.data.val, "validating", counts)
+    if not counts:
+        return val
+    np.savez_compressed(here / _VAL_COUNTS, counts=np.stack(counts))
+    return {**val, "interval": told_interval(np.stack(counts))}
+
+
+def _learn(team: Team, state: State, here: Path, clock: Clock) -> tuple[FitResult, dict[str, Any] | None]:
     "Train, and measure on validation."
     check_validation(team, state)
     result = train(team, state)
     if team.handler is not None and team.handler.needs_segmenter:
         team.handler.bind_segmenter(team.learner.segmenter, team.config.view)
     clock.lap("train")
-    val = team.learner.evaluate(team.data.val, "validating") if len(team.data.val) else None
+    val = _validate(team, here)
     clock.lap("evaluate")
     return result, val
+
+# %% ../../nbs/experiment/08_round.ipynb #round-stop
+def _point(labelled: int, budget: Mapping[str, Any], val: Mapping[str, Any] | None, folder: Path) -> Point:
+    "A round, as a rule to stop by sees it."
+    path, measured = folder / _VAL_COUNTS, val or {}
+    counts = np.load(path)["counts"] if path.is_file() else None
+    miou = (measured.get("interval") or {}).get("miou", measured.get("mean_iou", math.nan))
+    return Point(labelled, budget["human_seconds"], miou, counts, budget["images"])
+
+
+def _why_stop(team: Team, state: State, here: Path, val: Mapping[str, Any] | None) -> str:
+    "Why this round is the last one; empty: the schedule says when."
+    index = len(state.rounds)
+    if not team.config.stop or index == len(team.schedule) - 1:
+        return ""
+    known = [(r.labelled, r.budget, r.metrics["val"], state.folder.round_path(r.index)) for r in state.rounds]
+    now = (labelled_now(team, state)[0], state.ledger.record(), val, here)
+    points = [_point(*row) for row in (*known, now)]
+    return why_stop(StopRule(**team.config.stop), points, team.schedule[index + 1])
 
 # %% ../../nbs/experiment/08_round.ipynb #round-turns
 def _needs_masks(team: Team) -> bool:
@@ -416,7 +453,7 @@ def work(
 ) -> Round:  # its record
     "Train, evaluate, score, judge, choose."
     index, clock = len(state.rounds), Clock()
-    last, start_ids, start_pseudo = index == len(team.schedule) - 1, [], []
+    start_ids, start_pseudo = [], []
     if index == 0:
         start_ids = draw_start(team, state)
         state.start(start_ids)
@@ -424,8 +461,10 @@ def work(
             check_meaning(team.data)
         count_peeks(team)
         start_pseudo = judge_first(team, state, here)
-    result, val = _learn(team, state, clock)
+    result, val = _learn(team, state, here, clock)
     pseudo, (labelled, share) = len(state.pool.pseudo), labelled_now(team, state)
+    stopped = _why_stop(team, state, here, val)
+    last = bool(stopped) or index == len(team.schedule) - 1
     scores, turn = _look_and_judge(team, state, here, clock, last)
     ids: list[str] = []
     reasons: list[str] = []
@@ -454,4 +493,5 @@ def work(
         fix_ids=fix_ids,
         pseudo_ids=[] if last else [i for i in turn.accepted if i not in set(ids)],
         seconds=clock.times(),
+        stopped=stopped,
     )

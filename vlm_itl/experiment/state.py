@@ -99,6 +99,7 @@ class Round:
     pseudo_ids: list[str]  # accepted in this round: trained on in the next
     fix_ids: list[str] = field(default_factory=list, kw_only=True)  # of the selection: those that are corrected
     seconds: dict[str, float]  # wall clock of each step
+    stopped: str = field(default="", kw_only=True)  # why the run ends here, by the setting `stop`
 
     def __str__(self) -> str:
         "One line for people."
@@ -107,7 +108,8 @@ class Round:
         text += f" + {self.pseudo} pseudo" if self.pseudo else ""
         text += f" | val mIoU {val['mean_iou']:.3f}" if val else ""
         text += _judge_words(self.judge) if self.judge and self.judge.get("images", self.judge.get("n")) else ""
-        return text + f" | {self.seconds['total']:.0f} s"
+        text += f" | {self.seconds['total']:.0f} s"
+        return text + (f" | the last one: {self.stopped}" if self.stopped else "")
 
 # %% ../../nbs/experiment/04_state.ipynb #state-learner-protocol
 class Learns(Protocol):
@@ -132,7 +134,7 @@ class Learns(Protocol):
     ) -> FitResult:
         "Learn from rows with masks; a training that was killed goes on from its checkpoints."
 
-    def evaluate(self, rows: datasets.Dataset, desc: str) -> dict[str, Any]:
+    def evaluate(self, rows: datasets.Dataset, desc: str, counts: list[np.ndarray] | None = None) -> dict[str, Any]:
         "Metrics on rows with masks: `mean_iou`, `pixel_accuracy`, ..."
 
     def look(self, images: datasets.Dataset, masks: MaskStore | None = None, **options: Any) -> PoolScores:

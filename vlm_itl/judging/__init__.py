@@ -18,7 +18,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "corruption": ["spoil_mask", "register_error"],
         "preflight": ["preflight"],
         "label_plan": ["LabelGoal", "plan_labels"],
-        "intervals": ["miou_interval", "quality_strata", "draw_sample"],
+        "intervals": ["miou_interval", "miou_gain", "quality_strata", "draw_sample"],
+        "stopping": ["StopRule", "why_stop"],
         "trial": ["FREE_SETTINGS", "make_judge_config", "try_judge"],
     },
 )

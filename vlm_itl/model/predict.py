@@ -33,7 +33,7 @@ from ..data.labels import VOID, LabelSpace
 from ..data.layouts import image_files, safe_ids
 from ..data.masks import MaskStore, read_image, watch_of
 from ..data.transforms import EvalTransform, collate, predicted_classes
-from .metrics import ConfusionMatrix, Metrics
+from .metrics import ConfusionMatrix, Metrics, class_counts
 from .pixels import processor_of
 from .pretrained import memory_here
 from .segmenter import Segmenter, load_model, saved_note
@@ -176,6 +176,7 @@ def evaluate(
     data: datasets.Dataset,  # columns id, image, mask
     view: Inference | None = None,  # how to show the images
     desc: str = "evaluating",  # for the progress bar
+    counts: list[np.ndarray] | None = None,  # gets the `class_counts` (3, C) of every image
 ) -> Metrics:  # with the classes by name
     "Metrics at the original size of every image, from one streaming confusion matrix."
     if len(data) == 0:
@@ -185,7 +186,10 @@ def evaluate(
     for batch, logits, _ in predict_batches(model, data, view, desc=desc):
         for image_logits, box, native, truth in zip(logits, batch["box"], batch["native"], batch["mask"], strict=True):
             prediction = predicted_classes(image_logits, box, view.image_size, native)
-            matrix.update(prediction, torch.as_tensor(truth, device=image_logits.device))
+            one = ConfusionMatrix(len(model.labels))
+            matrix.merge(one.update(prediction, torch.as_tensor(truth, device=image_logits.device)))
+            if counts is not None:
+                counts.append(class_counts(one.counts))
     return matrix.compute(model.labels.names)
 
 # %% ../../nbs/model/05_predict.ipynb #predict-kept
