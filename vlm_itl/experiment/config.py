@@ -116,9 +116,7 @@ class Config(TrainSettings):
     initial: float | int = 0.1  # labelled before round 0: share (float up to 1.0) or count
     increment: float | int = 0.1  # labelled more each round
     max_labelled: float | int = 0.4  # the last round's labelled share or count
-    stop: dict[str, Any] = field(
-        default_factory=dict
-    )  # end earlier: {"seconds": 36000}, {"gain": 0.0}, {"price": 1800}
+    stop: dict[str, Any] = field(default_factory=dict)  # end earlier: {"seconds": 36000}, see `StopRule`
     image_size: int = 96  # long side in evaluation, pixels
     resize: str = "keep"  # evaluation: keep the aspect and pad, or stretch to a square
     eval_batch_size: int = 8  # images at once when not training

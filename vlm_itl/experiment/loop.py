@@ -106,8 +106,8 @@ def _refuse_blind_stop(config: Config, data: SegData) -> None:
     "`ConfigError` for a rule to stop by that has nothing to look at."
     if config.stop and StopRule(**config.stop).needs_validation and len(data.val) < 2:
         raise ConfigError(
-            f"stop={show(config.stop)} looks at validation images, and of them there are {len(data.val)}: set val_share "
-            "to at least 2 (30 and more tell something), or stop by human seconds."
+            f"stop={show(config.stop)} looks at validation images, of which there {'is' if len(data.val) else 'are'} "
+            f"{len(data.val)}: set val_share to at least 2 (30 and more tell something), or stop by human seconds."
         )
 
 

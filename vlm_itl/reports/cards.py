@@ -16,7 +16,7 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from ..core.checks import RunError, one_line
 from ..core.files import write_text
-from .report import Run, as_runs, guarded
+from .report import Run, as_runs, guarded, interval_words
 from .run_figures import labels_card
 
 # %% ../../nbs/reports/05_cards.ipynb #cards-table
@@ -71,7 +71,9 @@ def _measured(run: Run) -> str:
     rows += [["pixel accuracy", test.get("pixel_accuracy")]]
     per_class = _table(["class", "IoU"], list((test.get("per_class_iou") or {}).items()))
     table = _table(["measure", "value"], rows)
-    return f"## Measured\n\n{told} (shown to the network at {how}):\n\n{table}\n\n{per_class}\n"
+    sure = interval_words(test)
+    sure = f"\n\nHow sure that is: {sure}." if sure else ""
+    return f"## Measured\n\n{told} (shown to the network at {how}):\n\n{table}{sure}\n\n{per_class}\n"
 
 # %% ../../nbs/reports/05_cards.ipynb #cards-judge
 _WORTH = {
@@ -123,7 +125,7 @@ def _learnt(run: Run) -> str:
 def _limits(run: Run) -> str:
     "What whoever uses it should not believe."
     test, sizes = _test(run), run.data.get("sizes") or {}
-    told = ["One run of one seed: another seed would give other numbers; no interval is known."]
+    told = ["One run of one seed: another seed would give other numbers, and no interval tells which."]
     if run.config.get("dataset") in ("scenes", "toy"):
         told.append("It learnt generated pictures: for learning and testing, of no use on photographs.")
     absent = [one_line(name, 60) for name, iou in (test.get("per_class_iou") or {}).items() if iou is None]
