@@ -99,6 +99,7 @@ study: $(STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/judge_pays.py --seeds 10 --masks 10 20 --rows $(FEW)
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/label_pool.py --seeds 10
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/bench_stop.py
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/judge_classes.py
 	@$(MAKE) --no-print-directory results
 
 bench: $(STAMP)
