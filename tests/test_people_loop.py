@@ -143,6 +143,65 @@ def test_what_people_find_bad_trains_nobody(tmp_path: Path) -> None:
     assert lines(tmp_path / "bad")[1]["pseudo_ids"] == []  # and it is not accepted again
 
 
+class Misled(Parrot):
+    """Predicts a mask of several classes for toy-1, and it is wrong."""
+
+    def look(self, images: Any, masks: Any = None, **options: Any) -> Any:
+        scores = super().look(images, masks, **options)
+        if masks is not None and "toy-1" in scores.ids:
+            masks.write("toy-1", np.ascontiguousarray(TRUTH["toy-1"].T[::-1]))
+        return scores
+
+
+def put_right_loop(folder: Path, desk: bool, one_by_one: bool = False) -> list[Any]:
+    """A run whose accepted mask is bad, and put right by whoever looks at it: what the network learnt from."""
+    more = {"audit": 1.0, "max_labelled": 4, "annotator_options": {} if desk else {"puts_right": True}}
+    helper = Robot(TRUTH.__getitem__, TOY.labels, puts_right=True)
+    given: dict[str, Answer] = {}
+    for _ in range(30):
+        data, loop, parrot = toy_images(), None, Misled(toy_images())
+        table = Table(folder / "people", TOY.labels)
+        table.given = given
+        photographs = Photographs(folder / "people/photographs", data.train, data.val, data.test)
+        people = Desk(folder, table, photographs, asked_of_people("", data)) if desk else None
+        try:
+            loop = Loop(settings(folder, **more), data, parrot, Eye(), tracker=Listener(), draw=no_figures, desk=people)
+            list(loop.run())
+            return parrot.seen
+        except Waiting:
+            if loop is not None:
+                loop.folder.close()
+            left = table.left()
+            given |= {request.id: helper.answer(request) for request in (left[:1] if one_by_one else left)}
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_what_people_put_right_is_theirs(tmp_path: Path, one_by_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_right_loop(tmp_path / "people", True, one_by_one)
+    put_right_loop(tmp_path / "simulated", False)
+    assert lines(tmp_path / "people") == lines(tmp_path / "simulated")
+    rounds = [json.loads(line) for line in (tmp_path / "people/rounds.jsonl").read_text().splitlines()]
+    assert rounds[0]["pseudo_ids"] == ["toy-1"] and [r["pseudo"] for r in rounds] == [0, 0, 0, 0]
+    assert rounds[1]["judge"]["audited"] == {"checked": ["toy-1"], "bad": ["toy-1"], "fixed": ["toy-1"]}
+    assert [r["labelled"] for r in rounds] == [1, 3, 3, 4]
+    books = [json.loads((tmp_path / name / "summary.json").read_text())["budget"] for name in ("people", "simulated")]
+    assert books[0]["fixes"] == 1 and books[0]["human_seconds"] == pytest.approx(books[1]["human_seconds"])
+    store = (tmp_path / "people/answers/answers.jsonl").read_text().splitlines()
+    said = {line["id"]: line for line in map(json.loads, filter(None, store))}
+    assert books[0]["human_seconds"] == pytest.approx(sum(line["seconds"] for line in said.values()))
+    assert said["toy-1"]["kind"] == "fix" and said["toy-1"]["seconds"] > 9
+    monkeypatch.setattr("vlm_itl.experiment.export.data_of_run", lambda config: toy_images())
+    rows = {row.id: row for row in run_masks(tmp_path / "people")}
+    assert rows["toy-1"].by == "corrected" and rows["toy-1"].seconds == said["toy-1"]["seconds"]
+    assert np.array_equal(rows["toy-1"].mask, TRUTH["toy-1"])
+
+
+def test_what_was_put_right_is_trained_on(tmp_path: Path) -> None:
+    seen = put_right_loop(tmp_path, False)
+    assert "toy-1" not in seen[0] and all(np.array_equal(rows["toy-1"], TRUTH["toy-1"]) for rows in seen[1:])
+
+
 def test_a_judge_that_reads_the_truth_is_refused(tmp_path: Path) -> None:
     from vlm_itl.vlm.simulated import MockHandler
 

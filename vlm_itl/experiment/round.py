@@ -436,6 +436,8 @@ def work(
     _keep_shown(team, here, ids, turn)
     if turn.measures is not None and (answered := measure_answered(team, state)):
         turn.measures["answered"] = answered
+    if turn.measures is not None and state.audited is not None:
+        turn.measures["audited"] = state.audited
     _write_pictures(team, here, ids, turn)
     _keep(team, here, result.history, last)
     trained = {"train_loss": result.train_loss, "steps": result.steps, "best_step": result.best_step}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACCEPTED', 'START', 'AGAIN', 'FIXED', 'SHOWN', 'DRAWN', 'BROKEN', 'STAMPS', 'Selection', 'Round', 'Learns',
-           'RegionUnit', 'make_region_unit', 'Team', 'State', 'all_or_nothing', 'resume', 'data_card', 'checked_card',
-           'noting_broken_data', 'DataGuard']
+           'RegionUnit', 'make_region_unit', 'Team', 'State', 'all_or_nothing', 'put_right_before', 'resume',
+           'data_card', 'checked_card', 'noting_broken_data', 'DataGuard']
 
 # %% ../../nbs/experiment/04_state.ipynb #state-imports
 import json
@@ -246,9 +246,8 @@ class State:
         self.cost = cost or CorrectionCost()
         self.pool = Pool(annotator.ids)
         self.rounds: list[Round] = []
-        self.audited: dict[str, list[str]] | None = (
-            None  # of the last round: what people looked at, what they found bad
-        )
+        self.audited: dict[str, list[str]] | None = None  # of the last round: what people looked at, what they found
+        # bad, and what of this they have put right
         self._due: Round | None = None  # the round whose choice people have not answered yet
 
     @property
@@ -306,7 +305,10 @@ class State:
         bad = [i for i in audited if not self.annotator.check(i, accepted, self.tau)]
         for image_id in bad:
             self.pool.drop_pseudo(image_id)
-        self.audited = {"checked": audited, "bad": bad} if audited else None
+        whole = [] if self.regions else bad  # where parts of images are asked for, nobody draws the rest of one
+        fixed = [i for i in whole if self.annotator.put_right(i, accepted, self.cost)]
+        self.pool.add_human(fixed)
+        self.audited = {"checked": audited, "bad": bad, "fixed": fixed} if audited else None
         self.annotator.draw_again(again)
         self._due = None
 
@@ -352,13 +354,22 @@ def all_or_nothing(
         annotator.ledger, annotator.paid, pool.human, pool.pseudo, pool.sure = ledger, paid, human, pseudo, sure
         raise
 
+# %% ../../nbs/experiment/04_state.ipynb #state-put-right
+def put_right_before(
+    record: Mapping[str, Any],  # of a round
+) -> list[str]:  # images
+    "Whose masks people have put right when they looked at what the round before it had accepted."
+    audited = (record.get("judge") or {}).get("audited") or {}
+    return list(audited.get("fixed", []))
+
 # %% ../../nbs/experiment/04_state.ipynb #state-check-known
 def _check_known(state: State, records: Sequence[dict[str, Any]]) -> None:
     "`ConfigError` if a round names an image or a region that the pool does not have."
     for record in records:
         names = record["selection"]["ids"]
         try:
-            state.annotator.rows([*record["start_ids"], *record["pseudo_ids"], *record.get("fix_ids", [])])
+            paid = [*record["start_ids"], *record.get("fix_ids", []), *put_right_before(record)]
+            state.annotator.rows([*paid, *record["pseudo_ids"]])
             state.annotator.rows([split_region(name)[0] for name in names] if state.regions else names)
         except DataError as error:
             raise ConfigError(str(error)) from None
@@ -391,7 +402,9 @@ def _price_anew(folder: RunFolder, records: list[dict[str, Any]], price: float) 
 def _replay(state: State, rounds: Sequence[Round]) -> None:
     "Let the rounds on disk take effect, in order."
     chosen = [name for record in rounds[:-1] for name in record.selection["ids"]]
-    whole = rounds[0].start_ids if state.regions else [*rounds[0].start_ids, *chosen]
+    whole = list(rounds[0].start_ids)
+    for record, after in zip(rounds, rounds[1:], strict=False):  # in the order in which they were paid
+        whole += [] if state.regions else [*record.selection["ids"], *put_right_before({"judge": after.judge})]
     state.annotator.paid.update(whole)
     state.pool.add_human(whole)
     if state.regions:
@@ -493,6 +506,7 @@ def _may_mend(change: Change, folder: RunFolder, regions: bool, all_seen: bool) 
         return True
     chosen = [name for record in rounds[:-1] for name in record["selection"]["ids"]]  # the last ones: not yet used
     used = {*rounds[0]["start_ids"], *(split_region(name)[0] if regions else name for name in chosen)}
+    used |= {image_id for record in rounds for image_id in put_right_before(record)}
     return not (change.split == "val" or change.id in used or (change.column == "image" and all_seen))
 
 # %% ../../nbs/experiment/04_state.ipynb #state-reading

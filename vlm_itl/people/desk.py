@@ -10,6 +10,7 @@ import hashlib
 import time
 import warnings
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,9 +148,8 @@ class Desk:
                 width, height = Request(answer.id, "draw", self.photographs[self._image_of(answer.id)]).size
                 self.store.masks.write(answer.id, np.full((height, width), VOID, np.uint8))
             if answer.kind == "verify" and answer.verdict == "fixed":  # who said no has put it right at once
-                self.store.take(
-                    Answer(self._image_of(answer.id), "fix", "fixed", answer.mask, 0.0, answer.who, answer.source)
-                )
+                self.store.take(replace(answer, id=self._image_of(answer.id), kind="fix"))
+                answer = replace(answer, seconds=None if answer.seconds is None else 0.0)  # it was one piece of work
             self.store.take(answer)
 
     def _image_of(self, question: str) -> str:
