@@ -180,7 +180,7 @@ def test_a_robot_killed_while_it_answers(tmp_path: Path, photos: dict[str, Path]
 
 def test_a_robot_errs_as_often_as_told_and_the_same_whoever_asks(photos: dict[str, Path]):
     robot = Robot(lambda image_id: masks()[image_id], LABELS, error=0.25)
-    many = [Request(f"toy-1~{n}", "draw", photos["toy-1"]) for n in range(120)]
+    many = [Request(f"toy-1~{n}", "draw", photos["toy-1"], about="toy-1") for n in range(120)]
     wrong = [r.id for r in many if not np.array_equal(robot.answer(r).mask, masks()["toy-1"])]
     assert 18 < len(wrong) < 45
     assert wrong == [r.id for r in reversed(many) if (robot.answer(r).mask != masks()["toy-1"]).any()][::-1]

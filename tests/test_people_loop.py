@@ -19,6 +19,7 @@ from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.export import export_run, run_masks
 from vlm_itl.experiment.loop import Loop, run_al
 from vlm_itl.formats import read_masks
+from vlm_itl.people.account import people_account
 from vlm_itl.people.desk import Desk, Photographs
 from vlm_itl.people.requests import Annotator, Answer, Waiting, make_annotator, register_annotator
 from vlm_itl.people.robot import Robot, work
@@ -381,6 +382,25 @@ def test_names_with_a_tilde_and_a_run_that_stays(tmp_path: Path, capsys: pytest.
         desk.need(["IMG~1", "b"])
     assert desk.store.masks["IMG~1"].shape == (8, 8) and (desk.store.masks["IMG~1"] == VOID).all()
     assert capsys.readouterr().out.count("waiting for 1 masks") == 1  # told once
+
+
+def test_a_tilde_in_a_name_is_part_of_it(tmp_path: Path) -> None:
+    names = {"IMG~1": "toy-0", "IMG~2": "toy-1", "IMG~2~again": "toy-2"}
+    renamed = raw_rows(TOY.train.select([0, 1, 2])).remove_columns("id").add_column("id", [*names])
+    robot = Robot(lambda name: TRUTH[names[name]], TOY.labels, puts_right=True)
+    for process in range(2):  # another process reads what the first one has asked
+        annotator = make_annotator("folder", tmp_path / "people", TOY.labels)
+        desk = Desk(tmp_path, annotator, Photographs(tmp_path / "photographs", renamed), [*names])
+        for kind, ids in (("draw", ["IMG~2~again"]), ("fix", ["IMG~1"]), ("again", ["IMG~1"]), ("verify", ["IMG~2"])):
+            if not process:
+                desk.ask(ids, kind, {name: TRUTH["toy-3"] for name in names})
+        work(robot, annotator)
+        desk.take()
+    assert {request.image_id for request in annotator.asked.all().values()} == {*names}
+    assert all(np.array_equal(desk.store.masks[name], TRUTH[toy]) for name, toy in names.items())
+    account = people_account(tmp_path, TOY.labels)
+    assert {kind: one["n"] for kind, one in account["kinds"].items()} == {"draw": 1, "fix": 2, "verify": 1, "again": 1}
+    assert account["agreement"]["n"] == 1 and account["agreement"]["iou"] == 1.0
 
 
 def test_what_people_found_bad_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -464,7 +464,10 @@ def test_odd_names_and_no_background(studio: Any, tmp_path: Path):
     Image.new("RGB", (4, 5)).save(tmp_path / "a.png")
     carrier = annotator(tmp_path, labels)
     carrier.ask(
-        [Request("a", "draw", tmp_path / "a.png"), Request("a~again", "fix", tmp_path / "a.png", mask[:, ::-1])]
+        [
+            Request("a", "draw", tmp_path / "a.png"),
+            Request("a~again", "fix", tmp_path / "a.png", mask[:, ::-1], about="a"),
+        ]
     )
     work(Robot({"a": mask}.__getitem__, labels), carrier)
     found = carrier.answered()

@@ -39,12 +39,13 @@ KINDS["verify"] = ("accepted", "rejected", "fixed", "skipped")  # who sees what 
 class Request:
     "What a person is asked about one image."
 
-    id: str  # of the question: the image's, or "cat~again" where the image is asked about again; fit for a file name
+    id: str  # of the question: the image's, or another where the image is asked about again; fit for a file name
     kind: str  # "draw" (from nothing), "fix" (correct the proposal), "verify" (is the proposal good?)
     image: Path  # the photograph as a file
     proposal: np.ndarray | None = None  # (H, W) uint8 class indices, 255 = void; None for draw
     reason: str = ""  # why this image, one line for people
     priority: float = 0.0  # higher first
+    about: str = ""  # the image, where the id is another
 
     def __post_init__(self) -> None:
         "`ConfigError` for what cannot be asked."
@@ -58,8 +59,8 @@ class Request:
 
     @property
     def image_id(self) -> str:
-        "The image it is about: all of the id before the first ~, which no id of an image holds."
-        return self.id.partition("~")[0]
+        "The image it is about."
+        return self.about or self.id
 
     @property
     def size(self) -> tuple[int, int]:
@@ -191,7 +192,8 @@ class Asked:
         if request.proposal is not None:
             write_bytes(self._proposal(request.id), mask_png(request.proposal, self.labels))
         line = {"id": request.id, "kind": request.kind, "image": str(Path(request.image).absolute())}
-        append_line(self.folder / "asked.jsonl", {**line, "reason": request.reason, "priority": request.priority})
+        line |= {name: getattr(request, name) for name in ("reason", "priority", "about")}
+        append_line(self.folder / "asked.jsonl", line)
 
     def _proposal(self, request_id: str) -> Path:
         "Where a proposal is kept."
@@ -202,8 +204,8 @@ class Asked:
         for request_id, line in read_lines(self.folder / "asked.jsonl").items():
             if request_id not in self._known:
                 shown = None if line["kind"] == "draw" else read_indices(self._proposal(request_id))
-                image, reason, priority = Path(line["image"]), line["reason"], line["priority"]
-                self._known[request_id] = Request(request_id, line["kind"], image, shown, reason, priority)
+                more = {name: line[name] for name in ("reason", "priority", "about") if name in line}
+                self._known[request_id] = Request(request_id, line["kind"], Path(line["image"]), shown, **more)
         return dict(self._known)
 
 # %% ../../nbs/people/01_requests.ipynb #requests-annotator
