@@ -24,7 +24,7 @@ from ..core.checks import ConfigError, DataError, LeakError, RunError
 from ..core.files import plain, read_json, write_json, write_text
 from ..core.runfolder import RunFolder, readable, remove
 from ..core.seeds import stable_hash, stable_uniform
-from ..data.masks import MaskStore, raw_rows, read_indices, row_ids
+from ..data.masks import MaskStore, raw_rows, row_ids
 from ..data.sources import SegData
 from ..data.stamps import Change, add_hashes, find_changes, take_stamps, tell_changes
 from .annotator import Oracle, mask_pixels
@@ -281,13 +281,17 @@ class State:
 
     def apply(self, record: Round) -> None:
         "Let a round that is on disk take effect: pseudo-labels, paid masks."
-        here, labels = self.folder.round_path(record.index), self.annotator.labels
-        store = MaskStore(here / (ACCEPTED if (here / ACCEPTED).is_dir() else "masks"), labels)
+        here, store = self.folder.round_path(record.index), self._accepted(record)
         self.pool.set_pseudo({i: store.path(i) for i in record.pseudo_ids}, _read_p_yes(here))
         self.rounds.append(record)
         self._due = record
         with suppress(Waiting):  # people may answer later
             self.settle()
+
+    def _accepted(self, record: Round) -> MaskStore:
+        "The masks that a round has accepted."
+        here = self.folder.round_path(record.index)
+        return MaskStore(here / (ACCEPTED if (here / ACCEPTED).is_dir() else "masks"), self.annotator.labels)
 
     def settle(self) -> None:
         "The human answers what the last round has chosen; `Waiting` where people have not."
@@ -297,10 +301,10 @@ class State:
         if record.fix_ids:
             proposals = MaskStore(self.folder.round_path(record.index) / FIXED, self.annotator.labels)
         audited = [i for i in (record.judge or {}).get("to_audit", []) if i in self.pool.pseudo]
-        accepted = {i: read_indices(self.pool.pseudo[i]) for i in audited}
+        accepted = self._accepted(record)
         again = [i for i in record.fix_ids if stable_uniform(i, "again") < AGAIN]
         if self.annotator.desk is not None:
-            self._summon(record, proposals, accepted, again)
+            self._summon(record, proposals, {i: accepted.path(i) for i in audited}, again)
         self.label(record.selection["ids"], record.fix_ids, proposals)
         bad = [i for i in audited if not self.annotator.check(i, accepted, self.tau)]
         for image_id in bad:
@@ -322,12 +326,12 @@ class State:
         self,
         record: Round,  # what it has chosen
         proposals: MaskStore | None,  # that people correct
-        accepted: Mapping[str, np.ndarray],  # masks that the judge has accepted, to be looked at
+        accepted: Mapping[str, Path],  # masks that the judge has accepted, to be looked at
         again: Sequence[str],  # of the images to be corrected, those that are drawn as well
     ) -> None:
         "Put all questions of a round before people in one go."
         ids, fixed = record.selection["ids"], set(record.fix_ids)
-        shown = {**accepted, **({} if proposals is None else {i: proposals[i] for i in record.fix_ids})}
+        shown = {**accepted, **({} if proposals is None else {i: proposals.path(i) for i in record.fix_ids})}
         why = dict(zip(ids, record.selection["reasons"], strict=True))
         why |= dict.fromkeys(accepted, "accepted by the judge: is it good?")
         wanted = {"draw": [i for i in ids if i not in fixed], "fix": record.fix_ids, "verify": list(accepted)}

@@ -156,7 +156,8 @@ class _Kept:
 
     def submit(self, request: Request, mask: np.ndarray, seconds: float) -> None:
         "Take a mask; the verdict is what became of the proposal."
-        same = request.proposal is not None and np.array_equal(mask, request.proposal)
+        proposal = request.proposal
+        same = proposal is not None and np.array_equal(mask, proposal)
         self.take(request, "drawn" if request.kind == "draw" else "accepted" if same else "fixed", mask, seconds)
 
     def draft(self, request: Request, mask: np.ndarray, seconds: float) -> None:
@@ -249,7 +250,8 @@ class _Talk:
         request = order[at]
         photo, size = _photo(request.image)
         mask, seconds, verdict = self.kept.begun(request)
-        start = blank_mask(size, self.kept.labels) if request.proposal is None else request.proposal
+        proposal = request.proposal
+        start = blank_mask(size, self.kept.labels) if proposal is None else proposal
         task: dict[str, Any] = {"what": "task", "view": view, "id": request.id, "ask": request.kind}
         task["name"] = request.image_id  # that an image is asked about again, nobody need know
         task |= {"reason": request.reason, "place": at + 1, "total": len(order)}

@@ -21,7 +21,7 @@ from ..core.checks import DataError
 from ..core.files import write_bytes
 from ..core.guards import inside
 from ..data.labels import VOID
-from ..data.masks import open_image, raw_rows, row_ids
+from ..data.masks import MaskStore, open_image, raw_rows, read_indices, row_ids
 from .requests import Annotator, Answer, AnswerStore, Request, Waiting
 
 # %% ../../nbs/people/06_desk.ipynb #desk-photographs
@@ -72,6 +72,11 @@ def question_id(
     return f"{image_id}~{hashlib.sha256(np.ascontiguousarray(mask, np.uint8).tobytes()).hexdigest()[:8]}"
 
 
+def _shown(proposals: Any, image_id: str) -> np.ndarray | Path:
+    "A proposal, or where it lies: many of them need not be in memory together."
+    return proposals.path(image_id) if isinstance(proposals, MaskStore) else proposals[image_id]
+
+
 class Desk:
     "Asks for what a run needs, takes what comes, and says where it is waited for."
 
@@ -93,21 +98,22 @@ class Desk:
         self,
         ids: Sequence[str],  # images, the most urgent first
         kind: str = "draw",  # draw, fix, verify; again: draw what was corrected, without seeing the proposal
-        proposals: Any = None,  # image -> (H, W) mask that people see; fix, verify
+        proposals: Any = None,  # image -> (H, W) mask that people see, or its file; fix, verify
         reasons: Sequence[str] = (),  # why each image, for people
     ) -> list[str]:  # ids of the questions that were not answered before
         "Put questions; what was asked or answered already is not asked again."
         done, why = self.store.lines(), dict(zip(ids, reasons, strict=False))
         requests, new = [], []
         for place, image_id in enumerate(ids):
-            mask = None if kind in ("draw", "again") else proposals[image_id]
-            question = question_id(image_id, kind, mask)
+            shown = None if kind in ("draw", "again") else _shown(proposals, image_id)
+            seen = read_indices(shown) if kind == "verify" and isinstance(shown, Path) else shown
+            question = question_id(image_id, kind, seen if isinstance(seen, np.ndarray) else None)
             if question not in done:
                 new.append(question)
                 asked_as = "draw" if kind == "again" else kind
                 why_now, urgent = why.get(image_id, ""), float(len(ids) - place)
                 requests.append(
-                    Request(question, asked_as, self.photographs[image_id], mask, why_now, urgent, about=image_id)
+                    Request(question, asked_as, self.photographs[image_id], shown, why_now, urgent, about=image_id)
                 )
         if fresh := [request for request in requests if request.id not in self._put]:
             self.annotator.ask(fresh)

@@ -145,9 +145,10 @@ def read_answer(
 
 def _verdict_of(request: Request, mask: np.ndarray | None) -> str | None:
     "What a mask says on its own."
-    if mask is None or request.proposal is None:
+    proposal = None if mask is None else request.proposal
+    if mask is None or proposal is None:
         return None if mask is None else "drawn"
-    return "accepted" if np.array_equal(mask, request.proposal) else "fixed"
+    return "accepted" if np.array_equal(mask, proposal) else "fixed"
 
 # %% ../../nbs/people/02_folder.ipynb #folder-sheet
 _HOW = """What to do
@@ -214,8 +215,8 @@ class FolderAnnotator(Annotator):
         for name, request in names.items():
             photo, shown = self.folder / "ask" / f"{name}.png", self.folder / "proposals" / f"{name}.png"
             if request.id in wanted and not photo.is_file():
-                if request.proposal is not None:
-                    write_bytes(shown, mask_png(request.proposal, self.labels))
+                if (proposal := request.proposal) is not None:
+                    write_bytes(shown, mask_png(proposal, self.labels))
                 write_bytes(photo, photo_png(request.image))
         write_text(self.folder / "how_to.txt", how_to(names, self.labels))
 

@@ -55,27 +55,26 @@ class Robot:
     ) -> Answer:
         "What a person who knows it would answer, in a person's time."
         truth, wrong = self.truth(request.image_id), stable_uniform(self.seed, request.id, "robot") < self.error
-        mask = slipped(truth) if wrong else truth
-        if request.kind == "verify":
-            good = image_iou(request.proposal, truth, len(self.labels)) >= self.tau
-            return self._checked(request, good != wrong, mask)
-        if request.proposal is None:
+        mask, proposal = slipped(truth) if wrong else truth, request.proposal
+        if proposal is None:
             return Answer(request.id, "draw", "drawn", mask, self.draw_seconds, "robot")
-        drawing, looking = self.cost.parts(self.cost.share(request.proposal, mask, self.labels), self.draw_seconds)
-        verdict = "accepted" if np.array_equal(mask, request.proposal) else "fixed"
+        if request.kind == "verify":
+            good = image_iou(proposal, truth, len(self.labels)) >= self.tau
+            return self._checked(request.id, proposal, good != wrong, mask)
+        drawing, looking = self.cost.parts(self.cost.share(proposal, mask, self.labels), self.draw_seconds)
+        verdict = "accepted" if np.array_equal(mask, proposal) else "fixed"
         return Answer(request.id, "fix", verdict, mask, drawing * self.draw_seconds + looking, "robot")
 
-    def _checked(self, request: Request, good: bool, mask: np.ndarray) -> Answer:
+    def _checked(self, question: str, proposal: np.ndarray, good: bool, mask: np.ndarray) -> Answer:
         "Yes or no; or the mask, after a look and as much drawing as it takes."
-        assert request.proposal is not None
         look = self.cost.look_seconds
         if good:
-            return Answer(request.id, "verify", "accepted", request.proposal, look, "robot")
-        if not self.puts_right or np.array_equal(mask, request.proposal):
-            return Answer(request.id, "verify", "rejected", None, look, "robot")
-        share = self.cost.share(request.proposal, mask, self.labels)
+            return Answer(question, "verify", "accepted", proposal, look, "robot")
+        if not self.puts_right or np.array_equal(mask, proposal):
+            return Answer(question, "verify", "rejected", None, look, "robot")
+        share = self.cost.share(proposal, mask, self.labels)
         drawing, _ = replace(self.cost, look_seconds=0.0).parts(share, self.draw_seconds)
-        return Answer(request.id, "verify", "fixed", mask, look + drawing * self.draw_seconds, "robot")
+        return Answer(question, "verify", "fixed", mask, look + drawing * self.draw_seconds, "robot")
 
 # %% ../../nbs/people/03_robot.ipynb #robot-work
 def work(
