@@ -557,7 +557,6 @@ def judge(
     measures, ious = measure_judge(judgements, made.said_yes, team.annotator, chosen, config.tau, made.kept, answers)
     _write_answers(here / "judgements.jsonl", judgements, [ious.get(j.id) for j in judgements])
     measures["empty_dropped"] = made.empty
-    measures |= {} if state.audited is None else {"audited": state.audited}
     refused = state.refused
     accepted = [i for i in accepted if i not in refused]
     share = config.audit or (AUDIT_SHARE if made.certified is not None and team.annotator.desk is not None else 0.0)
