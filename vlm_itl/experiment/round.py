@@ -248,6 +248,8 @@ def score(
     probe = GradientProbe(seed=team.config.seed) if "gradient" in sampler.needs else None
     if team.regions is None:
         options = scoring_options([key] if key else [], **looks, **aggregate)
+        if masks is not None and team.watchers:
+            options["watchers"] = team.watchers
         return team.learner.look(images, masks=masks, probe=probe, **options)
     if not sampler.needs and masks is None:
         return name_regions(images, team.regions)

@@ -204,6 +204,13 @@ class Team:
         return None if self.unit is None else self.unit.regions
 
     @property
+    def watchers(self) -> list[Any]:  # as `score_pool` takes them
+        "Judges that see what the model's own masks are drawn from; where few are asked about, they look again."
+        if self.handler is None or self.config.judge_limit:
+            return []
+        return self.handler.watchers(by_class=self.config.accept_by == "class")
+
+    @property
     def guessing(self) -> list[Proposer]:
         "Simulated proposers, which read the truth that they spoil; nobody's where there is no judge."
         return [part for part in self.proposer.parts() if part.needs_truth and self.handler is not None]
