@@ -31,7 +31,7 @@ from ..core.checks import ConfigError, DataError, RunError, check_choice, check_
 from ..core.files import environment, progress, to_json
 from ..core.runfolder import on_signals, worker_errors
 from ..core.seeds import derive_seed, seed_everything, seeded, stable_hash
-from ..data.masks import row_ids, watch_of
+from ..data.masks import raw_rows, row_ids, watch_of
 from ..data.transforms import TrainingSet, TrainTransform, collate
 from .checkpoints import Checkpoints, RunningLoss
 from .convergence import MOST_STEPS, Growth, find_steps, held_out_loss
@@ -491,9 +491,8 @@ def _fingerprint(task: _Task) -> str:
     how = {name: value for name, value in asdict(task.settings).items() if name not in free}
     shown = {"image_size": task.view.image_size, "resize": task.view.resize}
     weights = [value.cpu().numpy() for value in task.model.state_dict().values()]
-    worth = [
-        np.asarray(task.labelled[name]) for name in ("human", "weight", "p_yes") if name in task.labelled.column_names
-    ]
+    told = raw_rows(task.labelled)  # or every picture would be decoded for a column of numbers
+    worth = [np.asarray(told[name][:]) for name in ("human", "weight", "p_yes") if name in told.column_names]
     return stable_hash(to_json({**how, **shown}), task.seed, row_ids(task.labelled), *worth, *weights).hex()
 
 

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
 import numpy as np
-from sklearn.cluster import KMeans, MiniBatchKMeans
-from sklearn.neighbors import NearestNeighbors
 
 from ..core.checks import ConfigError, check_number, closest
 from ..model.doubt import DROPOUT_RATE, PASS_SCORES, aggregate_options
@@ -118,6 +116,8 @@ def cluster(
     in_place: bool = False,  # may overwrite the points, which saves a copy of them
 ) -> np.ndarray:  # (N,) cluster of each point
     "k-means with a start that comes from `rng`, every time the same."
+    from sklearn.cluster import KMeans, MiniBatchKMeans  # a second to import
+
     seed = int(rng.integers(2**31))
     count = _distinct(points, count)
     if count == 1:
@@ -132,6 +132,8 @@ def neighbour_distance(
     neighbours: int,  # how many, at most; half the cluster in small ones
 ) -> np.ndarray:  # (N,) small = dense
     "Mean distance to the nearest other points; ties between copies are exact."
+    from sklearn.neighbors import NearestNeighbors
+
     count = min(neighbours, max(1, len(points) // 2))
     if len(points) == 1:
         return np.zeros(1)

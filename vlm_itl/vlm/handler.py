@@ -339,6 +339,13 @@ class Equipped:
         for judge in self.inner():
             judge.bind_segmenter(model, view)
 
+    def watchers(
+        self,
+        by_class: bool = False,  # will the questions be about single classes?
+    ) -> list[Callable[[str, Any, np.ndarray], None]]:  # as `score_pool` takes them
+        "Who wants to see the segmenter's logits when it draws a mask, so that nobody has to look at the image again."
+        return [watch for judge in self.inner() for watch in judge.watchers(by_class)]
+
     def bind_pool(
         self,
         shown: Shown,  # all images that it will be asked about in this round; without human masks
