@@ -258,10 +258,14 @@ class Oracle:
 
     def peek_for_simulation(self, image_id: str) -> np.ndarray:  # (H, W) uint8, its true mask
         "Read a truth without paying. Only a simulated judge (`needs_truth`) may; it counts once per image and round."
-        row = self.rows([image_id])[0]
+        self.count_peek(image_id)
+        return self._truths[self._where[image_id]]["mask"]
+
+    def count_peek(self, image_id: str) -> None:
+        "Count a look at a truth, and take none."
+        self.rows([image_id])
         self.ledger.peeks += image_id not in self._peeked
         self._peeked.add(image_id)
-        return self._truths[row]["mask"]
 
     def begin_round(self) -> None:
         "From now on, a look at a truth counts again."
