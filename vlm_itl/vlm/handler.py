@@ -357,6 +357,14 @@ class Equipped:
         for judge in self.inner():
             judge.bind_labelled(shown, part)
 
+    def foresee(
+        self,
+        queries: Sequence[Any],  # all that will be asked; some answers may be known already
+    ) -> None:
+        "Look at questions before the first is asked, to tell what they will cost, or to refuse."
+        for judge in self.inner():
+            judge.foresee(queries)
+
     def bind_payer(
         self,
         payer: str,  # a name that no other run has; empty: nobody in particular
