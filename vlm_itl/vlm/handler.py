@@ -519,7 +519,9 @@ def _why_stopped(judge: VLMHandler, count: int, reason: str) -> str:
     return f"{who} failed {count} times in a row, always alike: {reason.rstrip('.')}. To do: {remedy(reason)}."
 
 # %% ../../nbs/vlm/02_handler.ipynb #vlm-registry
-HANDLERS: Registry[type[VLMHandler]] = Registry("judge", homes={"learned": "vlm_itl.proposals.learned"})
+HANDLERS: Registry[type[VLMHandler]] = Registry(
+    "judge", homes={"learned": "vlm_itl.proposals.learned", "openai_batch": "vlm_itl.judging.batches"}
+)
 
 
 def register_handler(

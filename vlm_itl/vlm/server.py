@@ -449,7 +449,8 @@ class Crew:
     stop: str | None = None  # why
     others: list["Crew"] = field(default_factory=list)  # at other servers: they redo what fails here
     busy: int = 0  # questions in flight
-    failed: list[int] = field(default_factory=list)  # positions, in a row
+    own: list[int] = field(default_factory=list)  # positions that failed at another server
+    failed: set[int] = field(default_factory=set)  # positions that failed here
 
     async def run(
         self,
@@ -466,12 +467,13 @@ class Crew:
         "One worker."
         done = 0
         while self.stop is None and (at_most is None or done < at_most):
-            if not self.waiting and not any(crew.busy for crew in self.others):
-                return
-            if not self.waiting:  # another server may die, and its questions come back
+            if pile := self.own or self.waiting:
+                await self._one(pile.pop())
+            elif any(crew.busy for crew in self.others):  # another server may fail, and its questions come back
                 await asyncio.sleep(0.01)
                 continue
-            await self._one(self.waiting.pop())
+            else:
+                return
             if bar is not None:
                 bar.update(1)
             done += 1
@@ -487,8 +489,13 @@ class Crew:
             return
         finally:
             self.busy -= 1
-        self.answers[index] = answer
-        self.failed = [*self.failed, index] if answer.attempts and not is_final(answer) else []
+        if answer.attempts and not is_final(answer):
+            self.failed.add(index)
+        elsewhere = [crew for crew in self._rest() if index not in crew.failed] if index in self.failed else []
+        if elsewhere:
+            min(elsewhere, key=lambda crew: crew.busy + len(crew.own)).own.append(index)
+        else:
+            self.answers[index] = answer
         if (self.waiting or self._rest()) and (why := self.tired(answer)) is not None:
             self._leave(why)
 
@@ -497,12 +504,10 @@ class Crew:
         return [crew for crew in self.others if crew.stop is None]
 
     def _leave(self, why: str) -> None:
-        "Stop, and hand what failed to the others, if there are any."
+        "Stop, and leave the rest of the work to the others, if there are any."
         self.stop = self.stop or why
-        if self._rest():
-            again = [index for index in self.failed if self.answers.pop(index, None) is not None]
-            self.waiting.extend(again)
-            self.failed = []
+        self.waiting.extend(self.own)
+        self.own.clear()
 
 # %% ../../nbs/vlm/09_server.ipynb #exchange-limits
 @dataclass
