@@ -364,6 +364,14 @@ class Equipped:
         for judge in self.inner():
             judge.bind_labelled(shown, part)
 
+    def foresee(
+        self,
+        queries: Sequence[Any],  # all that will be asked; some answers may be known already
+    ) -> None:
+        "Look at questions before the first is asked, to tell what they will cost, or to refuse."
+        for judge in self.inner():
+            judge.foresee(queries)
+
     def bind_payer(
         self,
         payer: str,  # a name that no other run has; empty: nobody in particular
@@ -518,7 +526,9 @@ def _why_stopped(judge: VLMHandler, count: int, reason: str) -> str:
     return f"{who} failed {count} times in a row, always alike: {reason.rstrip('.')}. To do: {remedy(reason)}."
 
 # %% ../../nbs/vlm/02_handler.ipynb #vlm-registry
-HANDLERS: Registry[type[VLMHandler]] = Registry("judge", homes={"learned": "vlm_itl.proposals.learned"})
+HANDLERS: Registry[type[VLMHandler]] = Registry(
+    "judge", homes={"learned": "vlm_itl.proposals.learned", "openai_batch": "vlm_itl.judging.batches"}
+)
 
 
 def register_handler(
