@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_POINTS', 'DONE', 'FAILED', 'STOPPED', 'LOST', 'WAITS', 'RUNNING', 'combine', 'Point', 'make_points', 'Record',
-           'Sweep', 'open_sweep', 'hold', 'table_rows', 'table_csv', 'table_text', 'write_table']
+           'Sweep', 'hold', 'open_sweep', 'table_rows', 'table_csv', 'table_text', 'write_table']
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-imports
 import ast
@@ -193,6 +193,23 @@ class Sweep:
         "The numbers of the points that are not done, from 0."
         return [number for number, point in enumerate(self.points) if not self.is_done(point)]
 
+# %% ../../nbs/cli/04_grid.ipynb #grid-hold
+def hold(
+    path: Path,  # of a lock file
+    said: str,  # what is in use, for the message
+) -> filelock.BaseFileLock | None:  # to be released; None: a file system without locks
+    "Take a lock at once; `RunError` if another process has it."
+    lock = filelock.FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RunError(f"{said} is in use by another process: wait for it, or stop it.") from None
+    except NotImplementedError:
+        return None
+    except OSError as error:
+        raise RunError(f"cannot write into {path.parent}: {error.strerror}.") from error
+    return lock
+
 # %% ../../nbs/cli/04_grid.ipynb #grid-open
 def open_sweep(
     grid: str | Path,  # a YAML file
@@ -211,25 +228,11 @@ def open_sweep(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot create {folder}: {error.strerror}. Choose another --out.") from error
+    lock = hold(folder / ".lock", f"the sweep {folder}")
     write_json(path, {"notebook": str(notebook), "cwd": os.getcwd(), "points": [vars(point) for point in points]})
+    if lock is not None:
+        lock.release()
     return Sweep(folder)
-
-# %% ../../nbs/cli/04_grid.ipynb #grid-hold
-def hold(
-    path: Path,  # of a lock file
-    said: str,  # what is in use, for the message
-) -> filelock.BaseFileLock | None:  # to be released; None: a file system without locks
-    "Take a lock at once; `RunError` if another process has it."
-    lock = filelock.FileLock(path, thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise RunError(f"{said} is in use by another process: wait for it, or stop it.") from None
-    except NotImplementedError:
-        return None
-    except OSError as error:
-        raise RunError(f"cannot write into {path.parent}: {error.strerror}.") from error
-    return lock
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-table
 def _number(value: Any, *path: str | int) -> float | int | None:

@@ -6,7 +6,7 @@
 __all__ = ['SCHEDULER', 'RESTS', 'GO_ON', 'command', 'COMMANDS', 'shipped', 'run_notebooks', 'find_notebook', 'copy_shipped',
            'notebook_parameters', 'guess_value', 'typed_value', 'read_yaml', 'read_yaml_file', 'check_parameters',
            'plan_output', 'LiveText', 'printed_run_folder', 'NotebookRun', 'run_notebook', 'gather_parameters', 'shown',
-           'describe_notebooks', 'main']
+           'describe_notebooks', 'call', 'main']
 
 # %% ../../nbs/cli/01_run.ipynb #run-imports
 import ast
@@ -501,23 +501,33 @@ command = click.Command(
 COMMANDS = {"predict": "vlm_itl.cli.keep", "publish": "vlm_itl.cli.keep", "export": "vlm_itl.cli.export"}
 
 # %% ../../nbs/cli/01_run.ipynb #run-main-main
+def call(
+    asked: click.Command,  # what to run
+    given: Sequence[str],  # its arguments
+    name: str,  # as it was typed, such as "vlm_itl_run predict"
+) -> int:  # its exit code; 2: bad usage, 130: interrupted
+    "Run a command; what is wrong is one line."
+    script = name.split()[0]
+    try:
+        return int(asked.main(args=list(given), prog_name=name, standalone_mode=False) or 0)
+    except click.ClickException as error:
+        click.echo(f"{script}: {error.format_message()} ({name} --help shows the usage.)", err=True)
+        return 2
+    except VlmItlError as error:
+        click.echo(f"{script}: {error}", err=True)
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(f"{script}: interrupted; what was done is kept: the same command goes on.", err=True)
+        return 130
+
+
 def main(
     arguments: Sequence[str] | None = None,  # None: those of the process
-) -> int:  # 0, 1: the notebook failed, 2: bad usage, 130: interrupted
+) -> int:  # 0, 1: the notebook failed, 2: bad usage, 75: waits for people, 85: told to by a scheduler, 130: interrupted
     "The console script `vlm_itl_run`."
     given = list(sys.argv[1:] if arguments is None else arguments)
     asked, name = command, "vlm_itl_run"
     if given and given[0] in COMMANDS:
         word = given.pop(0)
         asked, name = getattr(import_module(COMMANDS[word]), word), f"vlm_itl_run {word}"
-    try:
-        return int(asked.main(args=given, prog_name=name, standalone_mode=False) or 0)
-    except click.ClickException as error:
-        click.echo(f"vlm_itl_run: {error.format_message()} ({name} --help shows the usage.)", err=True)
-        return 2
-    except VlmItlError as error:
-        click.echo(f"vlm_itl_run: {error}", err=True)
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("vlm_itl_run: interrupted; what was done is kept: the same command goes on.", err=True)
-        return 130
+    return call(asked, given, name)
