@@ -212,13 +212,14 @@ def hold(
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-open
 def open_sweep(
-    grid: str | Path,  # a YAML file
+    grid: str | Path | Mapping[str, Any],  # a YAML file, or the content of one
     out: str | Path | None = None,  # the folder; None: runs/sweeps/NAME, after the file
 ) -> Sweep:
     "Make a sweep's folder, or bring it up to date with its file: what is done stays. `ConfigError` for a bad file."
-    told = read_yaml_file(grid)
+    told = dict(grid) if isinstance(grid, Mapping) else read_yaml_file(grid)
     notebook = find_notebook(str(told.get("notebook") or "run_al"))
-    folder = resolve_path(out) if out else project_root() / "runs" / "sweeps" / Path(grid).stem
+    name = "unnamed" if isinstance(grid, Mapping) else Path(grid).stem
+    folder = resolve_path(out) if out else project_root() / "runs" / "sweeps" / name
     path = folder / "sweep.json"
     if folder.is_dir() and not path.is_file() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no sweep (no sweep.json): choose another --out.")
