@@ -132,6 +132,7 @@ def test_a_folder_of_something_else_is_left_alone(home: Path, capsys: pytest.Cap
     assert os.listdir(home / "mine") == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_done_is_skipped_failed_is_tried_again_and_the_table_tells(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_killed_worker_and_a_dead_kernel_lose_nothing(home: Path) -> None:
     assert [record.attempts for point in sweep.points if (record := sweep.record(point))] == [2, 2]
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_one_point(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It fails in one line, the others end, and with more room the same command ends all."""
     sweep = open_sweep(grid("grid: {fill: [0, 4000000, 1]}"), "s")
@@ -202,7 +204,13 @@ def test_where_not_even_the_record_can_be_written(home: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGUSR1, 85), (signal.SIGUSR2, 85)]
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 85, marks=pytest.mark.slow),
+        (signal.SIGUSR2, 85),
+    ],
 )
 def test_a_signal_ends_in_good_order(home: Path, number: int, code: int) -> None:
     """Each point is told once and writes its checkpoint; the exit code says who asked."""
@@ -217,6 +225,7 @@ def test_a_signal_ends_in_good_order(home: Path, number: int, code: int) -> None
         assert main(["s", "--jobs", "2"]) == 0
 
 
+@pytest.mark.slow
 def test_a_killed_command_takes_its_points_along(home: Path) -> None:
     """They notice, stop in good order, and the next command finds nobody in its way."""
     process = subprocess.Popen([*COMMAND, grid("settings: {seconds: 60}\nseeds: 1"), "--out", "s"])
@@ -229,6 +238,7 @@ def test_a_killed_command_takes_its_points_along(home: Path) -> None:
     assert main(["s"]) == 0
 
 
+@pytest.mark.slow
 def test_two_commands_at_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = subprocess.Popen([*COMMAND, grid("settings: {seconds: 60}\nseeds: 1"), "--out", "s"])
     wait_for((home / "s/seed=0/start0").is_file)
@@ -240,6 +250,7 @@ def test_two_commands_at_once(home: Path, capsys: pytest.CaptureFixture[str]) ->
     process.wait()
 
 
+@pytest.mark.slow
 def test_memory_decides_how_many(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one, one runs at a time; nothing waits for ever."""
     monkeypatch.setattr(local, "free_gb", lambda: 0.5)
@@ -326,6 +337,7 @@ def _kill_worker(folder: str) -> None:
     os.kill(int(start.read_text()), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_the_run_command_answers_a_scheduler(home: Path) -> None:
     """`vlm_itl_run` alone, under SIGUSR1: 85, and the kernel, which the scheduler signals too, lives to write."""
     words = [sys.executable, "-c", "import sys; from vlm_itl.cli.run import main; sys.exit(main())", "run_toy"]

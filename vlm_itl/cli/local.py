@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -131,6 +132,9 @@ class Crew:
         self.slots = slots(jobs)
         self.running: list[_Running] = []
         self.stopped = 0  # the signal that ended all
+        known = (sweep.record(point) for point in sweep.points)
+        self.peak = max((record.peak_gb for record in known if record is not None), default=0.0)  # GB of any point
+        self._looked = 0.0
         self._context: Any = multiprocessing.get_context(_METHOD)
         self._context.set_forkserver_preload(["vlm_itl.cli.points"])
 
@@ -164,8 +168,7 @@ class Crew:
 
     def _room(self) -> bool:
         "May one more start?"
-        seen = [record.peak_gb for point in self.sweep.points[:1000] if (record := self.sweep.record(point))]
-        peak = max([*(job.peak for job in self.running), self.memory or max(seen, default=0.0) or _GUESS_GB])
+        peak = max([*(job.peak for job in self.running), self.memory or self.peak or _GUESS_GB])
         return len(self.running) < len(self.slots) and fits(free_gb(), [job.held for job in self.running], peak)
 
     def _start(self, number: int) -> None:
@@ -181,8 +184,10 @@ class Crew:
     def _rest(self) -> None:
         "Until something happens, half a second at most."
         wait([job.said for job in self.running], timeout=0.5)
-        for job in self.running:
-            job.look()
+        if time.monotonic() - self._looked > 1.0:  # a look costs milliseconds on a machine with many processes
+            self._looked = time.monotonic()
+            for job in self.running:
+                job.look()
 
     def _take_in(self) -> list[tuple[int, Record]]:
         "Those that have ended, with the most memory they held."
@@ -201,6 +206,7 @@ class Crew:
         if result.state == LOST and result.host:
             record = result  # the kernel died, and its process says so
         record.peak_gb = round(max(record.peak_gb, job.peak), 3)
+        self.peak = max(self.peak, record.peak_gb)
         with suppress(RunError):  # the disk is full: what is told goes by the result
             self.sweep.write(point, record)
         return record

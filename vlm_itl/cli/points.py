@@ -26,7 +26,7 @@ from .run import NotebookRun, run_notebook
 from ..core.checks import RunError, VlmItlError
 
 # %% ../../nbs/cli/05_points.ipynb #points-turn
-_APART_S = 0.3  # between two starts on one machine
+_APART_S = 0.1  # between two starts on one machine
 
 
 def take_turn() -> None:
