@@ -23,6 +23,9 @@ from vlm_itl.people.account import people_account
 from vlm_itl.people.desk import Desk, Photographs
 from vlm_itl.people.requests import Annotator, Answer, Waiting, make_annotator, register_annotator
 from vlm_itl.people.robot import Robot, work
+from vlm_itl.reports.cards import model_card
+from vlm_itl.reports.report import round_table
+from vlm_itl.reports.run_figures import people_rows, plot_judge, plot_learning_curve, save_figures
 
 TOY = toy_images()
 TRUTH = {row["id"]: row["mask"] for rows in (TOY.train, TOY.val, TOY.test) for row in rows}
@@ -320,6 +323,27 @@ def test_some_corrections_are_drawn_as_well(tmp_path: Path, monkeypatch: pytest.
     assert summary["people"]["kinds"]["fix"]["n"] == len([a for a in given.values() if a.kind == "fix"])
     list(toy_loop(settings(tmp_path / "simulated", policy="fix")).run())
     assert lines(tmp_path / "people") == lines(tmp_path / "simulated")  # it changes nothing
+
+
+def test_the_report_of_a_run_with_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds by kind, measured; what was taken as it stood; drawn without any truth that nobody has given."""
+    monkeypatch.setattr("vlm_itl.experiment.state.AGAIN", 1.0)
+    given: dict[str, Answer] = {}
+    summary, _ = to_the_end(tmp_path, given, policy="fix", audit=1.0)
+    monkeypatch.setattr("vlm_itl.reports.run_figures.plot_class_iou", plot_learning_curve)  # nothing is known by class
+    assert {"people.png", "judge.png"} <= {path.name for path in save_figures(tmp_path)}
+    assert "masks that people drew later" in plot_judge(tmp_path).axes[0].get_title(loc="left")
+    rows, account = people_rows(tmp_path), summary["people"]["kinds"]
+    assert {*rows["kind"]} == {"draw", "fix", "verify", "again"} and len(rows) == len(given)
+    assert rows.set_index("id")["round"][["toy-2", "toy-4"]].tolist() == [0, 0]  # the start, and validation
+    assert (rows[rows["kind"] != "draw"]["round"] > 0).all() and account["verify"]["seconds"] == 2.0
+    text, table = model_card(tmp_path), round_table(tmp_path)
+    assert "**measured**" in text and "| looked at | 1 | 1 | 2.000 | 2.000 | 1.000 |" in text
+    assert "drawn without the proposal: IoU 1.000" in text
+    assert table["human_measured"].tolist() == [1.0] * len(table)
+    list(toy_loop(settings(tmp_path / "simulated", policy="fix")).run())
+    assert "**assumed**" in model_card(tmp_path / "simulated") and not len(people_rows(tmp_path / "simulated"))
+    assert round_table(tmp_path / "simulated")["human_measured"].tolist() == [0.0] * len(table)
 
 
 def test_what_people_drew_is_exported(tmp_path: Path) -> None:

@@ -172,9 +172,24 @@ def _line_text(
     return text
 
 
-def _finish_curve(figure: Figure, axes: Axes, title: str, against: str, columns: Sequence[str]) -> None:
+def _against_text(against: str, tables: _Tables) -> str:
+    "What the x axis shows; of hours, how many were measured: the rest is reckoned by the price of a mask."
+    if against != "human_hours":
+        return AGAINST[against]
+    share = float(np.mean([table["human_measured"].iloc[-1] for table in tables.values()]))
+    how = (
+        "assumed by mask" if share == 0 else "measured" if share > 0.999 else f"{share:.0%} measured, the rest assumed"
+    )
+    return f"{AGAINST[against]}, {how}"
+
+
+def _finish_curve(
+    figure: Figure, axes: Axes, title: str, against: str, columns: Sequence[str], tables: _Tables
+) -> None:
     "Words and ticks of the learning curve."
-    tidy_axes(axes, AGAINST[against], "mean IoU" if len(columns) > 1 else f"mean IoU ({''.join(columns)})")
+    tidy_axes(
+        axes, _against_text(against, tables), "mean IoU" if len(columns) > 1 else f"mean IoU ({''.join(columns)})"
+    )
     axes.set_title(title, fontsize=10, loc="left")
     if against == "labelled_share":
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
@@ -216,7 +231,7 @@ def plot_learning_curve(
     title = "simulated: the judge reads the truth" if any(run.simulated for run in runs) else ""
     if several or not curves:
         title = next(iter(curves), "full supervision")
-    _finish_curve(figure, axes, title, against, [*columns])
+    _finish_curve(figure, axes, title, against, [*columns], tables)
     if not curves:
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
