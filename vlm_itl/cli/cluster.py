@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .grid import DONE, FAILED, LOST, RUNNING, WAITS, Record, Sweep
+from .grid import DONE, FAILED, LOST, RUNNING, STOPPED, WAITS, Record, Sweep
 from .points import work_through
 from .run import GO_ON, SCHEDULER, read_yaml_file
 from ..core.checks import ConfigError, RunError, check_number, closest, one_line, show
@@ -271,7 +271,7 @@ class SlurmCrew:
             raise RunError(f"sbatch refused: {one_line(said[-1], 300)}. No job of this array was submitted.") from None
         return [job.job_id for job in jobs]
 
-    def watch(self) -> None:
+    def watch(self) -> list[int]:  # points whose job was cut off before it could come back; to be submitted again
         "Tell what is heard until no job is left; `SchedulerSilent` after ten minutes without an answer."
         heard, shown = time.monotonic(), ""
         while True:
@@ -292,7 +292,11 @@ class SlurmCrew:
             shown = now
             time.sleep(self.cluster.poll)
         self._news()
-        self._silent()
+        return self._silent()
+
+    def _cut_off(self, record: Record) -> bool:
+        "Told that its time was up, and ended by force while it still wrote: Slurm does not bring such a job back."
+        return record.state == STOPPED and record.signal in SCHEDULER and record.attempts <= self.cluster.requeues
 
     def _news(self) -> None:
         "Tell of points that have ended since the last look."
@@ -304,16 +308,21 @@ class SlurmCrew:
                 self._told.add(point.name)
                 self.tell(number, record)
 
-    def _silent(self) -> None:
-        "Of jobs that are gone, points about which nothing was written."
+    def _silent(self) -> list[int]:
+        "Of jobs that are gone, points that have not ended: tell, or submit again."
+        again = []
         for job, names in self.jobs.items():
             for number, point in enumerate(self.sweep.points):
                 if point.name not in names or point.name in self._told:
                     continue
                 record = self.sweep.record(point) or Record(LOST)
+                if self._cut_off(record):
+                    again.append(number)
+                    continue
                 if record.state == RUNNING or not record.error:
                     record.state, record.error = LOST, f"job {job} ended without a word. {self._last_words(job)}"
                 self.tell(number, record)
+        return again
 
     def _last_words(self, job: str) -> str:
         "The last line of a job's log."

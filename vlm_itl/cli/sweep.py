@@ -72,7 +72,8 @@ def _on_slurm(sweep: Sweep, left: Sequence[int], cluster: Any, tell: Any) -> int
     arrays = " ".join(sorted({job.split("_")[0] for job in crew.jobs}))
     click.echo(f"{len(new)} jobs submitted, {len(crew.jobs) - len(new)} there already: {arrays}")
     try:
-        crew.watch()
+        while again := crew.watch():
+            crew.submit(again)
     except KeyboardInterrupt:
         click.echo(f"the jobs go on by themselves; the same command watches again, and `scancel {arrays}` ends them.")
         return 130
