@@ -233,8 +233,10 @@ SHOWN = "shown"  # of a round, where people answer later: the judged masks of wh
 def _read_p_yes(folder: Path) -> dict[str, float | None]:
     "How sure the judge was about each image of a round; nothing where the round has no answers."
     path = folder / "judgements.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {entry["id"]: entry.get("p_yes") for entry in map(json.loads, lines)}
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8") as lines:  # line by line: of a large pool the whole file is gigabytes
+        return {entry["id"]: entry.get("p_yes") for entry in map(json.loads, lines)}
 
 
 class State:
