@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..core.figures import COLORS, legend_below, make_figure, tidy_axes
 from ..data.labels import LabelSpace
@@ -95,7 +96,7 @@ def _unchanged(rows: pd.DataFrame) -> float | None:
     return float((own["verdict"] == "accepted").mean()) if len(own) else None
 
 # %% ../../nbs/people/07_account.ipynb #account-draw
-_KINDS = {"draw": "drawn", "fix": "corrected", "verify": "looked at", "again": "drawn once more"}
+_KINDS = {"draw": "drawn", "fix": "corrected", "verify": "looked at", "again": "again"}
 
 
 def plot_answers(
@@ -117,6 +118,7 @@ def plot_answers(
         below += number
     tidy_axes(counts, "before round", "answers")
     counts.set_xticks(range(len(below)))
+    counts.yaxis.set_major_locator(MaxNLocator(integer=True))
     tidy_axes(times, "", "measured seconds")
     times.set_xticks(range(len(_KINDS)), list(_KINDS.values()))
     if rows["seconds"].isna().all():
