@@ -79,7 +79,7 @@ def test_one_that_only_fails_is_taken_out_after_patience(serve: Callable[..., Se
     bad, good = serve(lambda *_: (500, {"error": {"message": "CUDA error"}})), serve(fine)
     answers = several(bad.url, good.url, patience=3).judge([ask(i) for i in range(40)])
     assert [a.verdict for a in answers] == ["yes", "no"] * 20
-    assert sum(bad.attempts.values()) <= 3 + 3  # its workers, and no more
+    assert sum(bad.attempts.values()) <= 12  # three in a row of one kind, and what is in flight: not its half of 40
 
 
 def test_when_all_are_gone_one_line_says_so_and_nothing_is_lost(

@@ -452,7 +452,8 @@ def test_run_notebooks_offer_every_setting():
 
 
 def test_worked_yaml_files():
-    files = sorted((project_root() / "configs").glob("*.yaml"))
+    sweeps = {"sweep", "slurm"}  # a grid, and what a job of it is
+    files = [f for f in sorted((project_root() / "configs").glob("*.yaml")) if f.stem not in sweeps]
     assert {f.stem for f in files} >= {"voc_baseline", "voc_al", "voc_vlm"}
     for path in files:
         settings = yaml.safe_load(path.read_text())

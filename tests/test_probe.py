@@ -245,7 +245,7 @@ def test_two_processes_fill_one_cache(tmp_path: Path):
     assert [process.exitcode for process in running] == [0, 0]
     keys = [key for number in range(40) for key in image_keys(toy.train, VIEW, bytes([number]))]
     assert all(cache.read(key) is not None for key in keys)
-    assert {path.suffix for path in cache.folder.rglob("*") if path.is_file()} == {".npz"}
+    assert {path.suffix for path in cache.folder.rglob("*") if path.is_file()} == {".npz", ".lock"}
 
 
 def test_everything_that_looks_at_a_pool_works_from_memory(probe: Probe, tmp_path: Path, monkeypatch: Any):
