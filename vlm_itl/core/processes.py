@@ -86,7 +86,8 @@ class Processes:
         self.count, self.rank, self.local = count, 0, 0
         self.kept: dict[str, Any] = {}  # of a helper: what earlier calls have left for later ones
         self.running = False
-        self._store: Any = None
+        self._store: Any = None  # of torch: notes of helpers
+        self._joined = False  # is torch's process group ours?
         self._children: list[subprocess.Popen[bytes]] = []
         self._told: list[Any] = []  # of each child: a file that takes what it says
         self._threads = 0  # that torch had before
@@ -178,7 +179,7 @@ class Processes:
         until = time.monotonic() + 5
         while time.monotonic() < until:
             for rank in range(1, self.count):
-                if self._store is not None and self._store.check([_NOTE.format(rank)]):
+                if self._store.check([_NOTE.format(rank)]):
                     return pickle.loads(self._store.get(_NOTE.format(rank)))
             if ended := [child for child in self._children if child.poll() is not None]:
                 return self._ended(ended[0])
@@ -211,9 +212,9 @@ class Processes:
             _end_children(self._children, at_once)
             for file in self._told:
                 file.close()
-            if dist.is_initialized():
+            if self._joined:
                 dist.destroy_process_group()
-            self.running, self._store, self.kept = False, None, {}
+            self.running, self._joined, self.kept = False, False, {}
             self._children, self._told = [], []
         if self._threads:
             torch.set_num_threads(self._threads)
@@ -259,21 +260,25 @@ class Processes:
     by_nccl = False  # has every process a GPU of its own?
 
 # %% ../../nbs/core/11_processes.ipynb #processes-join
-def _connect(processes: Processes, store: Any) -> None:
+def _connect(processes: Processes) -> None:
     "The process group of torch."
     import torch
     import torch.distributed as dist
 
     if dist.is_initialized():
-        raise RunError("torch.distributed is in use in this process already, by other code: start the run in its own.")
+        raise RunError(
+            "torch.distributed is in use in this process already, by another run with processes or by other code: let "
+            "it end first, or set processes=1."
+        )
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     processes.by_nccl = gpus > processes.local and gpus >= processes.count // max(1, _machines(processes))
     if gpus:
         torch.cuda.set_device(processes.local % gpus)
     backend = "cpu:gloo,cuda:nccl" if processes.by_nccl else "gloo"
     wait = _FOREVER if processes.rank else _PATIENCE
-    dist.init_process_group(backend, store=store, rank=processes.rank, world_size=processes.count, timeout=wait)
-    processes._store = store
+    here = {"store": processes._store, "rank": processes.rank, "world_size": processes.count}
+    dist.init_process_group(backend, timeout=wait, **here)
+    processes._joined = True
 
 
 def _machines(processes: Processes) -> int:
@@ -287,8 +292,8 @@ def _join_launched(processes: Processes) -> None:
     from torch.distributed.rendezvous import rendezvous
 
     processes.local = int(os.environ.get("LOCAL_RANK", "0"))
-    store, processes.rank, processes.count = next(iter(rendezvous("env://")))
-    _connect(processes, store)
+    processes._store, processes.rank, processes.count = next(iter(rendezvous("env://")))
+    _connect(processes)
     for name in _LAUNCHED:
         os.environ.pop(name, None)
 
@@ -306,7 +311,7 @@ def _start_helpers(processes: Processes) -> None:
     processes._threads = torch.get_num_threads()
     threads = max(1, processes._threads // processes.count)
     torch.set_num_threads(threads)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = processes._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank in range(1, processes.count):
         how = {"port": store.port, "rank": rank, "count": processes.count, "threads": threads}
         told = tempfile.TemporaryFile()
@@ -327,7 +332,7 @@ def _start_helpers(processes: Processes) -> None:
             raise processes._ended(ended[0])
         time.sleep(0.02)
     with environment(**_LOOPBACK):
-        _connect(processes, store)
+        _connect(processes)
 
 
 def _end_children(children: Sequence["subprocess.Popen[bytes]"], at_once: bool) -> None:
@@ -362,9 +367,9 @@ def help_leader(
     torch.set_num_threads(threads)
     processes = Processes(count)
     processes.rank = processes.local = rank
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    store.set(_ARRIVED.format(rank), "")
-    _connect(processes, store)
+    processes._store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    processes._store.set(_ARRIVED.format(rank), "")
+    _connect(processes)
     processes.running = True
     processes.serve()
     dist.destroy_process_group()

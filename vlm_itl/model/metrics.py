@@ -257,7 +257,8 @@ def metrics_of_classes(
     names: Sequence[str] | None = None,  # C class names
 ) -> Metrics:
     "All numbers of an evaluation from what was counted image by image, wherever that was done."
-    return _metrics(*counts.astype(np.float64), names)
+    right, true, predicted = counts.astype(np.float64)
+    return _metrics(right, true, predicted, names)
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-image-iou
 def image_iou(

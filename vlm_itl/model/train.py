@@ -242,7 +242,7 @@ class Share(Protocol):
 
 # %% ../../nbs/model/09_train.ipynb #train-trainer
 def _batch_loss(
-    model: Segmenter,  # in training mode
+    model: torch.nn.Module,  # a segmenter in training mode
     inputs: dict[str, Any],  # of `collate`
     settings: TrainSettings,
     share: Share | None = None,  # of a batch that several processes have: the loss is over all of it
@@ -605,7 +605,7 @@ def _grown(task: _Task, checkpoints: Path | None) -> Growth:
         settings = replace(task.settings, steps=steps, eval_every=0, early_stopping=0)
         where = None if checkpoints is None else checkpoints / "looks" / str(steps)
         desc = f"{task.desc}, a look at {steps} steps"
-        how = {"seed": task.seed, "desc": desc, "checkpoints": where, "share": task.share}
+        how: dict[str, Any] = {"seed": task.seed, "desc": desc, "checkpoints": where, "share": task.share}
         fit(task.model, learn, settings, task.view, **how)
         return held_out_loss(task.model, held, task.view)
 
@@ -619,7 +619,7 @@ def _fit_grown(task: _Task, checkpoints: Path | None) -> FitResult:
     growth = _grown(task, checkpoints)
     settings = replace(task.settings, steps=growth.steps)
     where = None if checkpoints is None else checkpoints / "all"
-    how = {"seed": task.seed, "desc": task.desc, "checkpoints": where, "share": task.share}
+    how: dict[str, Any] = {"seed": task.seed, "desc": task.desc, "checkpoints": where, "share": task.share}
     result = fit(task.model, task.labelled, settings, task.view, task.validation, **how)
     looks = [{"steps": steps, "held_out_loss": loss} for steps, loss in growth.looks]
     return replace(result, history=[*looks, *result.history])
@@ -687,7 +687,11 @@ _TENSORS = ("pixel_values", "labels", "weight")
 
 def _batches_from(task: _Task, step: int) -> DataLoader:
     "This process's places of all batches from a step on."
-    rows, width, workers = task.examples(), len(task.part), task.settings.num_workers
+    rows, width, workers = (
+        _PartOfBatches(task.drawn(), task.settings.batch_size, task.part),
+        len(task.part),
+        task.settings.num_workers,
+    )
     rest = Subset(rows, range(step * width, len(rows)))
     order = torch.Generator().manual_seed(0)  # leaves torch's global generator alone
     return DataLoader(rest, batch_size=width, collate_fn=collate, num_workers=workers, generator=order)

@@ -54,7 +54,8 @@ class _Packer(pickle.Pickler):
     def reducer_override(self, thing: Any) -> Any:
         if not isinstance(thing, nn.Module):
             return NotImplemented
-        made, arguments, state, *rest = thing.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        reduced: Any = thing.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+        made, arguments, state, *rest = reduced
         if isinstance(thing, PreTrainedModel):
             made, arguments = _empty, (type(thing), thing.config)
         hooks = {key: hook for key, hook in thing._forward_hooks.items() if hook.__module__ != _CAPTURING}
@@ -277,7 +278,8 @@ class BatchShare:
         processes: Processes,  # that share
         prepare: Callable[[], None] = lambda: None,  # in the leader: gives the helpers the network
     ):
-        self.processes, self.prepare, self._task = processes, prepare, Any
+        self.processes, self.prepare = processes, prepare
+        self.task: Any = None  # in a helper: what it learns along
 
     def part(
         self,
@@ -371,7 +373,7 @@ class BatchShare:
     def _look_along(self, model: Segmenter) -> None:
         "In a helper."
         model.load_state_dict(self.processes.said(None))  # with the statistics of BatchNorm, which are not learnt
-        task = self._task
+        task = self.task
         self.processes.gathered(_counts_of(self.processes, model, task.validation, task.view, "validating"))
 
 
@@ -382,7 +384,7 @@ def learn_share(
 ) -> None:
     "As a helper: learn along."
     model, share = kept_network(processes, weights), BatchShare(processes)
-    share._task = task
+    share.task = task
     with norms_of_whole_batch(model, processes):
         learn_along(task, model, share, processes.rank)
 
