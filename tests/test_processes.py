@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from vlm_itl.core.checks import ConfigError, DataError, RunError
 from vlm_itl.core.processes import Processes, help_leader, launched_rank, processes_of_run, share_of, who
-from vlm_itl.data.masks import MaskStore, make_rows
+from vlm_itl.data.masks import MaskStore, make_rows, raw_rows
 from vlm_itl.data.sources import SegData, load_data
 from vlm_itl.experiment import make_config, run_al
 from vlm_itl.model.predict import Inference, evaluate
@@ -174,8 +174,8 @@ def test_the_gradient_of_a_batch_is_that_of_its_parts(
 
 
 def test_weighted_images_and_an_uneven_batch(scenes: SegData, pair: Processes, monkeypatch: pytest.MonkeyPatch):
-    rows = scenes.train.select(range(6))
-    weighted = replace(scenes, train=rows.add_column("human", [True] * 3 + [False] * 3).add_column("weight", [0.5] * 6))
+    told = raw_rows(scenes.train).add_column("human", [True, False, True] * 5).add_column("weight", [0.5] * 15)
+    weighted = replace(scenes, train=told)
     watch = Gradients(monkeypatch)
     losses = [trained("cnn-nano", weighted, who, batch_size=3)[1].train_loss for who in (None, pair)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -210,8 +210,8 @@ def pixel_loss(
     if logits.shape[-2:] != truth.shape[-2:]:
         logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
     if weights is not None:
-        pixels = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none")  # (B, H, W)
-        total = (pixels * weights[:, None, None]).sum()
+        each = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none")  # (B, H, W)
+        total = (each * weights[:, None, None]).sum()
     elif logits.is_cuda:  # the sum inside cross_entropy has no fixed order there
         total = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none").sum()
     else:
