@@ -293,9 +293,24 @@ def _join_launched(processes: Processes) -> None:
 
     processes.local = int(os.environ.get("LOCAL_RANK", "0"))
     processes._store, processes.rank, processes.count = next(iter(rendezvous("env://")))
+    if processes.rank == 0:
+        processes._store.set(_LEADS, "")
+    else:
+        _wait_for_leader(processes)
     _connect(processes)
     for name in _LAUNCHED:
         os.environ.pop(name, None)
+
+
+_LEADS = "leads"  # what the leader says when a run begins
+
+
+def _wait_for_leader(processes: Processes) -> None:
+    "As a helper: `RunError` where the first process begins no run."
+    try:
+        processes._store.wait([_LEADS], _PATIENCE)
+    except RuntimeError:
+        raise RunError("the first process has begun no run that its helpers could help with.") from None
 
 # %% ../../nbs/core/11_processes.ipynb #processes-start
 _HELPER = "from vlm_itl.core.processes import help_leader; help_leader({port}, {rank}, {count}, {threads})"
@@ -321,13 +336,7 @@ def _start_helpers(processes: Processes) -> None:
             stdin=subprocess.PIPE,
             stdout=told,
             stderr=told,
-            env={
-                **os.environ,
-                "PYTHONPATH": path,
-                "VLM_ITL_PROGRESS": "0",
-                "OMP_NUM_THREADS": str(threads),
-                **_LOOPBACK,
-            },
+            env={**os.environ, "PYTHONPATH": path, "VLM_ITL_PROGRESS": "0", "OMP_NUM_THREADS": str(threads), **_LOOPBACK},
         )
         processes._children.append(child)
         processes._told.append(told)
