@@ -37,8 +37,8 @@ import vlm_itl
 from ..core.checks import ConfigError, RunError, VlmItlError, closest, printable, show
 from ..core.files import environment, project_root, resolve_path, write_bytes
 from ..core.guards import refuse_secrets
-from ..core.reading import parse_yaml, unclear
 from ..core.processes import launched_rank, processes_of_run
+from ..core.reading import parse_yaml, unclear
 from ..core.runfolder import on_signals
 
 # %% ../../nbs/cli/01_run.ipynb #run-find
