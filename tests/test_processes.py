@@ -354,7 +354,7 @@ def test_torchrun_runs_the_same(tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED)
     together, alone = tmp_path / "together", tmp_path / "alone"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(script), json.dumps(settings(together))], capture_output=True, text=True, env=env, timeout=300
