@@ -6,6 +6,7 @@
 # make check   what CI runs: in sync, lint, test
 # make audit   ask for known holes in the pinned dependencies (needs a network); make trust: break things on purpose, half an hour
 # make study   measure the README's results on photographs (VLM_ITL_SHARED; about ten hours of two cores, goes on where it stopped)
+# make bench   what it costs beside what others would use, in one run (ten minutes on a quiet machine; results/bench.md)
 # make results show them: tables, figures, README (seconds)
 # make house   how well the book can be read: statistics of its chapters
 # make clean   remove caches; make distclean: .venv as well. Neither touches runs/
@@ -29,7 +30,7 @@ INPUTS := settings.ini setup.py pyproject.toml constraints.txt
 SUM := $(shell { echo '$(CURDIR)'; cat $(INPUTS); } | cksum | cut -d' ' -f1)
 STAMP := $(VENV)/.installed-$(SUM)
 
-.PHONY: help setup demo test test-all test-people audit trust study results house export sync check-sync lint check clean distclean hooks
+.PHONY: help setup demo test test-all test-people audit trust study bench results house export sync check-sync lint check clean distclean hooks
 .DEFAULT_GOAL := help
 
 help:
@@ -97,11 +98,17 @@ study: $(STAMP)
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/judge_pays.py --seeds 10
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/judge_pays.py --seeds 10 --masks 10 20 --rows $(FEW)
 	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/label_pool.py --seeds 10
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/bench_stop.py
+	@HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/judge_classes.py
 	@$(MAKE) --no-print-directory results
+
+bench: $(STAMP)
+	@$(BIN)/python benchmarks/bench_all.py
 
 results: $(STAMP)
 	@$(BIN)/python benchmarks/judge_pays.py --show
 	@$(BIN)/python benchmarks/label_pool.py --show
+	@$(BIN)/python benchmarks/bench_stop.py --show
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --inplace nbs/index.ipynb
 	@PATH="$(BIN):$$PATH" tools/sync.sh
 

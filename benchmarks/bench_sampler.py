@@ -39,7 +39,7 @@ from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import Segmenter, load_model
 from vlm_itl.sampler.selects import ball_radius, probcover
 from vlm_itl.sampler.strategy import Sampler, kcenter_greedy
-from vlm_itl.sampler.uncertainty import make_second_look, scoring_options
+from vlm_itl.sampler.uncertainty import make_second_look, mc_passes, scoring_options
 
 T = 10  # looks
 IMAGES = 32  # of BALD, 256 x 256
@@ -119,6 +119,17 @@ def bald(way: str) -> dict[str, float]:
         look = make_second_look(["bald-mean"], passes=T)
         valid = torch.ones(BATCH, 64, 64, dtype=torch.bool)
         return extra(lambda: [look(model, pixels[i : i + BATCH], valid) for i in range(0, IMAGES, BATCH)])
+    if way == "stacked":
+
+        def stacked() -> None:
+            probabilities = []
+            for i in range(0, IMAGES, BATCH):
+                looks = [logits.softmax(1) for logits in mc_passes(model, pixels[i : i + BATCH], T)]
+                probabilities.append(torch.stack(looks))
+            p = torch.cat(probabilities, 1)  # (T, N, C, h, w)
+            (torch.special.entr(p.mean(0)).sum(1) - torch.special.entr(p).sum(2).mean(0)).mean((1, 2))
+
+        return extra(stacked)
     from baal import ModelWrapper
     from baal.active.heuristics import BALD
     from baal.bayesian.dropout import patch_module

@@ -93,7 +93,7 @@ def is_late(row: str) -> bool:
     return needs_model or row.startswith(("echo", *NEED_MODEL))
 
 
-def settings_of(row: str, masks: int, seed: int, out: Path) -> dict[str, Any]:
+def settings_of(row: str, masks: int, seed: int, out: Path, steps: int = BASE["steps"]) -> dict[str, Any]:
     "The settings of one run."
     first, step = (masks - 1, 1) if is_late(row) else (masks, 1)
     if ROWS[row].get("strategy") == "entropy":  # three rounds, two where masks are few
@@ -101,10 +101,10 @@ def settings_of(row: str, masks: int, seed: int, out: Path) -> dict[str, Any]:
     if row == "all masks":
         first = masks = 436  # and one for validation
     sizes = {"initial": first, "increment": step, "max_labelled": masks}
-    return {**BASE, **ROWS[row], **sizes, "seed": seed, "output_dir": str(out)}
+    return {**BASE, **ROWS[row], **sizes, "steps": steps, "seed": seed, "output_dir": str(out)}
 
 
-def run_one(row: str, masks: int, seed: int, work: Path) -> dict[str, Any]:
+def run_one(row: str, masks: int, seed: int, work: Path, steps: int = BASE["steps"]) -> dict[str, Any]:
     "One run, and what came of it."
     from vlm_itl.experiment import make_config, run_al
 
@@ -114,7 +114,7 @@ def run_one(row: str, masks: int, seed: int, work: Path) -> dict[str, Any]:
     start = time.process_time()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            list(run_al(make_config(settings_of(row, masks, seed, out))))
+            list(run_al(make_config(settings_of(row, masks, seed, out, steps))))
     except Exception as error:  # the others go on
         return {**found, "error": f"{type(error).__name__}: {error}"[:500]}
     summary = json.loads((out / "summary.json").read_text())
@@ -136,7 +136,7 @@ def run_one(row: str, masks: int, seed: int, work: Path) -> dict[str, Any]:
     }
 
 
-def _run_key(key: tuple[str, int, int, Path]) -> dict[str, Any]:
+def _run_key(key: tuple[str, int, int, Path, int]) -> dict[str, Any]:
     "`run_one` of one argument."
     return run_one(*key)
 
@@ -297,8 +297,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--out", type=Path, default=ROOT / "runs/judge_pays.jsonl")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument(
+        "--steps", type=int, default=BASE["steps"], help="of a training; others need an --out of theirs"
+    )
     parser.add_argument("--show", action="store_true", help="run nothing: the table and the figures of what is there")
     given = parser.parse_args()
+    if given.steps != BASE["steps"] and given.out == parser.get_default("out"):
+        parser.error("rows with other --steps must not be mixed with those of the study: give them an --out of theirs.")
     if given.show:
         return show(read_raw(given.out) if given.out.is_file() else pd.read_csv(RAW))
     lines = given.out.read_text().splitlines() if given.out.is_file() else []
@@ -309,7 +314,7 @@ def main() -> None:
     work = given.out.parent / "judge_pays"
     spawn = multiprocessing.get_context("spawn")
     with spawn.Pool(given.jobs, _start, maxtasksperchild=25) as pool, given.out.open("a") as file:
-        for found in pool.imap_unordered(_run_key, [(*key, work) for key in todo]):
+        for found in pool.imap_unordered(_run_key, [(*key, work, given.steps) for key in todo]):
             print(json.dumps(found), file=file, flush=True)
             print(found["row"], found["masks"], found["seed"], found.get("miou7", found.get("error")), flush=True)
 

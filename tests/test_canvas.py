@@ -266,7 +266,7 @@ def test_a_robot_answers_here_as_anywhere(person: NotebookAnnotator, requests: l
 def test_nobody_sees_that_an_image_is_asked_about_again(
     person: NotebookAnnotator, requests: list[Request], monkeypatch: pytest.MonkeyPatch
 ):
-    person.ask([Request("b~again", "draw", requests[1].image, priority=9.0)])
+    person.ask([Request("b~again", "draw", requests[1].image, priority=9.0, about="b")])
     task = Page(person, monkeypatch).say("ready")
     assert (task["id"], task["name"]) == ("b~again", "b")
 

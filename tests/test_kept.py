@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -32,7 +33,9 @@ from vlm_itl.data.masks import MaskStore, read_indices
 from vlm_itl.data.sources import SegData, load_data, toy_images
 from vlm_itl.data.transforms import predicted_classes
 from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.export import export_run
 from vlm_itl.experiment.loop import run_al, run_baseline
+from vlm_itl.formats import read_masks
 from vlm_itl.model.metrics import ConfusionMatrix
 from vlm_itl.model.predict import Inference, evaluate, measured_view, predict_batches, predict_folder
 from vlm_itl.model.segmenter import SAVED_AS, Segmenter, load_model, load_weights, own_labels, save_model, saved_note
@@ -324,6 +327,26 @@ def test_bad_folders_and_models_are_one_line(scenes_small: SegData, nano_run: Pa
     assert measured_view(str(voc21)) == Inference(513, "stretch")
 
 
+@pytest.mark.parametrize("word", ["coco", "cvat", "cvat-masks", "labelstudio", "voc", "huggingface"])
+def test_predictions_in_the_form_of_a_tool(
+    nano_run: Path, scenes_small: SegData, tmp_path: Path, capsys: Any, word: str
+):
+    """The same masks with their photographs, marked as nobody's work; written anew where photographs came along."""
+    folder, out = photographs(scenes_small, tmp_path / "p"), tmp_path / "out"
+    command = ["predict", str(nano_run), str(folder), "--out", str(out), "--format", word, "--no-overlays"]
+    assert main(command) == 0 and f"as {word} in" in capsys.readouterr().out
+    shutil.copy(next(folder.glob("*.*")), folder / "one_more.png")
+    assert main(command) == 0
+    labels = load_model(str(kept_folder(nano_run))).labels
+    back, store = read_masks(out / word, labels=labels), MaskStore(out / "masks", labels)
+    assert len(back) == len(list(folder.rglob("*.*"))) == len(scenes_small.test) + 1
+    for row in back:
+        assert np.array_equal(row.mask, store[row.id]) and row.by == "model" and row.photograph is not None
+    if word == "labelstudio":
+        tasks = json.loads((out / word / "tasks.json").read_text())
+        assert all(task["predictions"] and not task["annotations"] for task in tasks)
+
+
 def test_the_command_predicts(nano_run: Path, scenes_small: SegData, tmp_path: Path, capsys: Any):
     folder, out = photographs(scenes_small, tmp_path / "p"), tmp_path / "out"
     assert main(["predict", str(nano_run), str(folder), "--out", str(out), "--batch-size", "2"]) == 0
@@ -334,8 +357,9 @@ def test_the_command_predicts(nano_run: Path, scenes_small: SegData, tmp_path: P
     assert main(["predict", str(nano_run), str(folder), "--out", str(out), "--image-size", "40"]) == 2
     assert main(["predict", str(nano_run), str(folder), "--out", str(out), "--resize", "keep"]) == 2
     assert main(["predict", str(nano_run), str(folder), "--ou"]) == 2
+    assert main(["predict", str(nano_run), str(folder), "--out", str(out), "--format", "cocoa"]) == 2
     told = capsys.readouterr().err
-    assert told.count("\n") == 3 and "Traceback" not in told
+    assert told.count("\n") == 4 and "'coco'" in told and "Traceback" not in told
 
 
 def test_real_photographs_are_predicted(voc: Path, weights: Path, tmp_path: Path):
@@ -570,6 +594,29 @@ def test_a_data_set_goes_to_the_hub_with_both_pages_in_one(hub: Any, publish: An
         "README.md",
         "annotations.json",
     }
+
+
+@pytest.mark.parametrize("word", ["huggingface", "coco"])
+def test_what_a_run_exports_goes_to_the_hub(hub: Any, publish: Any, judged_run: Path, tmp_path: Path, word: str):
+    """An export as it is, pictures, masks, class names and who made them, under the card of the run; and back."""
+    exported, masks = export_run(judged_run, word, tmp_path / "made")
+    code, out, err = publish(str(judged_run), "--to", f"me/made-{word}", "--data", str(exported))
+    assert code == 0, err
+    files = hub.repos[f"datasets/me/made-{word}"]["files"]
+    assert "## Who made the masks" in files["README.md"].decode() and hub.repos[f"datasets/me/made-{word}"]["private"]
+    for name, content in files.items():
+        (tmp_path / "back" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "back" / name).write_bytes(content)
+    if word == "coco":
+        found = {row.id: (row.mask, row.by) for row in read_masks(tmp_path / "back")}
+    else:
+        (parquet,) = [path for path in (tmp_path / "back").rglob("*.parquet")]
+        assert json.loads(files["id2label.json"])["0"] == masks.labels.names[0] and "labelmap.txt" in files
+        rows = datasets.Dataset.from_parquet(str(parquet), cache_dir=str(tmp_path / "cache"))
+        found = {row["id"]: (np.array(row["mask"]), row["by"]) for row in rows}
+    assert {row.id for row in masks} == {*found}
+    for row in masks:
+        assert np.array_equal(found[row.id][0], row.mask) and found[row.id][1] == row.by
 
 
 def test_a_data_set_that_is_not_there_is_not_sent(judged_run: Path, tmp_path: Path):

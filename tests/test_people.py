@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from vlm_itl.core.checks import ConfigError, DataError, RunError
 from vlm_itl.data.labels import VOID, LabelSpace
+from vlm_itl.data.masks import MaskStore
 from vlm_itl.data.sources import load_data, toy_images
 from vlm_itl.people import (
     Annotator,
@@ -23,6 +25,7 @@ from vlm_itl.people import (
     make_annotator,
     register_annotator,
 )
+from vlm_itl.people.desk import Desk
 from vlm_itl.people.requests import ANNOTATORS, Asked, append_line, checked_mask, mask_png, read_lines
 
 TOY = toy_images()
@@ -276,3 +279,34 @@ def test_a_photograph_on_its_side(tmp_path: Path):
     assert request.size == image.size[::-1]
     with pytest.raises(DataError, match="without scaling or turning it"):
         checked_mask(request, np.zeros(image.size[::-1], np.uint8)[:5], data.labels)
+
+
+def test_proposals_are_not_kept_in_memory(photos: dict[str, Path], tmp_path: Path):
+    """Twelve masks of a million pixels are asked about in the memory of a few, in this process and in the next."""
+    store = MaskStore(tmp_path / "masks", LABELS)
+    names = [f"big-{n}" for n in range(12)]
+    for name in names:
+        store.write(name, np.zeros((1000, 1000), np.uint8))
+
+    class Nobody(Annotator):
+        def ask(self, requests: Any) -> None:
+            self.asked.add(requests)
+
+        def answered(self) -> dict[str, Answer]:
+            return {}
+
+        def waiting(self) -> str:
+            return ""
+
+    for _ in range(2):
+        desk = Desk(tmp_path, Nobody(tmp_path / "people", LABELS), dict.fromkeys(names, photos["toy-0"]), names)  # type: ignore[arg-type]
+        tracemalloc.start()
+        desk.ask(names, "fix", store)
+        desk.ask(names[:6], "verify", {name: store.path(name) for name in names})
+        known = desk.annotator.asked.all()
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(known) == 18 and peak < 6e6
+        assert all(
+            isinstance(request.shown, Path) and request.proposal.shape == (1000, 1000) for request in known.values()
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from PIL import Image
 from test_people import LABELS, killed, masks, photos, requests, tree
 
 from vlm_itl.core.checks import ConfigError, DataError
-from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.labels import VOID, LabelSpace
 from vlm_itl.data.sources import load_data
+from vlm_itl.formats.formats import MaskRow, MaskSet, write_masks
 from vlm_itl.people import Answer, AnswerStore, Request, make_annotator
 from vlm_itl.people.folder import FolderAnnotator, read_verdicts
 from vlm_itl.people.robot import Robot, slipped, work
@@ -180,7 +182,7 @@ def test_a_robot_killed_while_it_answers(tmp_path: Path, photos: dict[str, Path]
 
 def test_a_robot_errs_as_often_as_told_and_the_same_whoever_asks(photos: dict[str, Path]):
     robot = Robot(lambda image_id: masks()[image_id], LABELS, error=0.25)
-    many = [Request(f"toy-1~{n}", "draw", photos["toy-1"]) for n in range(120)]
+    many = [Request(f"toy-1~{n}", "draw", photos["toy-1"], about="toy-1") for n in range(120)]
     wrong = [r.id for r in many if not np.array_equal(robot.answer(r).mask, masks()["toy-1"])]
     assert 18 < len(wrong) < 45
     assert wrong == [r.id for r in reversed(many) if (robot.answer(r).mask != masks()["toy-1"]).any()][::-1]
@@ -210,3 +212,84 @@ def test_real_photographs_there_and_back(voc: Path, tmp_path: Path):
         known: Answer = robot.answer(request)
         assert store[request.id].digest() == known.digest() and store.seconds[request.id] == known.seconds
     assert isinstance(data.labels, LabelSpace)
+
+
+def exported(to: Path, word: str, zipped: bool = False, names: Any = None, **known: Any) -> None:
+    """What a tool exports: masks of the first two questions, nothing on the third, and our proposal for the last."""
+    names = names or ["001_toy-1", "toy-2", "003_toy-0"]
+    truth = masks()
+    drawn = truth["toy-1"].copy()
+    drawn[0, 0] = VOID
+    rows = [MaskRow(names[0], drawn, by="human", who="anna", seconds=31.5, **known), MaskRow(names[1], truth["toy-2"])]
+    rows += [MaskRow(names[2], np.zeros((8, 8), np.uint8))]
+    rows += [MaskRow("004_toy-3", truth["toy-3"], by="judge", who="mock")]
+    write_masks(MaskSet(LABELS, rows), to, word)
+    if zipped:
+        shutil.make_archive(str(to), "zip", to)
+        shutil.rmtree(to)
+
+
+def four(photos: dict[str, Path], folder: Path) -> FolderAnnotator:
+    """Four questions."""
+    made = make_annotator("folder", folder, LABELS)
+    asked = [Request(f"toy-{n}", "draw", photos[f"toy-{n}"]) for n in (1, 2, 0)]
+    made.ask([*asked, Request("toy-3", "fix", photos["toy-3"], np.ones((8, 8), np.uint8))])
+    assert isinstance(made, FolderAnnotator)
+    return made
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("word", ["coco", "cvat", "labelstudio", "voc", "huggingface", "cvat-masks"])
+def test_what_tools_export_is_taken(photos: dict[str, Path], tmp_path: Path, word: str, zipped: bool):
+    annotator = four(photos, tmp_path / "run")
+    exported(tmp_path / "run" / "masks" / "mine", word, zipped and word != "cvat-masks")  # which is a zip already
+    found = annotator.answered()
+    assert {*found} == {"toy-1", "toy-2"}  # not what nobody has opened, and not what a judge has made
+    assert found["toy-1"].mask[0, 0] == VOID and (found["toy-1"].mask.ravel()[1:] == masks()["toy-1"].ravel()[1:]).all()
+    assert (found["toy-2"].mask == masks()["toy-2"]).all()
+    assert (found["toy-1"].who, found["toy-1"].seconds) == ("anna", 31.5) and found["toy-2"].seconds is None
+    assert "mine" in found["toy-1"].source and "2 masks (1 to draw, 1 to fix)" in annotator.waiting()
+    (tmp_path / "run" / "verdicts.csv").write_text("003_toy-0,drawn,4,ben\n001_toy-1,drawn,99,\n")
+    found = annotator.answered()
+    assert (found["toy-0"].mask == 0).all() and (found["toy-0"].who, found["toy-0"].seconds) == ("ben", 4)
+    assert (found["toy-1"].who, found["toy-1"].seconds) == ("anna", 99)  # a line counts more than a tool
+
+
+def test_an_export_beside_pictures(photos: dict[str, Path], tmp_path: Path):
+    annotator, back = four(photos, tmp_path / "run"), tmp_path / "run" / "masks"
+    exported(back / "mine", "coco")
+    annotator.deliver(
+        Answer("toy-0", "draw", "drawn", masks()["toy-0"], 5.0)
+    )  # which the export holds, with nothing on it
+    assert {*annotator.answered()} == {"toy-0", "toy-1", "toy-2"}
+    Image.fromarray(masks()["toy-1"]).save(back / "toy-1.png")
+    with pytest.raises(DataError, match="image 'toy-1' has two answers, toy-1.png and mine"):
+        annotator.answered()
+    (back / "toy-1.png").unlink()
+    exported(back / "later", "cvat")
+    with pytest.raises(DataError, match="image 'toy-1' has two answers, (later|mine) and (later|mine)"):
+        annotator.answered()
+
+
+def test_an_export_that_cannot_be_taken(photos: dict[str, Path], tmp_path: Path):
+    annotator, back = four(photos, tmp_path / "run"), tmp_path / "run" / "masks"
+    exported(tmp_path / "made", "coco")
+    (file,) = (tmp_path / "made").rglob("*.json")
+    text = file.read_text()
+    (back / "mine.json").write_text(text[: len(text) - 3])  # it is still being written
+    assert annotator.answered() == {}
+    os.utime(back / "mine.json", (1e9, 1e9))
+    with pytest.raises(DataError, match="mine.json is not taken.*no JSON that can be read"):
+        annotator.answered()
+    (back / "mine.json").write_text(text.replace('"red"', '"rot"'))
+    with pytest.raises(DataError, match="no class 'rot'.*format_options"):
+        annotator.answered()
+    lenient = make_annotator("folder", tmp_path / "run", LABELS, format_options={"unknown": "void"})
+    assert VOID in lenient.answered()["toy-1"].mask
+    (back / "mine.json").unlink()
+    (back / "mine.zip").write_bytes(b"PK" + bytes(40))
+    os.utime(back / "mine.zip", (1e9, 1e9))
+    with pytest.raises(DataError, match="mine.zip is not taken.*cannot be unpacked"):
+        annotator.answered()
+    with pytest.raises(ConfigError, match="format='cocoa' is not known"):
+        make_annotator("folder", tmp_path / "run", LABELS, format="cocoa")

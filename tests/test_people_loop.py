@@ -19,9 +19,13 @@ from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.export import export_run, run_masks
 from vlm_itl.experiment.loop import Loop, run_al
 from vlm_itl.formats import read_masks
+from vlm_itl.people.account import people_account
 from vlm_itl.people.desk import Desk, Photographs
 from vlm_itl.people.requests import Annotator, Answer, Waiting, make_annotator, register_annotator
 from vlm_itl.people.robot import Robot, work
+from vlm_itl.reports.cards import model_card
+from vlm_itl.reports.report import round_table
+from vlm_itl.reports.run_figures import people_rows, plot_judge, plot_learning_curve, save_figures
 
 TOY = toy_images()
 TRUTH = {row["id"]: row["mask"] for rows in (TOY.train, TOY.val, TOY.test) for row in rows}
@@ -143,6 +147,65 @@ def test_what_people_find_bad_trains_nobody(tmp_path: Path) -> None:
     assert lines(tmp_path / "bad")[1]["pseudo_ids"] == []  # and it is not accepted again
 
 
+class Misled(Parrot):
+    """Predicts a mask of several classes for toy-1, and it is wrong."""
+
+    def look(self, images: Any, masks: Any = None, **options: Any) -> Any:
+        scores = super().look(images, masks, **options)
+        if masks is not None and "toy-1" in scores.ids:
+            masks.write("toy-1", np.ascontiguousarray(TRUTH["toy-1"].T[::-1]))
+        return scores
+
+
+def put_right_loop(folder: Path, desk: bool, one_by_one: bool = False) -> list[Any]:
+    """A run whose accepted mask is bad, and put right by whoever looks at it: what the network learnt from."""
+    more = {"audit": 1.0, "max_labelled": 4, "annotator_options": {} if desk else {"puts_right": True}}
+    helper = Robot(TRUTH.__getitem__, TOY.labels, puts_right=True)
+    given: dict[str, Answer] = {}
+    for _ in range(30):
+        data, loop, parrot = toy_images(), None, Misled(toy_images())
+        table = Table(folder / "people", TOY.labels)
+        table.given = given
+        photographs = Photographs(folder / "people/photographs", data.train, data.val, data.test)
+        people = Desk(folder, table, photographs, asked_of_people("", data)) if desk else None
+        try:
+            loop = Loop(settings(folder, **more), data, parrot, Eye(), tracker=Listener(), draw=no_figures, desk=people)
+            list(loop.run())
+            return parrot.seen
+        except Waiting:
+            if loop is not None:
+                loop.folder.close()
+            left = table.left()
+            given |= {request.id: helper.answer(request) for request in (left[:1] if one_by_one else left)}
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_what_people_put_right_is_theirs(tmp_path: Path, one_by_one: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    put_right_loop(tmp_path / "people", True, one_by_one)
+    put_right_loop(tmp_path / "simulated", False)
+    assert lines(tmp_path / "people") == lines(tmp_path / "simulated")
+    rounds = [json.loads(line) for line in (tmp_path / "people/rounds.jsonl").read_text().splitlines()]
+    assert rounds[0]["pseudo_ids"] == ["toy-1"] and [r["pseudo"] for r in rounds] == [0, 0, 0, 0]
+    assert rounds[1]["judge"]["audited"] == {"checked": ["toy-1"], "bad": ["toy-1"], "fixed": ["toy-1"]}
+    assert [r["labelled"] for r in rounds] == [1, 3, 3, 4]
+    books = [json.loads((tmp_path / name / "summary.json").read_text())["budget"] for name in ("people", "simulated")]
+    assert books[0]["fixes"] == 1 and books[0]["human_seconds"] == pytest.approx(books[1]["human_seconds"])
+    store = (tmp_path / "people/answers/answers.jsonl").read_text().splitlines()
+    said = {line["id"]: line for line in map(json.loads, filter(None, store))}
+    assert books[0]["human_seconds"] == pytest.approx(sum(line["seconds"] for line in said.values()))
+    assert said["toy-1"]["kind"] == "fix" and said["toy-1"]["seconds"] > 9
+    monkeypatch.setattr("vlm_itl.experiment.export.data_of_run", lambda config: toy_images())
+    rows = {row.id: row for row in run_masks(tmp_path / "people")}
+    assert rows["toy-1"].by == "corrected" and rows["toy-1"].seconds == said["toy-1"]["seconds"]
+    assert np.array_equal(rows["toy-1"].mask, TRUTH["toy-1"])
+
+
+def test_what_was_put_right_is_trained_on(tmp_path: Path) -> None:
+    seen = put_right_loop(tmp_path, False)
+    assert "toy-1" not in seen[0] and all(np.array_equal(rows["toy-1"], TRUTH["toy-1"]) for rows in seen[1:])
+
+
 def test_a_judge_that_reads_the_truth_is_refused(tmp_path: Path) -> None:
     from vlm_itl.vlm.simulated import MockHandler
 
@@ -255,10 +318,32 @@ def test_some_corrections_are_drawn_as_well(tmp_path: Path, monkeypatch: pytest.
     again = [i for i in given if i.endswith("~again")]
     assert again and summary["budget"]["again"] == len(again)
     assert summary["budget"]["human_seconds"] == sum(a.seconds or 0 for a in given.values())
-    assert summary["people"]["agreement"] == {"n": len(again), "iou": 1.0, "bias": 0.0}
+    agreement = summary["people"]["agreement"]
+    assert (agreement["n"], agreement["iou"], agreement["bias"]) == (len(again), 1.0, 0.0) and agreement["before"] < 1
     assert summary["people"]["kinds"]["fix"]["n"] == len([a for a in given.values() if a.kind == "fix"])
     list(toy_loop(settings(tmp_path / "simulated", policy="fix")).run())
     assert lines(tmp_path / "people") == lines(tmp_path / "simulated")  # it changes nothing
+
+
+def test_the_report_of_a_run_with_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds by kind, measured; what was taken as it stood; drawn without any truth that nobody has given."""
+    monkeypatch.setattr("vlm_itl.experiment.state.AGAIN", 1.0)
+    given: dict[str, Answer] = {}
+    summary, _ = to_the_end(tmp_path, given, policy="fix", audit=1.0)
+    monkeypatch.setattr("vlm_itl.reports.run_figures.plot_class_iou", plot_learning_curve)  # nothing is known by class
+    assert {"people.png", "judge.png"} <= {path.name for path in save_figures(tmp_path)}
+    assert "masks that people drew later" in plot_judge(tmp_path).axes[0].get_title(loc="left")
+    rows, account = people_rows(tmp_path), summary["people"]["kinds"]
+    assert {*rows["kind"]} == {"draw", "fix", "verify", "again"} and len(rows) == len(given)
+    assert rows.set_index("id")["round"][["toy-2", "toy-4"]].tolist() == [0, 0]  # the start, and validation
+    assert (rows[rows["kind"] != "draw"]["round"] > 0).all() and account["verify"]["seconds"] == 2.0
+    text, table = model_card(tmp_path), round_table(tmp_path)
+    assert "**measured**" in text and "| looked at | 1 | 1 | 2.000 | 2.000 | 1.000 |" in text
+    assert "drawn without the proposal: IoU 1.000" in text
+    assert table["human_measured"].tolist() == [1.0] * len(table)
+    list(toy_loop(settings(tmp_path / "simulated", policy="fix")).run())
+    assert "**assumed**" in model_card(tmp_path / "simulated") and not len(people_rows(tmp_path / "simulated"))
+    assert round_table(tmp_path / "simulated")["human_measured"].tolist() == [0.0] * len(table)
 
 
 def test_what_people_drew_is_exported(tmp_path: Path) -> None:
@@ -322,6 +407,25 @@ def test_names_with_a_tilde_and_a_run_that_stays(tmp_path: Path, capsys: pytest.
         desk.need(["IMG~1", "b"])
     assert desk.store.masks["IMG~1"].shape == (8, 8) and (desk.store.masks["IMG~1"] == VOID).all()
     assert capsys.readouterr().out.count("waiting for 1 masks") == 1  # told once
+
+
+def test_a_tilde_in_a_name_is_part_of_it(tmp_path: Path) -> None:
+    names = {"IMG~1": "toy-0", "IMG~2": "toy-1", "IMG~2~again": "toy-2"}
+    renamed = raw_rows(TOY.train.select([0, 1, 2])).remove_columns("id").add_column("id", [*names])
+    robot = Robot(lambda name: TRUTH[names[name]], TOY.labels, puts_right=True)
+    for process in range(2):  # another process reads what the first one has asked
+        annotator = make_annotator("folder", tmp_path / "people", TOY.labels)
+        desk = Desk(tmp_path, annotator, Photographs(tmp_path / "photographs", renamed), [*names])
+        for kind, ids in (("draw", ["IMG~2~again"]), ("fix", ["IMG~1"]), ("again", ["IMG~1"]), ("verify", ["IMG~2"])):
+            if not process:
+                desk.ask(ids, kind, {name: TRUTH["toy-3"] for name in names})
+        work(robot, annotator)
+        desk.take()
+    assert {request.image_id for request in annotator.asked.all().values()} == {*names}
+    assert all(np.array_equal(desk.store.masks[name], TRUTH[toy]) for name, toy in names.items())
+    account = people_account(tmp_path, TOY.labels)
+    assert {kind: one["n"] for kind, one in account["kinds"].items()} == {"draw": 1, "fix": 2, "verify": 1, "again": 1}
+    assert account["agreement"]["n"] == 1 and account["agreement"]["iou"] == 1.0
 
 
 def test_what_people_found_bad_is_not_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

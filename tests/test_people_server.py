@@ -353,8 +353,8 @@ def spoilt(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        (spoilt(value={"brushlabels": ["rde"]}), "labelled .'rde'., which is no class of this run. Did you mean 'red'"),
-        (spoilt(value={"brushlabels": []}), "which is no class of this run"),
+        (spoilt(value={"brushlabels": ["rde"]}), "no class is called 'rde'. Did you mean 'red'"),
+        (spoilt(value={"brushlabels": []}), "it has no label"),
         (spoilt(original_width=16, original_height=4), "painted on 16x4 pixels, and the photograph has 8x8"),
         (
             spoilt(value={"rle": results_of(np.ones((9, 9), np.uint8), LABELS)[0]["value"]["rle"]}),
@@ -464,7 +464,10 @@ def test_odd_names_and_no_background(studio: Any, tmp_path: Path):
     Image.new("RGB", (4, 5)).save(tmp_path / "a.png")
     carrier = annotator(tmp_path, labels)
     carrier.ask(
-        [Request("a", "draw", tmp_path / "a.png"), Request("a~again", "fix", tmp_path / "a.png", mask[:, ::-1])]
+        [
+            Request("a", "draw", tmp_path / "a.png"),
+            Request("a~again", "fix", tmp_path / "a.png", mask[:, ::-1], about="a"),
+        ]
     )
     work(Robot({"a": mask}.__getitem__, labels), carrier)
     found = carrier.answered()

@@ -6,12 +6,14 @@
 __all__ = ['predict', 'publish']
 
 # %% ../../nbs/cli/02_keep.ipynb #keep-imports
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ..core.checks import ConfigError
+from ..core.checks import ConfigError, check_choice
 
 # %% ../../nbs/cli/02_keep.ipynb #keep-predict
 def _say_predicted(table: Any, out: Path) -> int:  # exit code
@@ -25,6 +27,17 @@ def _say_predicted(table: Any, out: Path) -> int:  # exit code
     return 1 if len(broken) else 0
 
 
+def _write_as(kind: str, table: Any, out: Path, files: Any, labels: Any, who: str) -> None:
+    "The masks that are there, and their photographs, in a format of others."
+    from vlm_itl.data.masks import MaskStore
+    from vlm_itl.formats.formats import MaskRow, MaskSet, write_masks
+
+    store, done = MaskStore(out / "masks", labels), table[table["error"].isna()]["id"]
+    rows = [MaskRow(i, partial(store.__getitem__, i), str(files[i]), by="model", who=who) for i in done]
+    shutil.rmtree(out / kind, ignore_errors=True)  # of an earlier call, perhaps about fewer photographs
+    click.echo(f"{len(rows)} masks as {kind} in {write_masks(MaskSet(labels, rows), out / kind, kind)}")
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.argument("model")
 @click.argument("folder")
@@ -34,14 +47,19 @@ def _say_predicted(table: Any, out: Path) -> int:  # exit code
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Photographs at once.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps")
 @click.option("--overlays/--no-overlays", default=True, help="Also photographs with their masks over them.")
+@click.option("--format", "kind", help="Also as coco, cvat, labelstudio, voc, ...: in OUT, in a folder of that name.")
 @click.option("--plugin", multiple=True, help="A file or module that registers the model (register_model).")
-def predict(model: str, folder: str, out: str, overlays: bool, plugin: tuple[str, ...], **view: Any) -> int:
+def predict(
+    model: str, folder: str, out: str, overlays: bool, kind: str | None, plugin: tuple[str, ...], **view: Any
+) -> int:
     "Write masks for the photographs in FOLDER by MODEL: a run folder, a model folder or a Hub id."
     from vlm_itl.core.plugins import load_plugins
-    from vlm_itl.model.predict import Inference, kept_model, measured_view, predict_folder
+    from vlm_itl.formats.formats import FORMATS
+    from vlm_itl.model.predict import Inference, kept_model, measured_view, photographs_of, predict_folder
     from vlm_itl.model.segmenter import load_model
 
     load_plugins(list(plugin))
+    check_choice("--format", kind, (None, *FORMATS))
     name, size, resize = kept_model(model), view["image_size"], view["resize"]
     if resize and not size:
         raise ConfigError("--resize says how pictures are brought to --image-size: say both.")
@@ -49,7 +67,11 @@ def predict(model: str, folder: str, out: str, overlays: bool, plugin: tuple[str
     measured = Inference(size, resize or "keep") if size else measured_view(name)
     shown = Inference(measured.image_size, measured.resize, view["batch_size"], device=view["device"])
     click.echo(f"{model}: {len(segmenter.labels)} classes, pictures at {shown.image_size} px ({shown.resize})")
-    return _say_predicted(predict_folder(segmenter, folder, out, shown, overlays), Path(out))
+    table, where = predict_folder(segmenter, folder, out, shown, overlays), Path(out).expanduser()
+    code = _say_predicted(table, where)
+    if kind is not None:
+        _write_as(kind, table, where, photographs_of(folder, where), segmenter.labels, Path(model).name)
+    return code
 
 # %% ../../nbs/cli/02_keep.ipynb #keep-publish
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -27,6 +27,8 @@ def inside(
     if odd or re.match(r"[A-Za-z]:", parts[0]):
         raise RunError(f"{str(name)[:80]!r} is no name of a file inside {folder}; nothing was read or written.")
     path = Path(folder, *parts)
+    if not any(os.path.islink(Path(folder, *parts[:count])) for count in range(1, len(parts) + 1)):
+        return path
     real, root = os.path.realpath(path), os.path.realpath(folder)
     if os.path.commonpath([real, root]) != root:
         raise RunError(f"{path} is a link that leads out of {folder}; nothing was read or written.")

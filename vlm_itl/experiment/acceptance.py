@@ -94,7 +94,7 @@ def count_peeks(
 ) -> None:
     "Count, in round 0, the truths of the pool that simulated proposers have read: each image once."
     for image_id in team.annotator.ids if team.guessing else ():
-        team.annotator.peek_for_simulation(image_id)
+        team.annotator.count_peek(image_id)
 
 
 def _check_certifiable(team: Team, kept: Mapping[int, KeptProposals]) -> None:
@@ -389,11 +389,12 @@ def check_validation(
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-held-out
 @contextmanager
-def held_out(team: Team, state: State, here: Path) -> Iterator[list[Offered]]:
+def held_out(team: Team, state: State, here: Path, judged: bool = False) -> Iterator[list[Offered]]:
     "What is proposed for validation images; what this round's network predicts for them only as long as needed."
+    seen = {"watchers": team.watchers} if judged and team.watchers else {}
     val, masks = team.data.val.remove_columns("mask"), MaskStore(here / "held_out", team.data.labels)
     if any(isinstance(part, Own) for part in team.proposer.parts()):
-        team.learner.look(team.data.val, masks=masks, desc="predicting held-out masks")
+        team.learner.look(team.data.val, masks=masks, desc="predicting held-out masks", **seen)
     yield shown_masks(team, state, masks.folder, val, masks)
     shutil.rmtree(masks.folder, ignore_errors=True)
 
@@ -436,7 +437,7 @@ def certify_round(
     "Judge the validation images on masks of the same proposers, pay for it, and certify a threshold."
     val, book = team.data.val, journal or journal_of(team, state, "held_out")
     check_validation(team, state)
-    with held_out(team, state, here) as shown:
+    with held_out(team, state, here, judged=True) as shown:
         told = ask_judge(team, val.remove_columns("mask"), shown, book)
         answers = _without(told, find_empty(team, val.remove_columns("mask"), told, book))
         chosen = ChosenMasks(team.data.labels, {i: t.shown.masks for i, t in told.items()})
@@ -557,7 +558,6 @@ def judge(
     measures, ious = measure_judge(judgements, made.said_yes, team.annotator, chosen, config.tau, made.kept, answers)
     _write_answers(here / "judgements.jsonl", judgements, [ious.get(j.id) for j in judgements])
     measures["empty_dropped"] = made.empty
-    measures |= {} if state.audited is None else {"audited": state.audited}
     refused = state.refused
     accepted = [i for i in accepted if i not in refused]
     share = config.audit or (AUDIT_SHARE if made.certified is not None and team.annotator.desk is not None else 0.0)

@@ -77,8 +77,9 @@ class Oracle:
         data: SegData,  # train is the pool
         ledger: Ledger,  # what will be charged
         desk: Desk | None = None,  # reaches the people who draw; None: the data set has the masks that they would draw
+        puts_right: bool = False,  # simulation: whoever says no to a mask corrects it at once
     ):
-        self.desk = desk
+        self.desk, self.puts_right = desk, puts_right
         self._rows = raw_rows(data.train)
         self.labels = data.labels
         self._decoded = data.train
@@ -158,7 +159,7 @@ class Oracle:
     def fix(
         self,
         ids: Sequence[str],  # images whose proposals the human corrects
-        proposals: MaskStore,  # what the human is shown
+        proposals: Any,  # image -> (H, W) mask that the human is shown
         cost: CorrectionCost,  # what a correction costs
     ) -> None:
         "Pay for the masks of some images by what a human changes of a proposal; `ConfigError` as for `label`."
@@ -197,6 +198,20 @@ class Oracle:
         truth = self._truths[row]["mask"]
         self.ledger.pay_checks(1)
         return bool(image_iou(proposals[image_id], truth, len(self.labels)) >= tau)
+
+    def put_right(
+        self,
+        image_id: str,  # to whose mask a human has just said no
+        proposals: Any,  # image -> (H, W) mask that the human was shown
+        cost: CorrectionCost,  # what a correction costs; its look is paid for as a check
+    ) -> bool:
+        "Has whoever said no corrected the mask at once? Then it is a human mask, and paid for."
+        done = self.puts_right
+        if self.desk is not None:
+            done = self.desk.verdict(question_id(image_id, "verify", proposals[image_id])) == "fixed"
+        if done:
+            self.fix([image_id], proposals, replace(cost, look_seconds=0.0))
+        return done
 
     def label_regions(
         self,
@@ -243,10 +258,14 @@ class Oracle:
 
     def peek_for_simulation(self, image_id: str) -> np.ndarray:  # (H, W) uint8, its true mask
         "Read a truth without paying. Only a simulated judge (`needs_truth`) may; it counts once per image and round."
-        row = self.rows([image_id])[0]
+        self.count_peek(image_id)
+        return self._truths[self._where[image_id]]["mask"]
+
+    def count_peek(self, image_id: str) -> None:
+        "Count a look at a truth, and take none."
+        self.rows([image_id])
         self.ledger.peeks += image_id not in self._peeked
         self._peeked.add(image_id)
-        return self._truths[row]["mask"]
 
     def begin_round(self) -> None:
         "From now on, a look at a truth counts again."

@@ -19,8 +19,9 @@ from ..data.masks import MaskStore, raw_rows, row_ids, truth_reader
 from ..data.sources import SegData, load_data
 from .annotator import asked_of_people
 from .label_turn import LABELS
-from .state import ACCEPTED, START, _read_p_yes
+from .state import ACCEPTED, START, _read_p_yes, put_right_before
 from ..formats.formats import MaskRow, MaskSet, known_of, write_masks
+from ..people.desk import question_id
 from ..people.requests import WITH_MASK, AnswerStore
 
 # %% ../../nbs/experiment/11_export.ipynb #export-data
@@ -101,17 +102,13 @@ def _from_rounds(run: RunFolder, data: SegData, labels: LabelSpace) -> list[Mask
         raise RunError(f"{run.path} has no whole round yet, so nothing is labelled in it.")
     if records[0].get("regions") or run.config.get("unit") == "region":
         raise ConfigError(f"{run.path}: people labelled parts of images there; only whole masks can be exported.")
-    human = list(dict.fromkeys([*records[0]["start_ids"], *(i for r in records for i in r["selection"]["ids"])]))
-    fixed = {image_id for record in records for image_id in record.get("fix_ids", [])}
-    ids, store, p_yes = _accepted(run, records, labels)
     people = AnswerStore(run.path / "answers", labels)
     answers = people.lines()
-    held_out = [*row_ids(data.val), *row_ids(data.test)]
-    human += [i for i in held_out if answers.get(i, {}).get("verdict") in WITH_MASK]  # drawn for this run, too
+    human, fixed = _by_people(records, data, answers)
+    ids, store, p_yes = _accepted(run, records, labels)
     bad = {i for r in records for i in ((r.get("judge") or {}).get("audited") or {}).get("bad", [])}
-    accepted = [
-        i for i in ids if i not in {*human, *bad}
-    ]  # what people found bad trained nobody, and is handed to nobody
+    bad |= {i for i in ids if _found_bad(answers, i, store)}  # it trained nobody, and is handed to nobody
+    accepted = [i for i in ids if i not in {*human, *bad}]
     images = _photographs(data, [*human, *accepted], run.path)
     truth = truth_reader(data.train)
     waiting = _unanswered(run, data, human, answers)
@@ -128,6 +125,27 @@ def _from_rounds(run: RunFolder, data: SegData, labels: LabelSpace) -> list[Mask
         return MaskRow(image_id, lambda: store[image_id], images[image_id], **known_of(known))
 
     return [*map(drawn, (i for i in human if i not in waiting)), *map(judged, accepted)]
+
+
+def _by_people(
+    records: Sequence[Mapping[str, Any]], data: SegData, answers: Mapping[str, Mapping[str, Any]]
+) -> tuple[list[str], set[str]]:
+    "Images that people have labelled, or were asked to; those of them that they have corrected."
+    held_out = [*row_ids(data.val), *row_ids(data.test)]  # drawn for this run, too
+    drawn = [i for i in [*row_ids(data.train), *held_out] if answers.get(i, {}).get("verdict") in WITH_MASK]
+    right = [i for record in records for i in put_right_before(record)]
+    chosen = [i for record in records for i in record["selection"]["ids"]]
+    fixed = {*right, *(i for record in records for i in record.get("fix_ids", []))}
+    fixed |= {i for i in drawn if answers[i]["kind"] == "fix"}
+    return list(dict.fromkeys([*records[0]["start_ids"], *chosen, *right, *drawn])), fixed
+
+
+def _found_bad(answers: Mapping[str, Mapping[str, Any]], image_id: str, masks: MaskStore) -> bool:
+    "Have people said no to an accepted mask, in a round that is not whole yet?"
+    if not answers:
+        return False
+    said = answers.get(question_id(image_id, "verify", masks[image_id]))
+    return said is not None and said["verdict"] != "accepted"
 
 
 def _unanswered(

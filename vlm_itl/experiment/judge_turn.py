@@ -33,7 +33,6 @@ from vlm_itl.core.files import (
     write_text,
 )
 from ..core.seeds import make_rng, stable_hash
-from ..data.labels import VOID
 from ..data.masks import MaskStore, row_ids
 from .annotator import Oracle, training_rows
 from .config import Config, make_config
@@ -49,8 +48,8 @@ from vlm_itl.judging.preflight import (
     preflight_queries,
     preflight_table,
 )
-from ..model.metrics import image_iou
-from ..proposals.partial import kept_quality
+from ..model.metrics import image_class_iou, mean_iou_of
+from ..proposals.partial import kept_counts, kept_quality
 from ..vlm.cache import bill
 from vlm_itl.vlm.handler import (
     Judgement,
@@ -260,14 +259,14 @@ class _Kept:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names, self.quality = names, list[tuple[float, float]]()
-        self.pixels, self.right = np.zeros(256, np.int64), np.zeros(256, np.int64)
+        self.pixels, self.right = np.zeros(len(names), np.int64), np.zeros(len(names), np.int64)
 
     def add(self, kept: np.ndarray, truth: np.ndarray) -> None:
         "One accepted mask."
-        self.quality.append(kept_quality(kept, truth, len(self.names)))
-        counted = (truth != VOID) & (kept != VOID)
-        self.pixels += np.bincount(kept[counted], minlength=256)
-        self.right += np.bincount(kept[counted & (kept == truth)], minlength=256)
+        counts = kept_counts(kept, truth, len(self.names))
+        self.quality.append(kept_quality(kept, truth, len(self.names), counts))
+        self.pixels += counts.sum(0)
+        self.right += counts.diagonal()
 
     def measures(self) -> dict[str, Any]:
         "Mean IoU of what is kept, its share of the pixels, and of each class the share of kept pixels that are right."
@@ -298,11 +297,13 @@ def measure_judge(
     for judgement in progress(known, "measuring the judge", unit="mask"):
         image_id, truth = judgement.id, oracle.truth_for_measuring(judgement.id)
         mask = masks[image_id]
-        ious[image_id] = image_iou(mask, truth, classes)
+        by_class = image_class_iou(mask, truth, classes)
+        ious[image_id] = mean_iou_of(by_class)
         for alone, answer in [((), judgement)] if answers is None else answers[image_id]:
-            rows.append((answer, image_iou(mask, truth, classes, classes=alone) if alone else ious[image_id]))
+            rows.append((answer, mean_iou_of(by_class, alone) if alone else ious[image_id]))
         if image_id in taken:
-            tally.add(mask if kept is None else kept[image_id], truth)
+            part = None if kept is None or kept.path(image_id) == masks.path(image_id) else kept[image_id]
+            tally.add(mask if part is None else part, truth)
     measures = verdict_metrics([answer for answer, _ in rows], [iou for _, iou in rows], tau)
     whole = {} if answers is None and len(known) == len(judgements) else {"images": len(judgements)}
     return {**measures, **whole, "accepted": len(accepted), **tally.measures()}, ious

@@ -36,7 +36,7 @@ from vlm_itl.experiment.acceptance import (
 )
 from .config import label_goal
 from .judge_turn import bind_payer, teach
-from .state import State, Team
+from .state import State, Team, put_right_before
 from vlm_itl.judging.label_plan import (
     ACTIONS,
     Action,
@@ -248,6 +248,7 @@ def carry_out(
 def drawn_before(team: Team, state: State, store: MaskStore) -> Iterator[dict[str, Any]]:
     "Write the masks that people had drawn or corrected before, with a line on each."
     fixed = {image_id for record in state.rounds for image_id in record.fix_ids}
+    fixed |= {image_id for record in state.rounds for image_id in put_right_before({"judge": record.judge})}
     for row in team.annotator.labelled(state.pool.human):
         store.write(row["id"], row["mask"])
         by = "corrected" if row["id"] in fixed else "human"

@@ -34,6 +34,7 @@ class Ledger:
     human_seconds: float = 0.0  # `mask_seconds` per mask, a region or correction its share; looks; what was timed
     again: int = 0  # masks that were drawn a second time, to see what a proposal does to the one who corrects it
     timed_masks: int = 0  # of the masks, those whose time was measured
+    timed_fixes: int = 0  # of the corrections, likewise
     timed_checks: int = 0  # of the checks, likewise
     timed_seconds: float = 0.0  # what these took
     checks: int = 0  # masks that a human looked at and said yes or no, `CHECK_SECONDS` per mask
@@ -92,6 +93,7 @@ class Ledger:
             self.fix_shares += drawing
             self.fix_looks += looking
         else:
+            self.timed_fixes += 1
             self.timed_seconds += seconds
         self.pixels += pixels
         self._count(clicks)

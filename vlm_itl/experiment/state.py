@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACCEPTED', 'START', 'AGAIN', 'FIXED', 'SHOWN', 'DRAWN', 'BROKEN', 'STAMPS', 'Selection', 'Round', 'Learns',
-           'RegionUnit', 'make_region_unit', 'Team', 'State', 'all_or_nothing', 'resume', 'data_card', 'checked_card',
-           'noting_broken_data', 'DataGuard']
+           'RegionUnit', 'make_region_unit', 'Team', 'State', 'all_or_nothing', 'put_right_before', 'resume',
+           'data_card', 'checked_card', 'noting_broken_data', 'DataGuard']
 
 # %% ../../nbs/experiment/04_state.ipynb #state-imports
 import json
@@ -24,7 +24,7 @@ from ..core.checks import ConfigError, DataError, LeakError, RunError
 from ..core.files import plain, read_json, write_json, write_text
 from ..core.runfolder import RunFolder, readable, remove
 from ..core.seeds import stable_hash, stable_uniform
-from ..data.masks import MaskStore, raw_rows, read_indices, row_ids
+from ..data.masks import MaskStore, raw_rows, row_ids
 from ..data.sources import SegData
 from ..data.stamps import Change, add_hashes, find_changes, take_stamps, tell_changes
 from .annotator import Oracle, mask_pixels
@@ -206,6 +206,13 @@ class Team:
         return None if self.unit is None else self.unit.regions
 
     @property
+    def watchers(self) -> list[Any]:  # as `score_pool` takes them
+        "Judges that see what the model's own masks are drawn from; where few are asked about, they look again."
+        if self.handler is None or self.config.judge_limit:
+            return []
+        return self.handler.watchers(by_class=self.config.accept_by == "class")
+
+    @property
     def guessing(self) -> list[Proposer]:
         "Simulated proposers, which read the truth that they spoil; nobody's where there is no judge."
         return [part for part in self.proposer.parts() if part.needs_truth and self.handler is not None]
@@ -226,8 +233,10 @@ SHOWN = "shown"  # of a round, where people answer later: the judged masks of wh
 def _read_p_yes(folder: Path) -> dict[str, float | None]:
     "How sure the judge was about each image of a round; nothing where the round has no answers."
     path = folder / "judgements.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {entry["id"]: entry.get("p_yes") for entry in map(json.loads, lines)}
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8") as lines:  # line by line: of a large pool the whole file is gigabytes
+        return {entry["id"]: entry.get("p_yes") for entry in map(json.loads, lines)}
 
 
 class State:
@@ -248,9 +257,8 @@ class State:
         self.cost = cost or CorrectionCost()
         self.pool = Pool(annotator.ids)
         self.rounds: list[Round] = []
-        self.audited: dict[str, list[str]] | None = (
-            None  # of the last round: what people looked at, what they found bad
-        )
+        self.audited: dict[str, list[str]] | None = None  # of the last round: what people looked at, what they found
+        # bad, and what of this they have put right
         self._due: Round | None = None  # the round whose choice people have not answered yet
 
     @property
@@ -284,13 +292,17 @@ class State:
 
     def apply(self, record: Round) -> None:
         "Let a round that is on disk take effect: pseudo-labels, paid masks."
-        here, labels = self.folder.round_path(record.index), self.annotator.labels
-        store = MaskStore(here / (ACCEPTED if (here / ACCEPTED).is_dir() else "masks"), labels)
+        here, store = self.folder.round_path(record.index), self._accepted(record)
         self.pool.set_pseudo({i: store.path(i) for i in record.pseudo_ids}, _read_p_yes(here))
         self.rounds.append(record)
         self._due = record
         with suppress(Waiting):  # people may answer later
             self.settle()
+
+    def _accepted(self, record: Round) -> MaskStore:
+        "The masks that a round has accepted."
+        here = self.folder.round_path(record.index)
+        return MaskStore(here / (ACCEPTED if (here / ACCEPTED).is_dir() else "masks"), self.annotator.labels)
 
     def settle(self) -> None:
         "The human answers what the last round has chosen; `Waiting` where people have not."
@@ -300,15 +312,18 @@ class State:
         if record.fix_ids:
             proposals = MaskStore(self.folder.round_path(record.index) / FIXED, self.annotator.labels)
         audited = [i for i in (record.judge or {}).get("to_audit", []) if i in self.pool.pseudo]
-        accepted = {i: read_indices(self.pool.pseudo[i]) for i in audited}
+        accepted = self._accepted(record)
         again = [i for i in record.fix_ids if stable_uniform(i, "again") < AGAIN]
         if self.annotator.desk is not None:
-            self._summon(record, proposals, accepted, again)
+            self._summon(record, proposals, {i: accepted.path(i) for i in audited}, again)
         self.label(record.selection["ids"], record.fix_ids, proposals)
         bad = [i for i in audited if not self.annotator.check(i, accepted, self.tau)]
         for image_id in bad:
             self.pool.drop_pseudo(image_id)
-        self.audited = {"checked": audited, "bad": bad} if audited else None
+        whole = [] if self.regions else bad  # where parts of images are asked for, nobody draws the rest of one
+        fixed = [i for i in whole if self.annotator.put_right(i, accepted, self.cost)]
+        self.pool.add_human(fixed)
+        self.audited = {"checked": audited, "bad": bad, "fixed": fixed} if audited else None
         self.annotator.draw_again(again)
         self._due = None
 
@@ -322,12 +337,12 @@ class State:
         self,
         record: Round,  # what it has chosen
         proposals: MaskStore | None,  # that people correct
-        accepted: Mapping[str, np.ndarray],  # masks that the judge has accepted, to be looked at
+        accepted: Mapping[str, Path],  # masks that the judge has accepted, to be looked at
         again: Sequence[str],  # of the images to be corrected, those that are drawn as well
     ) -> None:
         "Put all questions of a round before people in one go."
         ids, fixed = record.selection["ids"], set(record.fix_ids)
-        shown = {**accepted, **({} if proposals is None else {i: proposals[i] for i in record.fix_ids})}
+        shown = {**accepted, **({} if proposals is None else {i: proposals.path(i) for i in record.fix_ids})}
         why = dict(zip(ids, record.selection["reasons"], strict=True))
         why |= dict.fromkeys(accepted, "accepted by the judge: is it good?")
         wanted = {"draw": [i for i in ids if i not in fixed], "fix": record.fix_ids, "verify": list(accepted)}
@@ -354,13 +369,22 @@ def all_or_nothing(
         annotator.ledger, annotator.paid, pool.human, pool.pseudo, pool.sure = ledger, paid, human, pseudo, sure
         raise
 
+# %% ../../nbs/experiment/04_state.ipynb #state-put-right
+def put_right_before(
+    record: Mapping[str, Any],  # of a round
+) -> list[str]:  # images
+    "Whose masks people have put right when they looked at what the round before it had accepted."
+    audited = (record.get("judge") or {}).get("audited") or {}
+    return list(audited.get("fixed", []))
+
 # %% ../../nbs/experiment/04_state.ipynb #state-check-known
 def _check_known(state: State, records: Sequence[dict[str, Any]]) -> None:
     "`ConfigError` if a round names an image or a region that the pool does not have."
     for record in records:
         names = record["selection"]["ids"]
         try:
-            state.annotator.rows([*record["start_ids"], *record["pseudo_ids"], *record.get("fix_ids", [])])
+            paid = [*record["start_ids"], *record.get("fix_ids", []), *put_right_before(record)]
+            state.annotator.rows([*paid, *record["pseudo_ids"]])
             state.annotator.rows([split_region(name)[0] for name in names] if state.regions else names)
         except DataError as error:
             raise ConfigError(str(error)) from None
@@ -393,7 +417,9 @@ def _price_anew(folder: RunFolder, records: list[dict[str, Any]], price: float) 
 def _replay(state: State, rounds: Sequence[Round]) -> None:
     "Let the rounds on disk take effect, in order."
     chosen = [name for record in rounds[:-1] for name in record.selection["ids"]]
-    whole = rounds[0].start_ids if state.regions else [*rounds[0].start_ids, *chosen]
+    whole = list(rounds[0].start_ids)
+    for record, after in zip(rounds, rounds[1:], strict=False):  # in the order in which they were paid
+        whole += [] if state.regions else [*record.selection["ids"], *put_right_before({"judge": after.judge})]
     state.annotator.paid.update(whole)
     state.pool.add_human(whole)
     if state.regions:
@@ -495,6 +521,7 @@ def _may_mend(change: Change, folder: RunFolder, regions: bool, all_seen: bool) 
         return True
     chosen = [name for record in rounds[:-1] for name in record["selection"]["ids"]]  # the last ones: not yet used
     used = {*rounds[0]["start_ids"], *(split_region(name)[0] if regions else name for name in chosen)}
+    used |= {image_id for record in rounds for image_id in put_right_before(record)}
     return not (change.split == "val" or change.id in used or (change.column == "image" and all_seen))
 
 # %% ../../nbs/experiment/04_state.ipynb #state-reading

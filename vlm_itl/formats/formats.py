@@ -30,7 +30,14 @@ from ..data.layouts import safe_ids
 from ..data.masks import open_image, read_image, read_mask, same_size
 
 # %% ../../nbs/formats/02_formats.ipynb #formats-row
-MADE_BY = ("", "human", "corrected", "verified", "judge")  # "" = nobody has said; the words of a run's provenance
+MADE_BY = (
+    "",
+    "human",
+    "corrected",
+    "verified",
+    "judge",
+    "model",
+)  # "" = nobody has said; by a model: nobody has looked
 
 
 @dataclass(frozen=True)
@@ -136,12 +143,13 @@ def rest_of(
 def regions_of(
     mask: np.ndarray,  # (H, W) uint8 class indices, 255 = void
     labels: LabelSpace,
+    void: str = "void",  # what void is called
 ) -> Iterator[tuple[str, np.ndarray]]:  # the name and (H, W) bool
     "A region for each class that a mask holds."
     rest = rest_of(labels)
     for value in np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist():
         if value != rest:
-            yield ("void" if value == VOID else labels.names[value]), mask == value
+            yield (void if value == VOID else labels.names[value]), mask == value
 
 # %% ../../nbs/formats/02_formats.ipynb #formats-regions-names
 def region_labels(
@@ -168,13 +176,13 @@ def rest_index(
 def merge_regions(
     shape: tuple[int, int],  # H and W
     regions: Iterable[tuple[str, np.ndarray]],  # name and (H, W) bool, the lowest first: later ones cover them
-    labels: LabelSpace,  # names of the regions, but for void
+    labels: LabelSpace,  # names of the regions; any other name is void
     rest: int | None = None,  # what no region covers; None: background, or void where there is no such class
 ) -> np.ndarray:  # (H, W) uint8
     "One mask of regions."
     mask = np.full(shape, rest_of(labels) if rest is None else rest, np.uint8)
     for name, region in regions:
-        mask[region] = VOID if name.casefold() in VOID_NAMES else labels.names.index(name)
+        mask[region] = labels.label2id.get(name, VOID)
     return mask
 
 # %% ../../nbs/formats/02_formats.ipynb #formats-table
@@ -254,11 +262,19 @@ def _with_options(call: Callable[..., Any], word: str, *arguments: Any, **option
     return call(*arguments, **options)
 
 # %% ../../nbs/formats/02_formats.ipynb #formats-read-masks
+def _opened(path: Path) -> tuple[Path, Any]:
+    "What a zip holds, and what keeps it alive, where it is one that no format reads as it is: tools hand out zips."
+    if path.suffix.lower() != ".zip" or any(FORMATS[name].recognises(path) for name in FORMATS):
+        return path, None
+    return unzipped(path)
+
+
 def read_masks(
     path: str | Path,  # a file, folder or zip of some format
     format: str | None = None,  # a word of the table; None: what the path clearly is
     labels: LabelSpace | None = None,  # the classes wanted, matched by name; None: those of the file
     unknown: str = "refuse",  # a class of the file that `labels` lack: refuse, void, background
+    images: str | Path | None = None,  # the photographs, for formats that look for them; None: near the file
     **options: Any,  # of the format
 ) -> MaskSet:  # masks are read when they are asked for
     "Read masks; `ConfigError` for a format or option that is not known, `DataError` for what cannot be read."
@@ -266,10 +282,14 @@ def read_masks(
     path = resolve_path(path)
     if not path.exists():
         raise DataError(f"{path}: no such file or folder")
+    path, keep = _opened(path)
     word = guess_format(path) if format is None else check_choice("format", format, FORMATS)
     if labels is not None and rest_of(labels.merged_from or labels) == VOID and "rest" in _options(FORMATS[word].read):
         options = {"rest": "void"} | options
+    if images is not None and "images" in _options(FORMATS[word].read):
+        options = {"images": images} | options
     masks = _with_options(FORMATS[word].read, word, path, **options)
+    masks = masks if keep is None else replace(masks, kept=keep)
     if not masks.rows:
         raise DataError(f"{path}: no masks in it, read as {word}. {masks.note}")
     if labels is None:

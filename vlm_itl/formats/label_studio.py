@@ -22,7 +22,6 @@ from ..data.layouts import safe_ids, stem
 from ..data.masks import open_image
 from vlm_itl.formats.formats import (
     VOID_NAMES,
-    MaskFormat,
     MaskRow,
     MaskSet,
     each_row,
@@ -33,7 +32,7 @@ from vlm_itl.formats.formats import (
     register_format,
     rest_index,
 )
-from .regions import files_of, find_photograph, looks_like, rest_word, the_file, their_json
+from .regions import FileFormat, find_photograph, looks_like, rest_word, their_json
 from .run_lengths import decode_brush, decode_coco, encode_brush
 
 # %% ../../nbs/formats/05_label_studio.ipynb #tools-ls-results
@@ -43,6 +42,7 @@ def brush_results(
     from_name: str = "label",  # name of <BrushLabels> in the labelling configuration
     to_name: str = "image",  # name of <Image>
     origin: str = "manual",  # manual, prediction, prediction-changed
+    void: str = "void",  # the label of void
 ) -> list[dict[str, Any]]:  # the `result` of an annotation or prediction
     "A brush region for each class; the background is what no brush touched."
     height, width = mask.shape
@@ -55,7 +55,7 @@ def brush_results(
             **size,
             "value": {"format": "rle", "rle": encode_brush(region), "brushlabels": [name]},
         }
-        for number, (name, region) in enumerate(regions_of(mask, labels))
+        for number, (name, region) in enumerate(regions_of(mask, labels, void))
     ]
 
 
@@ -92,6 +92,12 @@ def result_regions(
             continue  # a choice, a box, a text
         if str(result.get("id")) not in names:
             raise DataError(f"{told}: it has no label; give it one in Label Studio, or remove it")
+        own = int(result.get("original_height") or shape[0]), int(result.get("original_width") or shape[1])
+        if own != shape:
+            raise DataError(
+                f"{told}: it is painted on {own[1]}x{own[0]} pixels, and the photograph has {shape[1]}x{shape[0]}; "
+                "remove it, and paint on the picture of the task"
+            )
         if kind == "rle":
             yield names[str(result.get("id"))], decode_brush(value["rle"], shape, told)
         else:  # in percent of the picture
@@ -104,15 +110,16 @@ def mask_of_results(
     labels: LabelSpace,
     shape: tuple[int, int],  # H and W of the photograph
     where: str = "annotation",  # for messages
+    void: str = "void",  # the label of void
 ) -> np.ndarray:  # (H, W) uint8
     "The mask of an annotation: later regions cover earlier ones. `DataError` for an unknown label or another size."
 
     def known() -> Iterator[tuple[str, np.ndarray]]:
         for name, region in result_regions(results, shape, where):
-            if name not in labels.names and name.casefold() not in VOID_NAMES:
-                listed = ", ".join(labels.names)
-                hint = closest(name, labels.names)
-                raise DataError(f"{where}: no class is called {name!r}.{hint} There are: {listed}, void")
+            if name not in labels.names and name != void and name.casefold() not in VOID_NAMES:
+                listed = ", ".join([*labels.names, void])
+                hint = closest(name, [*labels.names, void])
+                raise DataError(f"{where}: no class is called {name!r}.{hint} There are: {listed}")
             yield name, region
 
     return merge_regions(shape, known(), labels)
@@ -180,17 +187,22 @@ def _ls_tasks(file: Path) -> list[dict[str, Any]]:
     return tasks
 
 
-def _ls_row(chosen: Any, image_id: str, name: str, labels: LabelSpace, rest: int, file: Path) -> MaskRow:
-    "The row of one task; `DataError` where nobody says how large the picture is."
+def _ls_row(
+    chosen: Any, image_id: str, name: str, labels: LabelSpace, rest: int, file: Path, images: Sequence[Path]
+) -> MaskRow:
+    "The row of one task."
     results, known = chosen
-    where, photograph = f"{file}, {name!r}", find_photograph(name, [file.parent / "images", file.parent])
-    shape = results_size(results)
-    if shape is None and photograph is not None:
-        with open_image(photograph) as opened:
-            shape = opened.size[::-1]
-    if shape is None:
-        raise DataError(f"{where}: an empty annotation, and no photograph beside it that says how large it is")
-    content = lambda: merge_regions(shape, result_regions(results, shape, where), labels, rest)  # noqa: E731
+    where, photograph = f"{file}, {name!r}", find_photograph(name, images)
+
+    def content() -> np.ndarray:
+        shape = results_size(results)
+        if shape is None and photograph is not None:
+            with open_image(photograph) as opened:
+                shape = opened.size[::-1]
+        if shape is None:
+            raise DataError(f"{where}: an empty annotation, and no photograph beside it that says how large it is")
+        return merge_regions(shape, result_regions(results, shape, where), labels, rest)
+
     return MaskRow(image_id, content, photograph, **known)
 
 # %% ../../nbs/formats/05_label_studio.ipynb #tools-ls
@@ -210,11 +222,13 @@ def _ls_labels(
 
 
 @register_format("labelstudio")
-class LabelStudio(MaskFormat):
+class LabelStudio(FileFormat):
     "Label Studio's JSON export: brushes, and polygons; predictions where nobody has annotated."
 
-    def recognises(self, path: Path) -> bool:
-        return bool(files_of(path, ".json", lambda file: looks_like(file, "labelstudio")))
+    ending, what = ".json", "export"
+
+    def fits(self, path: Path) -> bool:
+        return looks_like(path, "labelstudio")
 
     def read(
         self,
@@ -222,9 +236,10 @@ class LabelStudio(MaskFormat):
         *,
         classes: Sequence[str] | None = None,  # in order; None: as they occur, by name
         predictions: bool = True,  # read those of tasks that nobody has annotated
+        images: str | Path | None = None,  # the folder of the photographs; None: looked for
         rest: str | None = None,  # what no region covers: background, void; None: background
     ) -> MaskSet:
-        file = the_file(path, files_of(path, ".json", lambda f: looks_like(f, "labelstudio")), "export")
+        file = self.the_file(path)
         all_tasks = _ls_tasks(file)
         said = [(task, _chosen(task, predictions)) for task in all_tasks]
         tasks, chosen = (
@@ -236,7 +251,8 @@ class LabelStudio(MaskFormat):
         labels, below = _ls_labels(file, tasks, chosen, classes, rest)
         names = [_task_name(task, number) for number, task in enumerate(tasks, start=1)]
         ids = safe_ids([stem(name) for name in names])
-        rows = [_ls_row(c, i, n, labels, below, file) for c, i, n in zip(chosen, ids, names, strict=True)]
+        near = [file.parent / "images", file.parent] if images is None else [Path(images)]
+        rows = [_ls_row(c, i, n, labels, below, file, near) for c, i, n in zip(chosen, ids, names, strict=True)]
         left = len(all_tasks) - len(tasks)
         return MaskSet(labels, rows, f"{left} tasks without an annotation were left out" if left else "")
 
@@ -254,10 +270,15 @@ class LabelStudio(MaskFormat):
 
 
 def _ls_said(row: MaskRow, mask: np.ndarray, labels: LabelSpace) -> dict[str, Any]:
-    "What a task holds: an annotation of a person, or the prediction of a judge."
-    origins = {"corrected": "prediction-changed", "verified": "prediction", "judge": "prediction"}
+    "What a task holds: an annotation of a person, or the prediction of a model, accepted by a judge or not."
+    origins = {
+        "corrected": "prediction-changed",
+        "verified": "prediction",
+        "judge": "prediction",
+        "model": "prediction",
+    }
     results = brush_results(mask, labels, origin=origins.get(row.by, "manual"))
-    if row.by == "judge":
-        made = {"model_version": row.who or "judge", "score": row.p_yes, "result": results}
+    if row.by in ("judge", "model"):  # to be looked at
+        made = {"model_version": row.who or row.by, "score": row.p_yes, "result": results}
         return {"annotations": [], "predictions": [made]}
     return {"annotations": [{"result": results, "lead_time": row.seconds, "was_cancelled": False}], "predictions": []}

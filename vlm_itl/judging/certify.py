@@ -13,9 +13,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
-from scipy import stats
-from sklearn.isotonic import IsotonicRegression
-from sklearn.linear_model import LogisticRegression
 
 from ..core.checks import DataError, check_choice, check_number
 from .measures import gather_answers, verdict_metrics
@@ -79,6 +76,8 @@ def _labelled(p_yes: Sequence[float], good: Sequence[bool], what: str) -> tuple[
 
 def _platt(z: np.ndarray, good: np.ndarray) -> tuple[float, float]:
     "Slope and intercept of P(good) in log-odds z (N, 1), fitted to targets a little inside 0 and 1 (Platt 1999)."
+    from sklearn.linear_model import LogisticRegression  # a second to import
+
     n, n_good = len(good), int(good.sum())
     target = np.where(good, (n_good + 1) / (n_good + 2), 1 / (n - n_good + 2))
     both = np.repeat([True, False], n)
@@ -103,10 +102,14 @@ def calibrate(
         found = f"all {n} scored masks are {'good' if n_good else 'bad'}" if n else "the judge abstained on all"
         raise DataError(f"calibrate needs good and bad masks, but {found}: label more, or choose another tau.")
     if method == "isotonic":
+        from sklearn.isotonic import IsotonicRegression
+
         fitted = IsotonicRegression(y_min=0, y_max=1, out_of_bounds="clip").fit(p, y)
         return Calibrator(method, n, steps_x=tuple(fitted.X_thresholds_), steps_y=tuple(fitted.y_thresholds_))
     z = _log_odds(p)[:, None]
     if method == "temperature":
+        from sklearn.linear_model import LogisticRegression
+
         fit = LogisticRegression(C=1e9, fit_intercept=False).fit(z, y)
         return Calibrator(method, n, scale=max(0.0, float(fit.coef_[0, 0])))
     scale, shift = _platt(z, y)
@@ -119,6 +122,8 @@ def clopper_pearson_upper(
     delta: float,  # 1 - level, in (0, 1)
 ) -> Any:  # in [0, 1]; 1 where nothing was accepted
     "Exact upper confidence bound of a share (Clopper & Pearson 1934)."
+    from scipy import stats  # a second to import
+
     k, m = np.broadcast_arrays(np.asarray(bad, dtype=float), np.asarray(accepted, dtype=float))
     bound = np.where(k >= m, 1.0, stats.beta.ppf(1 - delta, k + 1, np.maximum(m - k, 1)))
     return bound.item() if bound.ndim == 0 else bound
@@ -245,6 +250,8 @@ def estimate_good_rate(
     value = weight * many.mean() + rest.mean()
     low, high = exact_interval(int(y.sum()), n, level)
     if 0 < y.mean() < 1:  # else nothing shows how the sample varies
+        from scipy import stats
+
         error = math.sqrt(weight**2 * many.var(ddof=1) / count + rest.var(ddof=2) / n)
         reach = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
         low, high = value - reach, value + reach
@@ -285,6 +292,8 @@ def rogan_gladen(
         return estimate
     answers = gather_answers(sample, truth, tau=0.5)
     n_good, n_bad = int((answers.judged & answers.good).sum()), int((answers.judged & ~answers.good).sum())
+    from scipy import stats
+
     z = float(stats.norm.ppf((1 + level) / 2))
     low, high = _adjusted((a, s, t), (over["judged"], n_good, n_bad), z)
     ends = {"value": (a + t - 1) / (s + t - 1), "low": low, "high": high}

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, get_args
 
 import numpy as np
-from sklearn.isotonic import IsotonicRegression
 
 from ..core.checks import ConfigError, DataError, check_number
 from ..core.seeds import make_rng
@@ -96,6 +95,8 @@ def believe(
     goal: LabelGoal,  # what counts as a loss
 ) -> Beliefs:
     "Expectations by isotonic regression on the score."
+    from sklearn.isotonic import IsotonicRegression  # a second to import
+
     there = sample.take(sample.there)
     if not len(there.iou):
         raise DataError("no image of the sample has a proposal: nothing is known about them.")

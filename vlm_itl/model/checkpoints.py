@@ -89,10 +89,19 @@ def _keep_only(
 
 # %% ../../nbs/model/06_checkpoints.ipynb #checkpoints-stop
 class StopRequest:
-    "Handles a signal: `asked` becomes true, so that the step is finished first. The second time, stop at once."
+    """Handles signals: `asked` becomes true, so that the step is finished first. The same one again: stop at once.
+
+    Another one is the same wish: a scheduler signals every process, and the command hands its own on as Ctrl-C.
+    """
 
     def __init__(self) -> None:
-        self.asked, self._pid = False, os.getpid()  # `_pid`: the process that may be asked
+        self._heard: set[int] = set()
+        self._pid = os.getpid()  # the process that may be asked
+
+    @property
+    def asked(self) -> bool:
+        "Whether somebody has."
+        return bool(self._heard)
 
     def __call__(
         self,
@@ -104,10 +113,11 @@ class StopRequest:
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
-        if self.asked:
+        if number in self._heard:
             raise KeyboardInterrupt
-        self.asked = True
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        if not self.asked:
+            print("stopping after this step; once more to stop at once", file=sys.stderr)
+        self._heard.add(number)
 
 # %% ../../nbs/model/06_checkpoints.ipynb #checkpoints-newest
 def _newest(

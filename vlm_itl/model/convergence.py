@@ -17,6 +17,7 @@ import numpy as np
 # %% ../../nbs/model/08_convergence.ipynb #convergence-imports-1
 from ..core.checks import ConfigError, DataError, RunError
 from ..core.seeds import make_rng
+from ..data.masks import raw_rows
 from .predict import Inference, evaluate
 from .segmenter import Segmenter
 
@@ -77,7 +78,9 @@ def human_rows(
     rows: datasets.Dataset,  # with a column `human` where there are pseudo-labels
 ) -> np.ndarray:  # bool (N,)
     "Whose masks people have drawn: all, where nothing else is said."
-    return np.array(rows["human"], dtype=bool) if "human" in rows.column_names else np.ones(len(rows), dtype=bool)
+    if "human" not in rows.column_names:
+        return np.ones(len(rows), dtype=bool)
+    return np.array(raw_rows(rows)["human"][:], dtype=bool)  # no picture is decoded for it
 
 # %% ../../nbs/model/08_convergence.ipynb #convergence-loss
 def held_out_loss(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'pick_device', 'autocast', 'check_workers', 'check_batch', 'Inference', 'predict_batches', 'evaluate',
-           'kept_model', 'measured_view', 'Prediction', 'predict_pictures', 'paint_over', 'predict_folder']
+           'kept_model', 'measured_view', 'Prediction', 'predict_pictures', 'paint_over', 'photographs_of',
+           'predict_folder']
 
 # %% ../../nbs/model/05_predict.ipynb #model-predict-imports
 import hashlib
@@ -353,7 +354,10 @@ def _score_table(lines: Sequence[Mapping[str, Any]], files: Mapping[str, Path], 
     return pd.DataFrame(rows)
 
 # %% ../../nbs/model/05_predict.ipynb #predict-folder
-def _photographs(folder: str | Path, out: Path) -> dict[str, Path]:  # id -> file
+def photographs_of(
+    folder: str | Path,  # also folders below it
+    out: Path,  # where results go
+) -> dict[str, Path]:  # id -> file
     "The image files of a folder; `DataError` where there are none, `ConfigError` where results would join them."
     root = resolve_path(folder)
     if root.absolute() in (out.absolute(), *out.absolute().parents):
@@ -378,7 +382,7 @@ def predict_folder(
     if view is None:
         raise ConfigError("a segmenter does not know how it was shown pictures: say it (view=Inference(...)).")
     out, view = Path(out).expanduser(), view.check()
-    files = _photographs(folder, out)
+    files = photographs_of(folder, out)
     weights = [part for key, value in model.net.state_dict().items() for part in (key, value.cpu().numpy())]
     about = {"model": stable_hash(*weights).hex()[:16], "classes": model.labels.names, "overlays": overlays}
     about |= {"image_size": view.image_size, "resize": view.resize, "precision": view.precision}

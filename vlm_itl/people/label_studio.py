@@ -23,11 +23,12 @@ from xml.sax.saxutils import quoteattr
 
 import numpy as np
 
-from ..core.checks import ConfigError, DataError, RunError, check_number, closest, one_line, show
+from ..core.checks import ConfigError, DataError, RunError, check_number, one_line, show
 from ..core.files import read_json, to_json, write_json
 from ..core.guards import hide_secrets
 from ..data.labels import VOID, LabelSpace
-from ..formats.run_lengths import decode_brush, encode_brush
+from ..formats.formats import rest_of
+from ..formats.label_studio import brush_results, mask_of_results
 from .folder import photo_png
 from vlm_itl.people.requests import (
     Annotator,
@@ -41,7 +42,6 @@ from vlm_itl.people.requests import (
     register_annotator,
     waiting_line,
 )
-from ..vlm.handler import background_of
 
 # %% ../../nbs/people/04_label_studio.ipynb #studio-config
 WORDS = ("accept", "fix", "skip")  # what can be said beside a mask
@@ -78,24 +78,10 @@ def label_config(
 def results_of(
     mask: np.ndarray,  # (H, W) uint8 class indices, 255 = void
     labels: LabelSpace,  # the classes
+    origin: str = "manual",  # manual, prediction
 ) -> list[dict[str, Any]]:
-    "The results of a mask, one for each class but the background."
-    unsaid, names = _unsaid(labels), {**labels.id2label, VOID: void_name(labels)}
-    height, width = mask.shape
-    size = {"original_width": width, "original_height": height, "image_rotation": 0}
-    found = []
-    for index in np.unique(mask).tolist():
-        if index != unsaid:
-            value = {"format": "rle", "rle": encode_brush(mask == index), "brushlabels": [names[index]]}
-            own = {"id": f"class-{index}", "type": "brushlabels", "from_name": "mask", "to_name": "image"}
-            found.append({**own, **size, "value": value})
-    return found
-
-
-def _unsaid(labels: LabelSpace) -> int:
-    "What a pixel is that nobody has painted."
-    background = background_of(labels)
-    return VOID if background is None else background
+    "The results of a mask in a task of ours, one for each class but the background."
+    return brush_results(mask, labels, "mask", origin=origin, void=void_name(labels))
 
 # %% ../../nbs/people/04_label_studio.ipynb #studio-regions-back
 def mask_of(
@@ -105,9 +91,7 @@ def mask_of(
     where: str,  # for messages
 ) -> np.ndarray | None:  # (H, W) uint8; None: nothing is painted
     "The mask of an annotation, later regions over earlier ones; `DataError` for what this project does not ask for."
-    index_of = {**labels.label2id, void_name(labels): VOID}
     painted = [result for result in results if result.get("type") != "choices"]
-    mask = np.full(size, _unsaid(labels), np.uint8)
     for result in painted:
         value, kind = result.get("value", {}), result.get("type")
         if kind != "brushlabels" or value.get("format") != "rle" or result.get("from_name") != "mask":
@@ -115,21 +99,9 @@ def mask_of(
                 f"{where} holds a region of type {show(kind, 40)} from {show(result.get('from_name'), 40)}; "
                 "this project asks for brushes only: delete the region, paint it, and update."
             )
-        names = value.get("brushlabels") or []
-        if len(names) != 1 or names[0] not in index_of:
-            hint = closest(str(names[0]), index_of) if names else ""
-            raise DataError(
-                f"{where} holds a region labelled {show(names, 80)}, which is no class of this run.{hint} "
-                f"Its classes: {', '.join(index_of)}. Give the region one of them, and update."
-            )
-        shape = (int(result.get("original_height", 0)), int(result.get("original_width", 0)))
-        if shape != size:
-            raise DataError(
-                f"{where} is painted on {shape[1]}x{shape[0]} pixels, and the photograph has "
-                f"{size[1]}x{size[0]}: delete the annotation, and paint on the picture of the task."
-            )
-        mask[decode_brush(value.get("rle", []), shape, where)] = index_of[names[0]]
-    return mask if painted else None
+        if len(names := value.get("brushlabels") or []) > 1:
+            raise DataError(f"{where} holds a region labelled {show(names, 80)}: give it one class, and update.")
+    return mask_of_results(painted, labels, size, where, void_name(labels)) if painted else None
 
 # %% ../../nbs/people/04_label_studio.ipynb #studio-answer
 def answer_of(
@@ -145,15 +117,15 @@ def answer_of(
     where = f"the answer for image {request.id!r} is not taken: annotation {annotation.get('id')} of {source}"
     if annotation.get("was_cancelled") or "skip" in words:
         return Answer(request.id, request.kind, "skipped", None, seconds, who, source)
-    width, height = request.size
+    (width, height), proposal = request.size, request.proposal
     mask = mask_of(results, labels, (height, width), where)
-    if request.proposal is None:
-        mask = np.full((height, width), _unsaid(labels), np.uint8) if mask is None else mask
+    if mask is None and proposal is not None and "accept" in words:
+        mask = proposal
+    if mask is None:  # nothing was painted, or all was rubbed out
+        mask = np.full((height, width), rest_of(labels), np.uint8)
+    if proposal is None:
         return Answer(request.id, "draw", "drawn", mask, seconds, who, source)
-    mask = request.proposal if mask is None and "accept" in words else mask
-    if mask is None:  # all was rubbed out
-        mask = np.full((height, width), _unsaid(labels), np.uint8)
-    verdict = "accepted" if np.array_equal(mask, request.proposal) else "fixed"
+    verdict = "accepted" if np.array_equal(mask, proposal) else "fixed"
     if request.kind == "verify" and verdict == "accepted" and "fix" in words:
         return Answer(request.id, "verify", "rejected", None, seconds, who, source)
     return Answer(request.id, request.kind, verdict, checked_mask(request, mask, labels), seconds, who, source)
@@ -431,10 +403,9 @@ class Tasks:
         data = {"id": request.id, "image": f"/data/{file}", "kind": request.kind, "priority": request.priority}
         data["question"] = _QUESTIONS[request.kind] + (f" (Why this one: {request.reason})" if request.reason else "")
         task: dict[str, Any] = {"data": data}
-        if request.proposal is not None:
-            task["predictions"] = [
-                {"model_version": "vlm_itl", "result": results_of(request.proposal, self.project.labels)}
-            ]
+        if (proposal := request.proposal) is not None:
+            shown = results_of(proposal, self.project.labels, "prediction")
+            task["predictions"] = [{"model_version": "vlm_itl", "result": shown}]
         made = self.server.call("POST", f"/api/projects/{number}/import?return_task_ids=true", [task])
         append_line(known, {"id": request.id, "task": made["task_ids"][0]})
         return {"id": made["task_ids"][0], "data": data}

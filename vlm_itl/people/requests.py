@@ -15,7 +15,7 @@ import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, ClassVar
@@ -39,27 +39,33 @@ KINDS["verify"] = ("accepted", "rejected", "fixed", "skipped")  # who sees what 
 class Request:
     "What a person is asked about one image."
 
-    id: str  # of the question: the image's, or "cat~again" where the image is asked about again; fit for a file name
+    id: str  # of the question: the image's, or another where the image is asked about again; fit for a file name
     kind: str  # "draw" (from nothing), "fix" (correct the proposal), "verify" (is the proposal good?)
     image: Path  # the photograph as a file
-    proposal: np.ndarray | None = None  # (H, W) uint8 class indices, 255 = void; None for draw
+    shown: np.ndarray | Path | None = None  # the proposal, (H, W) uint8, 255 = void, or its file; None for draw
     reason: str = ""  # why this image, one line for people
     priority: float = 0.0  # higher first
+    about: str = ""  # the image, where the id is another
 
     def __post_init__(self) -> None:
         "`ConfigError` for what cannot be asked."
         check_choice("kind", self.kind, KINDS)
         if not isinstance(self.id, str) or "/" in self.id or inside(".", self.id).name != self.id:
             raise ConfigError(f"the id of a request must be fit for a file name, not {show(self.id, 80)}.")
-        if (self.proposal is None) != (self.kind == "draw"):
+        if (self.shown is None) != (self.kind == "draw"):
             what = "shows no proposal" if self.kind == "draw" else "needs a proposal"
             raise ConfigError(f"request {self.id!r}: {self.kind!r} {what}.")
         check_number(f"request {self.id!r}: priority", self.priority)
 
     @property
     def image_id(self) -> str:
-        "The image it is about: all of the id before the first ~, which no id of an image holds."
-        return self.id.partition("~")[0]
+        "The image it is about."
+        return self.about or self.id
+
+    @property
+    def proposal(self) -> np.ndarray | None:  # (H, W) uint8 class indices, 255 = void; None for draw
+        "What a person starts from; read when it is asked for, where it lies in a file."
+        return read_indices(self.shown) if isinstance(self.shown, Path) else self.shown
 
     @property
     def size(self) -> tuple[int, int]:
@@ -175,8 +181,7 @@ class Asked:
         for request in requests:
             before = known.get(request.id)
             if before is None:
-                self._write(request)
-                known[request.id] = request
+                known[request.id] = self._write(request)
                 new.append(request)
             elif before.kind != request.kind:
                 raise ConfigError(
@@ -185,13 +190,16 @@ class Asked:
                 )
         return new
 
-    def _write(self, request: Request) -> None:
+    def _write(self, request: Request) -> Request:  # the same, its proposal in a file
         "The proposal, then the line."
         (self.folder / "asked").mkdir(parents=True, exist_ok=True)
-        if request.proposal is not None:
-            write_bytes(self._proposal(request.id), mask_png(request.proposal, self.labels))
+        shown = None
+        if (proposal := request.proposal) is not None:
+            shown = write_bytes(self._proposal(request.id), mask_png(proposal, self.labels))
         line = {"id": request.id, "kind": request.kind, "image": str(Path(request.image).absolute())}
-        append_line(self.folder / "asked.jsonl", {**line, "reason": request.reason, "priority": request.priority})
+        line |= {name: getattr(request, name) for name in ("reason", "priority", "about")}
+        append_line(self.folder / "asked.jsonl", line)
+        return replace(request, shown=shown)
 
     def _proposal(self, request_id: str) -> Path:
         "Where a proposal is kept."
@@ -201,9 +209,9 @@ class Asked:
         "Everything that was asked so far."
         for request_id, line in read_lines(self.folder / "asked.jsonl").items():
             if request_id not in self._known:
-                shown = None if line["kind"] == "draw" else read_indices(self._proposal(request_id))
-                image, reason, priority = Path(line["image"]), line["reason"], line["priority"]
-                self._known[request_id] = Request(request_id, line["kind"], image, shown, reason, priority)
+                shown = None if line["kind"] == "draw" else self._proposal(request_id)
+                more = {name: line[name] for name in ("reason", "priority", "about") if name in line}
+                self._known[request_id] = Request(request_id, line["kind"], Path(line["image"]), shown, **more)
         return dict(self._known)
 
 # %% ../../nbs/people/01_requests.ipynb #requests-annotator

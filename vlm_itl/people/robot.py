@@ -7,7 +7,7 @@ __all__ = ['slipped', 'Robot', 'work', 'RobotAnnotator']
 
 # %% ../../nbs/people/03_robot.ipynb #robot-imports
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class Robot:
     seed: int = 0  # decides which ones
     draw_seconds: float = FULL_MASK_SECONDS  # for a whole mask
     cost: CorrectionCost = field(default_factory=CorrectionCost)  # of corrections and looks
+    puts_right: bool = False  # after a no, correct the mask at once
 
     def __post_init__(self) -> None:
         check_number("robot: tau", self.tau, 0, 1)
@@ -54,17 +55,26 @@ class Robot:
     ) -> Answer:
         "What a person who knows it would answer, in a person's time."
         truth, wrong = self.truth(request.image_id), stable_uniform(self.seed, request.id, "robot") < self.error
-        if request.kind == "verify":
-            good = image_iou(request.proposal, truth, len(self.labels)) >= self.tau
-            verdict = "accepted" if good != wrong else "rejected"
-            mask = request.proposal if verdict == "accepted" else None
-            return Answer(request.id, "verify", verdict, mask, self.cost.look_seconds, "robot")
-        mask = slipped(truth) if wrong else truth
-        if request.proposal is None:
+        mask, proposal = slipped(truth) if wrong else truth, request.proposal
+        if proposal is None:
             return Answer(request.id, "draw", "drawn", mask, self.draw_seconds, "robot")
-        drawing, looking = self.cost.parts(self.cost.share(request.proposal, mask, self.labels), self.draw_seconds)
-        verdict = "accepted" if np.array_equal(mask, request.proposal) else "fixed"
+        if request.kind == "verify":
+            good = image_iou(proposal, truth, len(self.labels)) >= self.tau
+            return self._checked(request.id, proposal, good != wrong, mask)
+        drawing, looking = self.cost.parts(self.cost.share(proposal, mask, self.labels), self.draw_seconds)
+        verdict = "accepted" if np.array_equal(mask, proposal) else "fixed"
         return Answer(request.id, "fix", verdict, mask, drawing * self.draw_seconds + looking, "robot")
+
+    def _checked(self, question: str, proposal: np.ndarray, good: bool, mask: np.ndarray) -> Answer:
+        "Yes or no; or the mask, after a look and as much drawing as it takes."
+        look = self.cost.look_seconds
+        if good:
+            return Answer(question, "verify", "accepted", proposal, look, "robot")
+        if not self.puts_right or np.array_equal(mask, proposal):
+            return Answer(question, "verify", "rejected", None, look, "robot")
+        share = self.cost.share(proposal, mask, self.labels)
+        drawing, _ = replace(self.cost, look_seconds=0.0).parts(share, self.draw_seconds)
+        return Answer(question, "verify", "fixed", mask, look + drawing * self.draw_seconds, "robot")
 
 # %% ../../nbs/people/03_robot.ipynb #robot-work
 def work(
@@ -91,10 +101,11 @@ class RobotAnnotator(Annotator):
         tau: float = 0.7,  # a mask is good from this mean IoU
         error: float = 0.0,  # share of the answers that are wrong, in [0, 1]
         seed: int = 0,  # decides which ones
+        puts_right: bool = False,  # after a no, correct the mask at once
     ):
         super().__init__(folder, labels)
         self.files: Mapping[str, Path] = image_files(Path(masks))
-        self.robot = Robot(self._truth, labels, tau, error, seed)
+        self.robot = Robot(self._truth, labels, tau, error, seed, puts_right=puts_right)
 
     def _truth(self, image_id: str) -> np.ndarray:
         "A known mask."

@@ -12,12 +12,13 @@ import math
 import os
 import zipfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import filelock
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -259,6 +260,22 @@ def image_keys(
     return [stable_hash(shown, _content(row["image"], row["id"])).hex() for row in rows]
 
 # %% ../../nbs/probe/01_features.ipynb #features-look-once
+@contextmanager
+def _one_at_a_time(
+    folder: Path,  # of the cache
+    what: bytes,  # names what is looked at, and how
+) -> Iterator[None]:
+    "Who looks at the same waits here; on a file system without locks everybody looks."
+    lock = filelock.FileLock(folder / f".{what.hex()[:16]}.lock", thread_local=False)
+    with suppress(NotImplementedError, OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def look_once(
     images: datasets.Dataset,  # columns id, image
     view: Inference,  # how they are shown
@@ -266,8 +283,23 @@ def look_once(
     made_by: bytes,  # fingerprint of encoder and normalisation
     encode: Callable[[torch.Tensor], torch.Tensor],  # (1, 3, S, S) uint8 -> (1, N) float16
 ) -> list[str]:  # a key an image: `cache.read(key)` has its features
-    "Show the encoder every image that it has not seen. A progress bar says how far it is."
+    "Show the encoder every image that it has not seen; one process does, for all that wait for the same."
     keys = image_keys(images, view, made_by)
+    if any(cache.read(key) is None for key in keys):
+        with _one_at_a_time(cache.folder, stable_hash(made_by, view.image_size, view.resize)):
+            _look(images, view, cache, keys, encode)
+    cache.touch(keys)
+    return keys
+
+
+def _look(
+    images: datasets.Dataset,
+    view: Inference,
+    cache: FeatureCache,
+    keys: Sequence[str],
+    encode: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    "Show it those of which nothing is kept by now. A progress bar says how far it is."
     missing = {key: row for row, key in enumerate(keys) if cache.read(key) is None}
     cache.touch(set(keys) - set(missing))
     raw, transform = raw_rows(images), EvalTransform(view.image_size, view.resize)
@@ -278,4 +310,3 @@ def look_once(
         if number == 0:
             cache.make_room((features.nbytes + 1024) * len(missing), keys)
         cache.write(key, Seen(features, tuple(shown["box"]), tuple(shown["native"])))
-    return keys

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONFIDENT', 'object_classes', 'is_empty', 'label_questions', 'keep_classes', 'sum_up', 'keep_agreed',
-           'write_confident', 'kept_quality']
+           'write_confident', 'kept_counts', 'kept_quality']
 
 # %% ../../nbs/proposals/03_partial.ipynb #partial-imports
 import math
@@ -20,7 +20,7 @@ from ..core.checks import check_number
 from ..data.labels import VOID, LabelSpace
 from ..data.masks import MaskStore
 from ..data.transforms import unpad_one
-from ..model.metrics import image_iou
+from ..model.metrics import class_iou, count_pairs, mean_iou_of
 from ..model.predict import Inference, predict_batches
 from ..model.segmenter import Segmenter
 from ..vlm.handler import Judgement, JudgeQuery, abstain, background_of, probability_of
@@ -105,13 +105,23 @@ def write_confident(
             masks.write(image_id, kept.to(torch.uint8).cpu().numpy())
 
 # %% ../../nbs/proposals/03_partial.ipynb #partial-quality
+def kept_counts(
+    kept: np.ndarray,  # (H, W) uint8 class indices, void where nothing was kept
+    truth: np.ndarray,  # (H, W) the true mask
+    num_classes: int,  # C
+) -> np.ndarray:  # (C, C) int64, rows = truth, columns = kept class
+    "The kept pixels, counted; those that are void in the truth are none of them."
+    known = np.where(kept == VOID, np.uint8(VOID), truth)
+    return count_pairs(kept, known, num_classes).cpu().numpy()
+
+
 def kept_quality(
     kept: np.ndarray,  # (H, W) uint8 class indices, void where nothing was kept
     truth: np.ndarray,  # (H, W) the true mask
     num_classes: int,  # C
+    counts: np.ndarray | None = None,  # what `kept_counts` found; None: it is asked
 ) -> tuple[float, float]:  # mean IoU of the kept pixels (nan: there are none), share of pixels kept
     "Right and how much: pixels that are void in the truth count in neither."
-    counted = truth != VOID
-    inside = counted & (kept != VOID)
-    share = float(inside.sum() / counted.sum()) if counted.any() else math.nan
-    return image_iou(kept, np.where(inside, truth, VOID).astype(np.uint8), num_classes), share
+    counts = kept_counts(kept, truth, num_classes) if counts is None else counts
+    counted = np.count_nonzero(truth != VOID)
+    return mean_iou_of(class_iou(counts).tolist()), float(counts.sum() / counted) if counted else math.nan

@@ -154,6 +154,9 @@ def publish_model(
     return send(model_parcel(run, to, public, license), api)
 
 # %% ../../nbs/reports/06_publish.ipynb #publish-data
+_NAMED = ("id2label.json", "labelmap.txt")  # what the classes are called: `datasets` does not know
+
+
 def _is_saved(folder: Path) -> bool:
     "Has `datasets` saved it?"
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
@@ -166,7 +169,7 @@ def dataset_parcel(
     public: bool = False,  # whether everybody may see it
     license: str | None = None,  # of pictures and masks
 ) -> Parcel:
-    "What `publish_dataset` would send; of a folder of `datasets`, the card alone, for the rest is made on the way."
+    "What `publish_dataset` would send; of a folder of `datasets`, card and class names: the rest is made on the way."
     root = resolve_path(folder)
     if not root.is_dir():
         raise DataError(f"{folder} is no folder: give what an export of the run has written.")
@@ -175,7 +178,8 @@ def dataset_parcel(
     if not set(files) - set(left):
         raise DataError(f"{folder} is empty: give what an export of the run has written.")
     page: dict[str, bytes | Path] = {"README.md": dataset_card(run, license).encode()}
-    sent = page if _is_saved(root) else page | {name: path for name, path in files.items() if name not in left}
+    kept = {*_NAMED} if _is_saved(root) else {*files}
+    sent = page | {name: path for name, path in files.items() if name in kept and name not in left}
     return Parcel(_checked_name(to), "dataset", not public, sent, left)
 
 

@@ -260,6 +260,7 @@ def _round_row(run: Run, index: int) -> dict[str, Any]:
     row["regions"] = record.get("regions", 0)
     row["clicks"] = _number(budget.get("clicks"))
     row["human_hours"] = _number(budget.get("human_seconds")) / 3600
+    row["human_measured"] = float(budget.get("timed_seconds") or 0.0) / (budget.get("human_seconds") or 1.0)
     row |= {name: _number(budget.get(name)) for name in ("judge_calls", "judge_usd")}
     row |= _measured(run, index)
     if run.mode == "vlm" or judge:
@@ -341,7 +342,8 @@ def _summary_row(run: Run) -> dict[str, Any]:
     table = round_table(run)
     if len(table):
         last = table.iloc[-1]
-        row |= {name: last[name] for name in ("labelled", "labelled_share", "images", "clicks", "human_hours")}
+        row |= {name: last[name] for name in ("labelled", "labelled_share", "images", "clicks")}
+        row |= {name: last[name] for name in ("human_hours", "human_measured")}  # the share of them that was timed
         row |= {name: last[name] for name in ("judge_calls", "judge_usd", "val_mean_iou", "test_mean_iou")}
         measured = "test" if table["test_mean_iou"].notna().sum() > 1 else "val"
         row["aubc"] = aubc(table["labelled_share"], table[metric_column(measured, table)])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AGAINST', 'plot_learning_curve', 'plot_class_iou', 'gallery_items', 'plot_gallery', 'asked_items', 'plot_asked',
-           'plot_judge', 'labels_card', 'plot_labels', 'save_figures']
+           'plot_judge', 'labels_card', 'plot_labels', 'people_rows', 'save_figures']
 
 # %% ../../nbs/reports/03_run_figures.ipynb #run-figures-imports
 import math
@@ -33,9 +33,11 @@ from vlm_itl.core.figures import (
     save_png,
     tidy_axes,
 )
-from ..core.files import read_json
+from ..core.files import from_json, read_json
 from ..core.guards import inside
+from ..data.labels import LabelSpace
 from ..data.masks import read_image, read_indices
+from ..people.account import answered_rows, plot_answers
 from vlm_itl.reports.report import (
     JUDGE_RATES,
     Run,
@@ -170,9 +172,24 @@ def _line_text(
     return text
 
 
-def _finish_curve(figure: Figure, axes: Axes, title: str, against: str, columns: Sequence[str]) -> None:
+def _against_text(against: str, tables: _Tables) -> str:
+    "What the x axis shows; of hours, how many were measured: the rest is reckoned by the price of a mask."
+    if against != "human_hours":
+        return AGAINST[against]
+    share = float(np.mean([table["human_measured"].iloc[-1] for table in tables.values()]))
+    how = (
+        "assumed by mask" if share == 0 else "measured" if share > 0.999 else f"{share:.0%} measured, the rest assumed"
+    )
+    return f"{AGAINST[against]}, {how}"
+
+
+def _finish_curve(
+    figure: Figure, axes: Axes, title: str, against: str, columns: Sequence[str], tables: _Tables
+) -> None:
     "Words and ticks of the learning curve."
-    tidy_axes(axes, AGAINST[against], "mean IoU" if len(columns) > 1 else f"mean IoU ({''.join(columns)})")
+    tidy_axes(
+        axes, _against_text(against, tables), "mean IoU" if len(columns) > 1 else f"mean IoU ({''.join(columns)})"
+    )
     axes.set_title(title, fontsize=10, loc="left")
     if against == "labelled_share":
         axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
@@ -214,7 +231,7 @@ def plot_learning_curve(
     title = "simulated: the judge reads the truth" if any(run.simulated for run in runs) else ""
     if several or not curves:
         title = next(iter(curves), "full supervision")
-    _finish_curve(figure, axes, title, against, [*columns])
+    _finish_curve(figure, axes, title, against, [*columns], tables)
     if not curves:
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
@@ -460,12 +477,13 @@ def _draw_rates(axes: Axes, table: pd.DataFrame) -> None:
 # %% ../../nbs/reports/03_run_figures.ipynb #run-figures-accepted
 def _draw_accepted(axes: Axes, table: pd.DataFrame) -> Axes:
     "How many masks were judged and accepted, and on a second axis, which is returned, how good they are as labels."
-    axes.bar(table["round"], table["n"], color="#e2e2e2", width=0.7, label="judged")
+    axes.bar(table["round"], table["judged"], color="#e2e2e2", width=0.7, label="judged")
     axes.bar(table["round"], table["accepted"], color=COLORS[4], width=0.7, label="accepted")
     tidy_axes(axes, "round", "masks")
     quality = axes.twinx()
     worth, model = table["accepted_label_miou"], table["val_mean_iou"]
-    quality.plot(table["round"], worth, color=COLORS[1], marker="D", label="mean IoU of accepted masks")
+    if worth.notna().any():
+        quality.plot(table["round"], worth, color=COLORS[1], marker="D", label="mean IoU of accepted masks")
     quality.plot(table["round"], model, "k--", marker="o", label="mean IoU of the model (val)")
     quality.set_ylim(0, 1.03)
     quality.set_ylabel("mean IoU")
@@ -473,9 +491,19 @@ def _draw_accepted(axes: Axes, table: pd.DataFrame) -> Axes:
     return quality
 
 # %% ../../nbs/reports/03_run_figures.ipynb #report-judge-plot-judge
-def _has_judge(table: pd.DataFrame) -> bool:
-    "Whether anything was judged in any round."
-    return bool("n" in table and table["n"].fillna(0).any())
+def _judge_table(run: Run) -> pd.DataFrame:
+    "Rounds with a judge's answers about masks whose truth is known: at once, or since people have drawn them."
+    table = round_table(run)
+    if "n" not in table:
+        return table.head(0)
+    judges = [record.get("judge") or {} for record in run.rounds]
+    table["judged"] = [judge.get("images", judge.get("n", 0)) for judge in judges]
+    if not table["n"].fillna(0).any():  # people answer later: the round after has what they said
+        said = {judge["answered"]["round"]: judge["answered"] for judge in judges if judge.get("answered")}
+        for name in ("n", *JUDGE_RATES):
+            table[name] = np.array([said.get(index, {}).get(name) for index in table["round"]], dtype=float)
+        table["later"] = True
+    return table[table["n"].fillna(0) > 0]
 
 
 @guarded
@@ -485,12 +513,13 @@ def plot_judge(
     "The judge's rates over the rounds; what was accepted, and its quality as a label."
     run = as_runs(run)[0]
     _need_rounds(run)
-    table = round_table(run)
-    if not _has_judge(table):
-        raise RunError(f"{run.path} has no judge's answers (mode {run.mode}): nothing to draw.")
-    table = table[table["n"] > 0]
+    table = _judge_table(run)
+    if not len(table):
+        raise RunError(f"{run.path} has no judge's answers that were measured (mode {run.mode}): nothing to draw.")
     figure, ((rates, masks),) = make_figure(9.2, 3.8, 1, 2)
     _draw_rates(rates, table)
+    if "later" in table:
+        rates.set_title(f"on {table['n'].sum():.0f} masks that people drew later", fontsize=10, loc="left")
     quality = _draw_accepted(masks, table)
     for axes, sources in ((rates, (rates,)), (masks, (masks, quality))):
         handles = [handle for source in sources for handle in source.get_legend_handles_labels()[0]]
@@ -534,6 +563,30 @@ def plot_labels(
     legend_below(figure, axes)
     return figure
 
+# %% ../../nbs/reports/03_run_figures.ipynb #report-people
+def _labelled_at_the_end(run: Run) -> list[str]:
+    "The images that people were asked about after the last round (goal dataset)."
+    path = run.path / "labels" / "provenance.jsonl"
+    lines = [from_json(line, dict) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return [line["id"] for line in lines if line.get("human_seconds")]
+
+
+@guarded
+def people_rows(
+    run: Run | str | Path,  # a run or its folder
+) -> pd.DataFrame:  # a row an answer, as `answered_rows`, and its round; empty where people were not asked
+    "What people answered, and before which round it was needed."
+    run = as_runs(run)[0]
+    if not (run.path / "answers" / "answers.jsonl").is_file() or not run.labels:
+        return pd.DataFrame()
+    due = dict.fromkeys(_labelled_at_the_end(run), len(run.rounds))
+    for record in run.rounds:
+        audited = (record.get("judge") or {}).get("to_audit") or []
+        due |= dict.fromkeys([*(record.get("selection") or {}).get("ids", []), *audited], record["index"] + 1)
+    rows = pd.DataFrame(answered_rows(run.path, LabelSpace(tuple(run.labels))))
+    rows["round"] = [due.get(image, 0) for image in rows["image"]]  # the first ones: start, validation, test
+    return rows
+
 # %% ../../nbs/reports/03_run_figures.ipynb #report-save
 def _draw_beside(run: Run) -> Figure:
     "The learning curve, with the twin without a judge and full supervision where they lie beside it."
@@ -557,8 +610,10 @@ def save_figures(
         drawings["gallery"] = plot_gallery
     if asked_items(run):
         drawings["asked"] = plot_asked
-    if _has_judge(table):
+    if len(_judge_table(run)):
         drawings["judge"] = plot_judge
+    if len(people_rows(run)):
+        drawings["people"] = lambda run: plot_answers(people_rows(run))
     if (labels_card(run) or {}).get("measured") is not None:
         drawings["labels"] = plot_labels
     return [save_png(draw(run), folder / f"{name}.png") for name, draw in drawings.items()]

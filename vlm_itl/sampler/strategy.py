@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCORES', 'Picks', 'SELECTS', 'SHORT', 'ScoreRow', 'register_score', 'SelectRow', 'register_select', 'nearest_squared',
-           'kcenter_greedy', 'shortlist', 'Strategy', 'aggregates', 'parse_strategy', 'register_short', 'Sampler']
+           'kcenter_greedy', 'kmeanspp', 'shortlist', 'Strategy', 'aggregates', 'parse_strategy', 'register_short',
+           'Sampler']
 
 # %% ../../nbs/sampler/02_strategy.ipynb #sampler-imports
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,17 @@ import numpy as np
 from ..core.checks import ConfigError, check_choice, check_number, closest
 from ..core.registry import Registry, checked_part
 from ..model.doubt import AGGREGATORS, NO_DASH, PIXEL_MAPS
-from .view import PoolView, ScoredPool, make_view, require_finite
+from vlm_itl.sampler.view import (
+    Column,
+    PoolView,
+    ScoredPool,
+    as_column,
+    centred,
+    make_view,
+    part_of,
+    require_finite,
+    squared_lengths,
+)
 
 # %% ../../nbs/sampler/02_strategy.ipynb #sampler-score-rows
 @dataclass(frozen=True)
@@ -160,53 +171,143 @@ _CANCELS = 1e-3  # below this share of |x|^2 + |s|^2 the fast formula has lost t
 
 
 def nearest_squared(
-    points: np.ndarray,  # (N, D) float, centred
+    points: np.ndarray | Column,  # (N, D) float, centred
     norms: np.ndarray,  # (N,) squared lengths of the points
     centres: np.ndarray,  # (M, D) float, centred alike
     best: np.ndarray,  # (N,) squared distance to the nearest earlier centre, inf if none; changed in place
 ) -> None:
     "Lower `best` to the squared distance to the nearest of `centres`; memory beside the arguments is constant."
-    for left in range(0, len(centres), _CHUNK_CENTRES):
-        block = centres[left : left + _CHUNK_CENTRES]
-        block_norms = np.einsum("md,md->m", block, block)
-        for start in range(0, len(points), _CHUNK_ROWS):
-            rows = slice(start, start + _CHUNK_ROWS)
-            scale = norms[rows, None] + block_norms[None]  # (n, m)
-            squared = scale - 2 * (points[rows] @ block.T)
+    centre_norms = np.einsum("md,md->m", centres, centres)
+    for start in range(0, len(points), _CHUNK_ROWS):
+        rows = slice(start, start + _CHUNK_ROWS)
+        chunk = points[rows]  # read once for all centres
+        for left in range(0, len(centres), _CHUNK_CENTRES):
+            block = centres[left : left + _CHUNK_CENTRES]
+            scale = norms[rows, None] + centre_norms[left : left + _CHUNK_CENTRES]  # (n, m)
+            squared = scale - 2 * (chunk @ block.T)
             close = squared <= _CANCELS * scale
             for column in np.flatnonzero(close.any(0)):
                 near = np.flatnonzero(close[:, column])
-                difference = points[rows][near] - block[column]
+                difference = chunk[near] - block[column]
                 squared[near, column] = np.einsum("nd,nd->n", difference, difference)
             np.minimum(best[rows], np.maximum(squared, 0).min(1), out=best[rows])
 
+# %% ../../nbs/sampler/02_strategy.ipynb #sampler-farthest
+_FAR = 16_384  # images that the greedy loop looks at between two passes over all of them
+
+
+def _farthest(best: np.ndarray) -> tuple[np.ndarray, float]:
+    "Rows with the largest of N squared distances, ascending, and the largest distance of the others."
+    if len(best) <= _FAR:
+        return np.arange(len(best)), -1.0
+    bound = float(-np.partition(-best, _FAR)[_FAR])
+    far = np.flatnonzero(best > bound)
+    return (far if len(far) else best.argmax(0, keepdims=True)), bound  # where all tie: the first
+
+
+def _greedy_among(
+    near: np.ndarray,  # (n, D) the farthest, centred
+    norms: np.ndarray,  # (n,) their squared lengths
+    best: np.ndarray,  # (n,) their squared distances to all that was chosen; used up
+    k: int,  # picks, at most
+    bound: float,  # of the squared distances of all others
+) -> tuple[list[int], list[float]]:  # places in order, distances
+    "Greedy picks, as long as the farthest of these is the farthest of all."
+    picks: list[int] = []
+    distances: list[float] = []
+    while len(picks) < k:
+        place = int(best.argmax())
+        if picks and best[place] <= bound:
+            break
+        picks.append(place)
+        distances.append(float(np.sqrt(best[place], dtype=np.float64)))
+        nearest_squared(near, norms, near[place : place + 1], best)
+        best[place] = -1
+    return picks, distances
+
 # %% ../../nbs/sampler/02_strategy.ipynb #sampler-kcenter
 def kcenter_greedy(
-    points: np.ndarray,  # (N, D) candidate features, finite
+    points: np.ndarray | Column,  # (N, D) candidate features, finite
     centres: np.ndarray | None,  # (L, D) features of labelled images; None or empty: start nearest the mean
     k: int,  # picks, 1 <= k <= N
-    overwrite: bool = False,  # the features may be changed in place, which saves the copy
 ) -> tuple[list[int], list[float]]:  # k rows, in order; distance of each to what was chosen before (inf: nothing was)
-    """K-center greedy: O((L + k) N D) time, one centred copy of the features and O(N) beside it.
+    """K-center greedy: O((L + k) N D) time at most, O(N) memory beside the features, which are read and not copied.
 
     Ties go to the smaller row. Source: Sener & Savarese 2018, arXiv 1708.00489, algorithm 1.
     """
-    dtype = np.float64 if points.dtype == np.float64 else np.float32
-    mean = points.mean(0, dtype=np.float64).astype(dtype)  # of the candidates: any point near all of them serves
-    in_place = overwrite and points.dtype == dtype
-    points = np.subtract(points, mean, dtype=dtype, out=points if in_place else None)  # the one copy
-    norms = np.einsum("nd,nd->n", points, points)
-    best = np.full(len(points), np.inf, dtype=dtype)
+    moved = centred(as_column(points))  # of the candidates: any point near all of them serves
+    norms = squared_lengths(moved)
+    best = np.full(len(moved), np.inf, dtype=moved.dtype)
     picks: list[int] = []
     distances: list[float] = []
-    if centres is not None and len(centres):
-        nearest_squared(points, norms, np.subtract(centres, mean, dtype=dtype), best)
+    if centres is None or not len(centres):
+        picks, distances = [int(norms.argmin())], [np.inf]
+        new = moved[np.array(picks)]
+    else:
+        new = np.subtract(centres, moved.shift, dtype=moved.dtype)
     while len(picks) < k:
-        pick = int(norms.argmin()) if np.isinf(best[0]) else int(best.argmax())
-        picks.append(pick)
-        distances.append(float(np.sqrt(best[pick], dtype=np.float64)))
-        nearest_squared(points, norms, points[pick : pick + 1], best)
+        nearest_squared(moved, norms, new, best)
         best[picks] = -1  # chosen: below every distance
+        far, bound = _farthest(best)
+        more, apart = _greedy_among(moved[far], norms[far], best[far], k - len(picks), bound)
+        picks += [int(far[place]) for place in more]
+        distances += apart
+        new = moved[far[more]]
+    return picks, distances
+
+# %% ../../nbs/sampler/02_strategy.ipynb #sampler-kmeanspp
+_ONE_BY_ONE, _TOGETHER = 50_000, 256  # images up to which each draw is a pass; draws that a later pass may wait for
+_PATIENCE = 8  # a pass for every so many draws as there were, at first
+_IN_VAIN = 32  # images drawn and not kept, after which a pass is worth more
+
+
+def _next_draw(
+    points: np.ndarray | Column,  # (N, D) centred
+    best: np.ndarray,  # (N,) squared distances to what was chosen, but for `waiting`
+    weight: np.ndarray,  # (N,) their sums
+    waiting: np.ndarray,  # (W, D) chosen since
+    rng: np.random.Generator,  # the only source of chance
+) -> tuple[int, float] | None:  # row, squared distance to the nearest chosen one; None: they are too old
+    "One draw by the distances of today, from those of yesterday."
+    for _ in range(_IN_VAIN):
+        pick = int(np.searchsorted(weight, rng.random() * weight[-1], side="right"))
+        if not len(waiting):
+            return pick, float(best[pick])
+        today = min(float(best[pick]), float(((points[np.array([pick])] - waiting) ** 2).sum(1).min()))
+        if rng.random() * best[pick] < today:
+            return pick, today
+    return None
+
+
+def kmeanspp(
+    points: np.ndarray | Column,  # (N, D) what is drawn from
+    k: int,  # draws, 1 <= k <= N
+    rng: np.random.Generator,  # the only source of chance
+) -> tuple[list[int], list[float]]:  # k rows as drawn; distance of each to the nearest earlier one (inf: first)
+    "k-means++ seeding from the longest vector on: O(N k D) time, O(N) memory. Source: arXiv 1906.03671, algorithm 1."
+    column = as_column(points)
+    moved: Any = centred(column)
+    picks = [int(squared_lengths(column, np.float64).argmax())]
+    norms, best = squared_lengths(moved), np.full(len(moved), np.inf, dtype=moved.dtype)
+    if len(moved) <= _ONE_BY_ONE:
+        moved = moved[:]  # read again and again
+    distances, waiting, weight = [np.inf], list(picks), None
+    while len(picks) < k:
+        most = 1 if len(moved) <= _ONE_BY_ONE else min(_TOGETHER, 1 + len(picks) // _PATIENCE)
+        if weight is None or len(waiting) >= most:
+            nearest_squared(moved, norms, moved[np.array(waiting)], best)
+            best[picks] = 0
+            waiting, weight = [], best.cumsum(dtype=np.float64)
+        if weight[-1] == 0:  # copies of the chosen only
+            copies = np.setdiff1d(np.arange(len(best)), picks)[: k - len(picks)]
+            return picks + copies.tolist(), distances + [0.0] * len(copies)
+        found = _next_draw(moved, best, weight, moved[np.array(waiting, dtype=int)], rng)
+        if found is None:
+            weight = None
+            continue
+        picks.append(found[0])
+        distances.append(float(np.sqrt(found[1])))
+        waiting.append(found[0])
     return picks, distances
 
 # %% ../../nbs/sampler/02_strategy.ipynb #sampler-coreset
@@ -233,9 +334,8 @@ def _coreset(view: PoolView, values: np.ndarray, k: int, score: str, prefilter: 
     "Cover the pool; with a score, cover the most unsure part of it."
     check_number("prefilter", prefilter, low=1)
     kept = shortlist(values, k, prefilter, score)
-    points = view.embedding()
-    points = points if len(kept) == len(points) else points[kept]
-    picks, distances = kcenter_greedy(points, view.labelled_embedding(), k, overwrite=True)
+    points = part_of(view.column("embedding"), kept)
+    picks, distances = kcenter_greedy(points, view.labelled_embedding(), k)
     among = "" if score == "none" else f", among the {len(kept)} highest in {score}"
     words = [f"distance {d:.2f} to the nearest chosen image" for d in distances]
     if np.isinf(distances[0]):

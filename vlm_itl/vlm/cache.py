@@ -454,6 +454,12 @@ class CachedHandler(VLMHandler):
         super().close()
         self.cache.close()
 
+    def judge(self, queries: Iterable[JudgeQuery]) -> list[Judgement]:
+        "As every judge does; the one behind the cache sees all that is to come, of which it may be spared some."
+        asked = list(queries)
+        self.foresee(asked)
+        return super().judge(asked)
+
     def _judge_one(self, query: JudgeQuery) -> Judgement:
         return self._judge_batch([query])[0]
 

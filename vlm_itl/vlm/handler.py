@@ -339,6 +339,13 @@ class Equipped:
         for judge in self.inner():
             judge.bind_segmenter(model, view)
 
+    def watchers(
+        self,
+        by_class: bool = False,  # will the questions be about single classes?
+    ) -> list[Callable[[str, Any, np.ndarray], None]]:  # as `score_pool` takes them
+        "Who wants to see the segmenter's logits when it draws a mask, so that nobody has to look at the image again."
+        return [watch for judge in self.inner() for watch in judge.watchers(by_class)]
+
     def bind_pool(
         self,
         shown: Shown,  # all images that it will be asked about in this round; without human masks
@@ -356,6 +363,14 @@ class Equipped:
         "Let a judge learn from images whose truth was paid for; a segmenter that comes along was not trained on them."
         for judge in self.inner():
             judge.bind_labelled(shown, part)
+
+    def foresee(
+        self,
+        queries: Sequence[Any],  # all that will be asked; some answers may be known already
+    ) -> None:
+        "Look at questions before the first is asked, to tell what they will cost, or to refuse."
+        for judge in self.inner():
+            judge.foresee(queries)
 
     def bind_payer(
         self,
@@ -511,7 +526,9 @@ def _why_stopped(judge: VLMHandler, count: int, reason: str) -> str:
     return f"{who} failed {count} times in a row, always alike: {reason.rstrip('.')}. To do: {remedy(reason)}."
 
 # %% ../../nbs/vlm/02_handler.ipynb #vlm-registry
-HANDLERS: Registry[type[VLMHandler]] = Registry("judge", homes={"learned": "vlm_itl.proposals.learned"})
+HANDLERS: Registry[type[VLMHandler]] = Registry(
+    "judge", homes={"learned": "vlm_itl.proposals.learned", "openai_batch": "vlm_itl.judging.batches"}
+)
 
 
 def register_handler(

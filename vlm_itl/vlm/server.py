@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LARGEST_REPLY', 'run_to_end', 'bounded', 'http_library', 'certificates', 'understand', 'refusal_of', 'open_client',
            'Conversation', 'post', 'ask_votes', 'ask_one', 'reason_of', 'better_address', 'fatal_line', 'judge_one',
-           'Pace', 'Crew', 'Limits', 'judge_all', 'checked_body', 'check_package', 'OpenAIHandler']
+           'Pace', 'Crew', 'Limits', 'judge_all', 'checked_body', 'check_package', 'read_addresses', 'shown_size',
+           'too_dear', 'OpenAIHandler']
 
 # %% ../../nbs/vlm/09_server.ipynb #openai-imports
 import asyncio
@@ -16,7 +17,8 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+import warnings
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
@@ -27,16 +29,18 @@ from typing import Any
 from ..core.checks import ConfigError, JudgeError, check_number
 from ..core.files import progress
 from ..core.guards import refuse_secrets
-from .cache import total_cost
+from .cache import is_final, total_cost
 from vlm_itl.vlm.exchange import (
     OPENAI_URL,
     Address,
+    Estimate,
     Key,
     Price,
     Prompt,
     Terms,
     Wishes,
     chat_request,
+    estimate_cost,
     field_of,
     given_price,
     key_for,
@@ -45,7 +49,7 @@ from vlm_itl.vlm.exchange import (
     read_address,
     read_reply,
 )
-from .handler import Judgement, JudgeQuery, JudgeStopped, abstain, register_handler
+from .handler import Judgement, JudgeQuery, JudgeStopped, abstain, check_query, register_handler
 from .refusals import Refusal, error_inside, likely_address, read_refusal, weaker
 from .render import PictureJudge
 
@@ -90,6 +94,7 @@ LARGEST_REPLY = 4 * 2**20  # bytes; a verdict has hundreds
 def bounded(
     response: Any,  # of httpx or httpx2, whichever the openai package brings
     seconds: float,  # until when the body must be there
+    largest: int = LARGEST_REPLY,  # bytes
 ) -> Any:  # its stream, with limits
     "The body of a reply that can neither fill the memory nor drip for ever; `ValueError` where it would."
     library: Any = importlib.import_module(type(response).__module__.partition(".")[0])
@@ -103,8 +108,8 @@ def bounded(
             total = 0
             async for piece in body:
                 total += len(piece)
-                if total > LARGEST_REPLY:
-                    raise ValueError(f"the reply is larger than {LARGEST_REPLY // 2**20} MB")
+                if total > largest:
+                    raise ValueError(f"the reply is larger than {largest // 2**20} MB")
                 if time.monotonic() > until:
                     raise ValueError("the reply does not come to an end")
                 yield piece
@@ -132,9 +137,10 @@ def certificates() -> ssl.SSLContext:
 async def understand(
     response: Any,  # just come, not read yet
     seconds: float,  # until when its body must be there
+    largest: int = LARGEST_REPLY,  # bytes
 ) -> None:
     "Read a reply. Where it is a refusal, say so in its status, and let the client ask again only where that may help."
-    response.stream = bounded(response, seconds)
+    response.stream = bounded(response, seconds, largest)
     if 300 <= response.status_code < 400:
         return
     await response.aread()
@@ -165,6 +171,7 @@ def open_client(
     before: Callable[[], Awaitable[None]],  # called before each request, retries included
     timeout_s: float = 60.0,  # seconds per request
     max_retries: int = 4,  # after 408, 409, 429, 5xx, time-outs and lost connections
+    largest: int = LARGEST_REPLY,  # bytes of a reply
 ) -> Any:  # an `openai.AsyncOpenAI`, to be closed
     "OpenAI's client for an address, which understands refusals; `JudgeError` if there is no key."
     import openai
@@ -178,7 +185,7 @@ def open_client(
             del request.headers["Authorization"]
 
     async def receiving(response: Any) -> None:
-        await understand(response, timeout_s)
+        await understand(response, timeout_s, largest)
 
     hooks: dict[str, list[Any]] = {"request": [sending], "response": [receiving]}
     # the address that was given is the one that is asked: a redirect could carry the picture anywhere
@@ -208,6 +215,8 @@ class Conversation:
     terms: Terms = field(default_factory=Terms)  # what it takes
     gives_logprobs: bool | None = None  # None: not known yet
     answered: bool = False  # once: it is there, and the key is right
+    alone: bool = True  # no other server could take over
+    out: str | None = None  # why it is not asked any more
     failed_in_a_row: int = 0  # questions
 
     def fields(
@@ -375,7 +384,7 @@ def fatal_line(
         }.get(refusal.cause)
     lost = isinstance(error, openai.APIConnectionError) and not isinstance(error, openai.APITimeoutError)
     lost = lost and type(error.__cause__).__name__ not in ("DecodingError", "ValueError")  # it did answer
-    if not lost or talk.answered:
+    if not lost or (talk.answered and talk.alone):
         return None
     if re.search(r"(?i)wrong.version.number|unknown.protocol|record.layer.failure", str(error.__cause__)):
         return f"{where} does not speak https: write http://... as base_url."
@@ -431,13 +440,17 @@ class Pace:
 # %% ../../nbs/vlm/09_server.ipynb #exchange-crew
 @dataclass
 class Crew:
-    "Workers that take one question after the other, until all are answered or one says stop."
+    "Workers at one server that take one question after the other, until all are answered or one says stop."
 
     ask: Callable[[int], Awaitable[Judgement]]  # of a position; `_Fatal`: stop
     tired: Callable[[Judgement], str | None]  # after an answer: why to stop, or None
-    waiting: list[int]  # positions, last first
-    answers: dict[int, Judgement] = field(default_factory=dict)
+    waiting: list[int]  # positions, last first; shared by the crews of several servers
+    answers: dict[int, Judgement] = field(default_factory=dict)  # shared likewise
     stop: str | None = None  # why
+    others: list["Crew"] = field(default_factory=list)  # at other servers: they redo what fails here
+    busy: int = 0  # questions in flight
+    own: list[int] = field(default_factory=list)  # positions that failed at another server
+    failed: set[int] = field(default_factory=set)  # positions that failed here
 
     async def run(
         self,
@@ -453,18 +466,48 @@ class Crew:
     async def _work(self, bar: Any, at_most: int | None = None) -> None:
         "One worker."
         done = 0
-        while self.waiting and self.stop is None and (at_most is None or done < at_most):
-            index = self.waiting.pop()
-            try:
-                self.answers[index] = await self.ask(index)
-            except _Fatal as error:
-                self.stop = str(error)
+        while self.stop is None and (at_most is None or done < at_most):
+            if pile := self.own or self.waiting:
+                await self._one(pile.pop())
+            elif any(crew.busy for crew in self.others):  # another server may fail, and its questions come back
+                await asyncio.sleep(0.01)
+                continue
+            else:
                 return
-            if self.waiting and (why := self.tired(self.answers[index])) is not None:
-                self.stop = why
             if bar is not None:
                 bar.update(1)
             done += 1
+
+    async def _one(self, index: int) -> None:
+        "Ask one question, and see whether to go on."
+        self.busy += 1
+        try:
+            answer = await self.ask(index)
+        except _Fatal as error:
+            self.waiting.append(index)
+            self._leave(str(error))
+            return
+        finally:
+            self.busy -= 1
+        if answer.attempts and not is_final(answer):
+            self.failed.add(index)
+        elsewhere = [crew for crew in self._rest() if index not in crew.failed] if index in self.failed else []
+        if elsewhere:
+            min(elsewhere, key=lambda crew: crew.busy + len(crew.own)).own.append(index)
+        else:
+            self.answers[index] = answer
+        if (self.waiting or self._rest()) and (why := self.tired(answer)) is not None:
+            self._leave(why)
+
+    def _rest(self) -> list["Crew"]:
+        "Crews that go on."
+        return [crew for crew in self.others if crew.stop is None]
+
+    def _leave(self, why: str) -> None:
+        "Stop, and leave the rest of the work to the others, if there are any."
+        self.stop = self.stop or why
+        self.waiting.extend(self.own)
+        self.own.clear()
 
 # %% ../../nbs/vlm/09_server.ipynb #exchange-limits
 @dataclass
@@ -485,33 +528,66 @@ class Limits:
         check_number("judge 'openai': max_retries", self.max_retries, 0, integer=True)
 
 # %% ../../nbs/vlm/09_server.ipynb #exchange-ask-all
+def _take_out(talk: Conversation, why: str, left: int) -> None:
+    "A server is not asked any more: say so, where others go on."
+    talk.out = why
+    if left:
+        warnings.warn(f"{why} It is taken out; {left} still answer.", RuntimeWarning, stacklevel=2)
+
+
+def _all_gone(crews: Sequence[Crew]) -> str:
+    "One line where nobody is left."
+    whys = [str(crew.stop) for crew in crews]
+    told = "; ".join(why.removeprefix("judge 'openai'").lstrip(": ").rstrip(".") for why in whys)
+    return whys[0] if len(whys) == 1 else f"judge 'openai': none of {len(whys)} servers answers any more: {told}."
+
+
 async def judge_all(
-    talk: Conversation,  # with one server
-    limits: Limits,  # of its speed
+    talks: Sequence[Conversation],  # with servers of the same model
+    limits: Limits,  # of each one's speed
     prompts: Sequence[Callable[[], Prompt]],  # drawn when their turn comes
-    patience: int = 10,  # failures in a row after which it stops
+    patience: int = 10,  # failures in a row after which a server is not asked any more
 ) -> Crew:  # answers by position; and why it stopped, if it did
-    "Many questions to one server."
-    pace = Pace(limits.requests_per_minute)
-    talk.failed_in_a_row = 0
+    "Many questions to one server, or to several."
+    crews: list[Crew] = []
+    waiting, answers = list(range(len(prompts)))[::-1], dict[int, Judgement]()
 
-    async def before() -> None:
-        _ATTEMPTS.get()[0] += 1
-        await pace.wait()
+    async def work_at(talk: Conversation, crew: Crew, bar: Any) -> None:
+        pace, talk.failed_in_a_row = Pace(limits.requests_per_minute), 0
 
-    def tired(last: Judgement) -> str | None:
-        failures = talk.failed_in_a_row
-        return f"judge 'openai' failed {failures} times in a row, last: {last.error}" if failures >= patience else None
+        async def before() -> None:
+            _ATTEMPTS.get()[0] += 1
+            await pace.wait()
 
-    async with open_client(talk.address, talk.key, before, limits.timeout_s, limits.max_retries) as client:
-
-        async def ask(index: int) -> Judgement:
-            return await judge_one(talk, client, prompts[index])
-
-        crew = Crew(ask, tired, waiting=list(range(len(prompts)))[::-1])
-        with progress(desc=f"asking {talk.model}", total=len(prompts), unit="mask") as bar:
+        async with open_client(talk.address, talk.key, before, limits.timeout_s, limits.max_retries) as client:
+            crew.ask = lambda index: judge_one(talk, client, prompts[index])
             await crew.run(limits.concurrency, alone=not talk.answered, bar=bar)
-    return crew
+        if crew.stop is not None:
+            _take_out(talk, crew.stop, sum(other.stop is None for other in crew.others))
+
+    for talk in talks:
+        talk.alone = len(talks) == 1
+        crews.append(Crew(_nobody, partial(_tired, talk, patience), waiting, answers))
+    for crew in crews:
+        crew.others = [other for other in crews if other is not crew]
+    with progress(desc=f"asking {talks[0].model}", total=len(prompts), unit="mask") as bar:
+        await asyncio.gather(*(work_at(talk, crew, bar) for talk, crew in zip(talks, crews, strict=True)))
+    crews[0].stop = _all_gone(crews) if len(answers) < len(prompts) else None
+    return crews[0]
+
+
+async def _nobody(index: int) -> Judgement:
+    "Before there is a client."
+    raise _Fatal("nobody is asked yet")
+
+
+def _tired(talk: Conversation, patience: int, last: Judgement) -> str | None:
+    "Why a server is given up."
+    failures = talk.failed_in_a_row
+    where = "" if talk.alone else f": {talk.address.url}"
+    return (
+        f"judge 'openai'{where} failed {failures} times in a row, last: {last.error}" if failures >= patience else None
+    )
 
 # %% ../../nbs/vlm/09_server.ipynb #openai-handler-checks
 def checked_body(
@@ -531,6 +607,43 @@ def check_package() -> None:
     except ImportError as error:
         raise JudgeError("judge 'openai' needs the openai package: pip install 'vlm_itl[openai]'.") from error
 
+
+def read_addresses(
+    base_url: str | Sequence[str] | None,  # one, several, or None: OpenAI
+) -> list[Address]:
+    "Where the servers are; `ConfigError` for none, or for one that is named twice."
+    given = [OPENAI_URL] if base_url is None else [base_url] if isinstance(base_url, str) else list(base_url)
+    addresses = [read_address(url) for url in given]
+    if not addresses or len({address.base for address in addresses}) < len(addresses):
+        raise ConfigError("judge 'openai': base_url must name one server, or several different ones.")
+    return addresses
+
+
+def shown_size(
+    width: int,  # pixels
+    height: int,  # pixels
+    max_side: int | None,  # of what is shown; None: native size
+) -> tuple[int, int]:
+    "Width and height of the picture that is sent."
+    scale = 1.0 if max_side is None else min(1.0, max_side / max(width, height))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def too_dear(
+    who: str,  # the judge
+    ahead: Estimate,  # of what it would be asked
+    limit: float,  # `max_cost`, USD
+    spent: float,  # USD so far
+) -> str:
+    "Why nothing is asked, and what to do."
+    if ahead.usd is None:
+        return f"{who} has no known price, so max_cost={limit:g} cannot be kept: give its price."
+    before = f" beside the {spent:.2f} already spent" if spent else ""
+    return (
+        f"{who}: {ahead}; that is more than max_cost={limit:g}{before}. Ask about fewer images, show smaller pictures "
+        "(max_side), take a cheaper model, or raise max_cost."
+    )
+
 # %% ../../nbs/vlm/09_server.ipynb #openai-handler
 @register_handler("openai")
 class OpenAIHandler(PictureJudge):
@@ -543,7 +656,7 @@ class OpenAIHandler(PictureJudge):
         self,
         *,
         model: str,  # as the server calls it
-        base_url: str | None = None,  # "http://localhost:8000/v1"; None: OpenAI
+        base_url: str | Sequence[str] | None = None,  # "http://localhost:8000/v1", or several; None: OpenAI
         api_key_env: str | None = None,  # variable that holds the key; None: OPENAI_API_KEY for OpenAI, else no key
         revision: str = "",  # of a model you serve yourself, for the cache
         style: str = "overlay",  # how the mask is drawn: a row of `render.STYLES`
@@ -558,7 +671,8 @@ class OpenAIHandler(PictureJudge):
         min_mass: float = 0.05,  # abstain where P(yes) + P(no) is below, in [0, 1]
         extra_body: dict[str, Any] | None = None,  # more fields of the request, as your server knows them
         price: Sequence[float] | None = None,  # USD per million tokens read, written; None: `PRICES`
-        concurrency: int = 8,  # requests in flight
+        max_cost: float | None = None,  # USD; what may cost more is not begun. None: any sum
+        concurrency: int = 8,  # requests in flight at each server
         requests_per_minute: float | None = None,  # None: no limit
         timeout_s: float = 60.0,  # of one request
         max_retries: int = 4,  # after 408, 409, 429, 5xx, time-outs and lost connections
@@ -567,21 +681,32 @@ class OpenAIHandler(PictureJudge):
     ):
         if not isinstance(model, str) or not model.strip():
             raise ConfigError("judge 'openai': model must be the name of a model.")
-        address = read_address(base_url or OPENAI_URL)
-        key = key_for(address, api_key_env, plain_http)
+        addresses = read_addresses(base_url)
+        keys = [key_for(address, api_key_env, plain_http) for address in addresses]
         refuse_secrets("judge 'openai'", [model, revision, system, base_url])
         self.model, self.revision = model, revision
         self.draw_as(style, max_side)
         wishes = Wishes(logprobs, votes, stated, structured, max_tokens, temperature, min_mass)
-        cost = given_price(price) or price_of(model, address.url)
-        terms = Terms(f"judge 'openai' ({model})")
-        self.talk = Conversation(model, address, key, wishes, system, cost, checked_body(extra_body), terms)
+        body, own = checked_body(extra_body), given_price(price)
+        self.talks = [
+            Conversation(
+                *(model, address, key, wishes, system, own or price_of(model, address.url), dict(body)),
+                Terms(f"judge 'openai' ({model})"),
+            )
+            for address, key in zip(addresses, keys, strict=True)
+        ]
+        self.talk = self.talks[0]  # whose address names the judge: the others serve the same model
+        if max_cost is not None:
+            check_number("judge 'openai': max_cost", max_cost, 0)
+        self.max_cost, self.spent, self._foreseen = max_cost, 0.0, 0
         self.limits = Limits(concurrency, requests_per_minute, timeout_s, max_retries)
         self.patience = check_number("judge 'openai': patience", patience, 1, integer=True)
 
     def __repr__(self) -> str:
         talk = self.talk
-        return f"OpenAIHandler(model={self.model!r}, base_url={talk.address.url!r}, api_key_env={talk.key.variable!r})"
+        more = f" and {len(self.talks) - 1} more" if len(self.talks) > 1 else ""
+        where = f"base_url={talk.address.url!r}{more}"
+        return f"OpenAIHandler(model={self.model!r}, {where}, api_key_env={talk.key.variable!r})"
 
     def identity(self) -> dict[str, Any]:  # for the cache
         "What can change an answer. How fast it is asked cannot."
@@ -592,16 +717,38 @@ class OpenAIHandler(PictureJudge):
 
     def notes(self) -> dict[str, str]:  # field of the request -> one line
         "What the server refused or did not give so far, and what was sent instead."
-        return dict(self.talk.terms.lost)
+        return {name: line for talk in self.talks for name, line in talk.terms.lost.items()}
 
     def check_ready(self) -> None:
         "`JudgeError` if there is no key, or no openai package."
-        self.talk.key.read()
+        for talk in self.talks:
+            talk.key.read()
         check_package()
 
     def prompt(self, query: JudgeQuery) -> Prompt:
         "What a query is as a request: its picture, drawn now, and its text."
         return Prompt(self.query_text(query), picture_url(self.render_query(query)), query.question)
+
+    def foresee(self, queries: Sequence[Any]) -> None:
+        "Tell what questions will cost at most; `JudgeError` where that is more than `max_cost`, and nobody was asked."
+        self._foreseen = len(queries)
+        some = [query for query in queries[:: max(1, len(queries) // 100)] if check_query(query) is None]
+        if not some or (self.talk.price is None and self.max_cost is None):
+            return
+        sizes = [shown_size(query.mask.shape[1], query.mask.shape[0], self.max_side) for query in some]
+        texts = [self.query_text(query) + self.talk.system for query in some]
+        ahead = estimate_cost(self.model, texts, sizes, len(queries), self.talk.wishes, self.talk.price)
+        if self.max_cost is not None and (ahead.usd is None or self.spent + ahead.usd > self.max_cost):
+            raise JudgeError(too_dear(f"judge {self.name!r} ({self.model})", ahead, self.max_cost, self.spent))
+        print(f"judge {self.name!r} ({self.model}): {ahead}")
+
+    def judge(self, queries: Iterable[JudgeQuery]) -> list[Judgement]:
+        "As every judge does, after a look at the price."
+        asked = list(queries)
+        if len(asked) > self._foreseen:
+            self.foresee(asked)
+        self._foreseen -= len(asked)
+        return super().judge(asked)
 
     def _judge_one(self, query: JudgeQuery) -> Judgement:
         return self._judge_batch([query])[0]
@@ -609,7 +756,12 @@ class OpenAIHandler(PictureJudge):
     def _judge_batch(self, queries: list[JudgeQuery]) -> list[Judgement]:
         self.check_ready()
         prompts = [partial(self.prompt, query) for query in queries]
-        crew = run_to_end(judge_all(self.talk, self.limits, prompts, self.patience))
+        if all(talk.out for talk in self.talks):
+            for talk in self.talks:
+                talk.out = None  # they may be back
+        there = [talk for talk in self.talks if talk.out is None]
+        crew = run_to_end(judge_all(there, self.limits, prompts, self.patience))
+        self.spent += sum(answer.usd or 0.0 for answer in crew.answers.values())
         answers = {index: self._complete(answer, queries[index], 0.0) for index, answer in crew.answers.items()}
         if crew.stop is not None:
             raise JudgeStopped(crew.stop, answers)

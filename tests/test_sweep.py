@@ -1,0 +1,351 @@
+"""Sweeps on this machine: what is refused, what is skipped, and what survives deaths, full disks and signals.
+
+The points are a toy notebook without torch: six images, and ways to end. What a run keeps over an interruption is
+tested by test_resume.py; here it is enough that the same command runs it again.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from vlm_itl.cli import local, run
+from vlm_itl.cli.cluster import SlurmCrew, read_cluster, run_dask
+from vlm_itl.cli.grid import MOST_POINTS, Record, Sweep, make_points, open_sweep
+from vlm_itl.cli.local import Crew
+from vlm_itl.cli.points import work_on
+from vlm_itl.cli.sweep import main
+from vlm_itl.core.checks import ConfigError, RunError
+
+COMMAND = [sys.executable, "-c", "import sys; from vlm_itl.cli.sweep import main; sys.exit(main())"]
+PARAMETERS = """\
+labelled: int = 2  # images with a mask
+seed: int = 0  # of everything random
+seconds: float = 0.0  # how long it takes
+fill: int = 0  # bytes it writes
+device: str = "auto"  # how, not what
+output_dir: str = ""  # the run folder
+"""
+BODY = """\
+import json, os, time
+from pathlib import Path
+
+folder = Path(output_dir)
+folder.mkdir(parents=True, exist_ok=True)
+if labelled > 6:
+    raise ValueError(f"labelled must be at most 6, not {labelled}")
+started = len(list(folder.glob("start*")))
+(folder / f"start{started}").write_text(str(os.getppid()))
+if fill:
+    (folder / "large").write_bytes(bytes(fill))
+try:
+    time.sleep(seconds if started == 0 else 0)
+except KeyboardInterrupt:
+    (folder / "checkpoint").touch()
+    raise
+(folder / "summary.json").write_text(json.dumps({"test": {"mean_iou": labelled / 6 + seed / 100}}))
+print("run folder:", output_dir)
+"""
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with the toy notebook."""
+    cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell(BODY)]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "run_toy.ipynb")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def grid(text: str) -> str:
+    """A grid file in the current folder."""
+    Path("grid.yaml").write_text(f"notebook: run_toy\n{text}\n")
+    return "grid.yaml"
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+    """The first true answer."""
+    give_up = time.monotonic() + seconds
+    while not (answer := what()):
+        assert time.monotonic() < give_up, "it did not come"
+        time.sleep(0.05)
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("grid: {labeled: [1]}", "no parameter 'labeled'. Did you mean 'labelled'?"),
+        ("grid: {labelled: [two]}", "the notebook wants labelled: int"),
+        ("grid: {labelled: []}", "grid: labelled must be a list of values, and not empty"),
+        ("grid: {labelled: 3}", "grid: labelled must be a list of values"),
+        ("grid: {labelled: [1, 2, 1]}", "grid: labelled has 1 twice"),
+        ("cases: [{labelled: 2}, {seed: 0}]", "points 1 and 2 of the grid compute the same"),
+        ("grid: {device: [cpu, cuda]}", "device changes nothing of what comes out"),
+        ("grid: {seed: [1]}\nseeds: 2", "seed is set in two places"),
+        ("seeds: 0", "seeds must be a whole number >= 1"),
+        ("sedes: 3", "a grid file has no 'sedes'"),
+        ("settings: {output_dir: x}", "output_dir is not yours to set"),
+        ("settings: 3", "settings must hold lines like"),
+        ("settings: {labelled: 010}", "is counted in eights"),
+    ],
+)
+def test_a_bad_grid_is_one_line_and_starts_nothing(
+    home: Path, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    assert main([grid(text)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("vlm_itl_sweep: ") and err.count("\n") == 1 and said in err
+    assert not (home / "runs").exists()
+
+
+def test_an_oversized_grid_is_counted_not_built(home: Path) -> None:
+    axes = {name: list(range(500)) for name in ("labelled", "seed", "fill", "seconds")}
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=rf"62,500,000,000 points, and a sweep has at most {MOST_POINTS:,}"):
+        make_points({"grid": axes}, home / "run_toy.ipynb", {})
+    assert time.process_time() - started < 2
+
+
+def test_a_folder_of_something_else_is_left_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (home / "mine").mkdir()
+    (home / "mine" / "thesis.tex").touch()
+    assert main([grid("seeds: 1"), "--out", "mine"]) == 2
+    assert "holds no sweep" in capsys.readouterr().err
+    assert os.listdir(home / "mine") == ["thesis.tex"]
+
+
+@pytest.mark.slow
+def test_done_is_skipped_failed_is_tried_again_and_the_table_tells(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([grid("grid: {labelled: [3, 9]}"), "--out", "s"]) == 1
+    first = capsys.readouterr()
+    assert "failed  labelled=9" in first.out and "labelled must be at most 6" in first.out
+    assert main(["s"]) == 1
+    rows = list(csv.DictReader(open("s/table.csv")))
+    assert [(row["state"], row["attempts"]) for row in rows] == [("done", "1"), ("failed", "2")]
+    assert float(rows[0]["test_mean_iou"]) == 0.5 and "at most 6" in rows[1]["error"]
+    assert main([grid("grid: {labelled: [3, 4]}\nsettings: {device: cpu}"), "--out", "s"]) == 0
+    assert [record.attempts for point in Sweep("s").points if (record := Sweep("s").record(point))] == [1, 1]
+
+
+def test_a_killed_worker_and_a_dead_kernel_lose_nothing(home: Path) -> None:
+    """The process of one point, the kernel of another: both are run again, and the third never notices."""
+    sweep = open_sweep(grid("settings: {seconds: 60}\nseeds: 2"), "s")
+
+    def kill() -> None:
+        """Both, as soon as they are at work."""
+        starts = [sweep.run_folder(point) / "start0" for point in sweep.points]
+        if not killed and all(path.is_file() and path.read_text() for path in starts):
+            worker, other = (int(path.read_text()) for path in starts)
+            (kernel,) = psutil.Process(other).children()
+            os.kill(worker, signal.SIGKILL)
+            kernel.kill()
+            killed.append(worker)
+
+    killed: list[int] = []
+    crew = Crew(sweep, jobs=2, memory_gb=0.1)
+    rest = crew._rest
+    crew._rest = lambda: (kill(), rest())[1]  # type: ignore[method-assign]
+    assert crew.run(sweep.left()) == 0
+    assert killed and sweep.left() == []
+    assert [record.attempts for point in sweep.points if (record := sweep.record(point))] == [2, 2]
+
+
+@pytest.mark.slow
+def test_a_full_disk_on_one_point(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fails in one line, the others end, and with more room the same command ends all."""
+    sweep = open_sweep(grid("grid: {fill: [0, 4000000, 1]}"), "s")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    told: dict[int, Record] = {}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))  # as a disk with a megabyte left
+    try:
+        Crew(sweep, jobs=1, memory_gb=0.1, tell=told.__setitem__).run(sweep.left())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    if told[1].state == "done":
+        pytest.skip("the server that forks had been started without the limit")
+    assert [told[number].state for number in range(3)] == ["done", "failed", "done"]
+    assert "File too large" in str(told[1].error)
+    assert Crew(sweep, jobs=1, memory_gb=0.1).run(sweep.left()) == 0
+    assert sweep.left() == []
+
+
+def test_where_not_even_the_record_can_be_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = open_sweep(grid("seeds: 1"), "s")
+
+    def full(*_: Any) -> None:
+        raise RunError("cannot write s/seed=0.json: No space left on device.")
+
+    monkeypatch.setattr(Sweep, "write", full)
+    record = work_on(sweep, 0)
+    assert record.state == "failed" and "No space left" in str(record.error)
+    monkeypatch.undo()
+    monkeypatch.chdir(home)
+    assert work_on(sweep, 0).state == "done"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 130, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 85, marks=pytest.mark.slow),
+        (signal.SIGUSR2, 85),
+    ],
+)
+def test_a_signal_ends_in_good_order(home: Path, number: int, code: int) -> None:
+    """Each point is told once and writes its checkpoint; the exit code says who asked."""
+    process = subprocess.Popen([*COMMAND, grid("settings: {seconds: 60}\nseeds: 2"), "--out", "s", "--jobs", "1"])
+    wait_for((home / "s/seed=0/start0").is_file)
+    time.sleep(0.2)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code
+    assert (home / "s/seed=0/checkpoint").is_file() and not (home / "s/seed=1").exists()
+    assert json.loads((home / "s/seed=0.json").read_text())["state"] == "stopped"
+    if number == signal.SIGUSR2:
+        assert main(["s", "--jobs", "2"]) == 0
+
+
+@pytest.mark.slow
+def test_a_killed_command_takes_its_points_along(home: Path) -> None:
+    """They notice, stop in good order, and the next command finds nobody in its way."""
+    process = subprocess.Popen([*COMMAND, grid("settings: {seconds: 60}\nseeds: 1"), "--out", "s"])
+    wait_for((home / "s/seed=0/start0").is_file)
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    wait_for((home / "s/seed=0/checkpoint").is_file)
+    wait_for(lambda: json.loads((home / "s/seed=0.json").read_text())["state"] == "stopped")
+    assert main(["s"]) == 0
+
+
+@pytest.mark.slow
+def test_two_commands_at_once(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    process = subprocess.Popen([*COMMAND, grid("settings: {seconds: 60}\nseeds: 1"), "--out", "s"])
+    wait_for((home / "s/seed=0/start0").is_file)
+    assert main(["s"]) == 2
+    assert "is in use by another process" in capsys.readouterr().err
+    with pytest.raises(RunError, match="point seed=0 is in use"):
+        work_on(Sweep("s"), 0)
+    process.send_signal(signal.SIGINT)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_memory_decides_how_many(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one, one runs at a time; nothing waits for ever."""
+    monkeypatch.setattr(local, "free_gb", lambda: 0.5)
+    sweep = open_sweep(grid("seeds: 2"), "s")
+    crew, most = Crew(sweep, jobs=2), []
+    rest = crew._rest
+    crew._rest = lambda: (most.append(len(crew.running)), rest())[1]  # type: ignore[method-assign,func-returns-value]
+    crew.run(sweep.left())
+    assert max(most) == 1 and sweep.left() == []
+    assert all(record.peak_gb > 0.01 for point in sweep.points if (record := sweep.record(point)))
+
+
+def test_one_wandb_run_a_round_across_requeues(home: Path) -> None:
+    """The ids hang on the run folder, not on the process or the machine."""
+    from vlm_itl.reports.tracking import _wandb_id
+
+    first = _wandb_id(home / "run", "project", "seed=0", "seed=0-round-000")
+    code = "from pathlib import Path; from vlm_itl.reports.tracking import _wandb_id as i; "
+    code += "print(i(Path('run'), 'project', 'seed=0', 'seed=0-round-000'))"
+    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert first == again
+
+
+def _look(folder: str, log: str) -> None:
+    """A process that wants the features of the toy's images."""
+    from vlm_itl.data.sources import toy_images
+    from vlm_itl.model.predict import Inference
+    from vlm_itl.probe.features import FeatureCache, look_once
+
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(0.05)
+        return pixels.amax((2, 3)).half()
+
+    torch.set_num_threads(1)
+    keys = look_once(toy_images().train, Inference(16), FeatureCache(folder), b"brightest", encode)
+    assert all(np.isfinite(FeatureCache(folder).read(key).features).all() for key in keys)  # type: ignore[union-attr]
+
+
+def test_features_are_written_once(tmp_path: Path) -> None:
+    """Three processes want the same four images: each is looked at once."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_look, args=(str(tmp_path / "cache"), str(tmp_path / "log"))) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len((tmp_path / "log").read_text().splitlines()) == 4
+
+
+def test_without_slurm_or_dask_there_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = open_sweep(grid("seeds: 1"), "s")
+    monkeypatch.setenv("PATH", str(home))
+    with pytest.raises(ConfigError, match="there is no Slurm here"):
+        SlurmCrew(sweep, read_cluster(None), lambda number, record: None).submit([0])
+    pytest.importorskip("distributed", reason="dask is not installed")
+    with pytest.raises(ConfigError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
+        run_dask(sweep, [["seed=0"]], "tcp://127.0.0.1:9", lambda number, record: None)
+
+
+@pytest.mark.slow
+def test_dask(home: Path) -> None:
+    """A cluster of processes: points end, a refused one is told, and a worker that is killed costs an attempt."""
+    distributed = pytest.importorskip("distributed", reason="dask is not installed (pip install 'vlm_itl[dask]')")
+    sweep = open_sweep(grid("cases: [{labelled: 9}, {labelled: 1}, {seconds: 60}]"), "s")
+    told: dict[str, Record] = {}
+    with distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+        helper = multiprocessing.get_context("fork").Process(target=_kill_worker, args=(str(home / "s/seconds=60.0"),))
+        helper.start()
+        names = [[point.name] for point in sweep.points]
+        run_dask(sweep, names, cluster.scheduler_address, lambda n, r: told.__setitem__(sweep.points[n].name, r))
+        helper.join()
+    assert {name: record.state for name, record in told.items()} == {
+        "labelled=9": "failed", "labelled=1": "done", "seconds=60.0": "done"
+    }  # fmt: skip
+
+
+def _kill_worker(folder: str) -> None:
+    """Kill the process that works on a point."""
+    start = Path(folder) / "start0"
+    wait_for(lambda: start.is_file() and start.read_text())
+    os.kill(int(start.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_the_run_command_answers_a_scheduler(home: Path) -> None:
+    """`vlm_itl_run` alone, under SIGUSR1: 85, and the kernel, which the scheduler signals too, lives to write."""
+    words = [sys.executable, "-c", "import sys; from vlm_itl.cli.run import main; sys.exit(main())", "run_toy"]
+    process = subprocess.Popen([*words, "out.ipynb", "-p", "seconds", "60", "-p", "output_dir", "r"])
+    wait_for((home / "r/start0").is_file)
+    time.sleep(0.2)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        child.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == run.GO_ON == 85
+    assert (home / "r/checkpoint").is_file()
