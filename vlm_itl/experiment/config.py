@@ -219,9 +219,10 @@ def _check_stop(config: Config) -> None:
 def _check_annotator(config: Config) -> None:
     "`ConfigError` for an annotator that cannot be asked what the other settings ask for."
     if config.annotator == "truth":
-        if config.annotator_options or config.start == "labelled":
+        if set(config.annotator_options) - {"puts_right"} or config.start == "labelled":
             raise ConfigError(
-                "annotator='truth' reads the masks that are there: annotator_options and start='labelled' need people."
+                "annotator='truth' reads the masks that are there: annotator_options (but for puts_right: whoever says "
+                "no to an accepted mask corrects it at once) and start='labelled' need people."
             )
         return
     check_choice("annotator", config.annotator, ["truth", *ANNOTATORS])

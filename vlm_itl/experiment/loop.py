@@ -316,7 +316,8 @@ class Loop:
         if files.watch is not None:
             files.watch.patient = True  # it is asked when the masks of the start are paid for
         data = files if desk is None else masks_by_people(files, desk)
-        annotator = annotator or Oracle(data, Ledger(mask_seconds=config.mask_seconds), desk)
+        right = config.annotator == "truth" and config.annotator_options.get("puts_right", False)
+        annotator = annotator or Oracle(data, Ledger(mask_seconds=config.mask_seconds), desk, right)
         schedule = plan(config, len(data.train), len(labelled_before(annotator)))
         self._test = data.test
         self.team = Team(config, seal_data(data), learner, handler, annotator, schedule, unit)

@@ -304,6 +304,8 @@ def score(
     probe = GradientProbe(seed=team.config.seed) if "gradient" in sampler.needs else None
     if team.regions is None:
         options = scoring_options([key] if key else [], **looks, **aggregate)
+        if masks is not None and team.watchers:
+            options["watchers"] = team.watchers
         return team.learner.look(images, masks=masks, probe=probe, **options)
     if not sampler.needs and masks is None:
         return name_regions(images, team.regions)
@@ -528,6 +530,8 @@ def work(
     _keep_shown(team, here, ids, turn)
     if turn.measures is not None and (answered := measure_answered(team, state)):
         turn.measures["answered"] = answered
+    if turn.measures is not None and state.audited is not None:
+        turn.measures["audited"] = state.audited
     _write_pictures(team, here, ids, turn)
     _keep(team, here, result.history, last)
     trained = {"train_loss": result.train_loss, "steps": result.steps, "best_step": result.best_step}

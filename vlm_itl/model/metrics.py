@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['count_pairs', 'class_iou', 'mean_iou_of', 'Metrics', 'metrics_of', 'ConfusionMatrix', 'class_counts',
-           'metrics_of_classes', 'image_iou', 'boundary_iou']
+           'metrics_of_classes', 'image_class_iou', 'image_iou', 'boundary_iou']
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-imports
 import math
@@ -63,14 +63,31 @@ def _refuse_values(
     raise DataError(f"{what} holds {listed} in {int(wrong.sum())} pixels; allowed are {allowed}.")
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-tables
+def _count_runs(
+    true: np.ndarray,  # (n,) uint8
+    predicted: np.ndarray,  # (n,) uint8
+) -> np.ndarray:  # (65536,) int64: how often true * 256 + predicted
+    "Count pairs run by run."
+    ends = true[1:] != true[:-1]
+    ends |= predicted[1:] != predicted[:-1]
+    if 4 * np.count_nonzero(ends) > true.size or not true.size:
+        return np.bincount(true * np.uint16(256) + predicted, minlength=256 * 256)
+    last = np.append(np.flatnonzero(ends), true.size - 1)
+    pairs, lengths = true[last] * np.uint16(256) + predicted[last], np.diff(last, prepend=-1)
+    return np.bincount(pairs, weights=lengths, minlength=256 * 256).astype(np.int64)  # exact up to 2**53 pixels
+
+
 def _table_of_bytes(
     true: torch.Tensor,  # uint8
     predicted: torch.Tensor,  # uint8, the same shape
     void: int,  # 0..255: a true value that is not counted
 ) -> torch.Tensor:  # (256, 256) int64; rows = truth
     "Count all pairs of two bytes."
-    pairs = true.to(torch.int32).mul_(256).add_(predicted)
-    table = torch.bincount(pairs.flatten(), minlength=256 * 256).view(256, 256)
+    if true.device.type == "cpu":
+        table = torch.from_numpy(_count_runs(true.flatten().numpy(), predicted.flatten().numpy())).view(256, 256)
+    else:
+        pairs = true.to(torch.int32).mul_(256).add_(predicted)
+        table = torch.bincount(pairs.flatten(), minlength=256 * 256).view(256, 256)
     table[void] = 0
     return table
 
@@ -261,6 +278,24 @@ def metrics_of_classes(
     return _metrics(right, true, predicted, names)
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-image-iou
+def image_class_iou(
+    prediction: Any,  # (H, W) class indices; `ignore_index` = nothing said, which counts as missed
+    truth: Any,  # (H, W) class indices; `ignore_index` = void
+    num_classes: int,  # C
+    ignore_index: int = 255,  # void
+) -> list[float]:  # C, in [0, 1]; nan for a class in neither truth nor prediction
+    "IoU of each class in one image."
+    predicted, C = _as_int_tensor(prediction, "prediction"), num_classes
+    may = predicted.numel() and int(predicted.max()) >= ignore_index  # one look at the largest is many times cheaper
+    unsaid = predicted == ignore_index if may else None
+    if unsaid is None or not unsaid.any():
+        counts = count_pairs(predicted, truth, C, ignore_index)
+    else:
+        count_pairs(predicted.masked_fill(unsaid, 0), truth, C, ignore_index)  # refuses what is no class
+        counts = count_pairs(predicted.masked_fill(unsaid, C), truth, C + 1, ignore_index)  # a class without an IoU
+    return class_iou(counts.cpu())[:C].tolist()
+
+
 def image_iou(
     prediction: Any,  # (H, W) class indices; `ignore_index` = nothing said, which counts as missed
     truth: Any,  # (H, W) class indices; `ignore_index` = void
@@ -269,12 +304,7 @@ def image_iou(
     classes: Iterable[int] | None = None,  # the classes that count; None: all
 ) -> float:  # in [0, 1]; nan if all of the truth is void, or none of `classes` is there
     "Mean IoU of one image over the classes in truth or prediction."
-    predicted, C = _as_int_tensor(prediction, "prediction"), num_classes
-    unsaid = predicted == ignore_index
-    counts = count_pairs(predicted.masked_fill(unsaid, 0) if unsaid.any() else predicted, truth, C, ignore_index)
-    if unsaid.any():  # as a class of its own, which has no IoU
-        counts = count_pairs(predicted.masked_fill(unsaid, C), truth, C + 1, ignore_index)
-    return mean_iou_of(class_iou(counts.cpu())[:C].tolist(), classes)
+    return mean_iou_of(image_class_iou(prediction, truth, num_classes, ignore_index), classes)
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-boundary-band
 def _inner_band(

@@ -28,20 +28,28 @@ from safetensors.torch import load_model as load_safetensors
 from torch.utils.data import DataLoader, Dataset, Subset
 
 # %% ../../nbs/model/09_train.ipynb #train-imports-1
-from ..core.checks import ConfigError, DataError, RunError, check_choice, check_number, one_line, show
+from vlm_itl.core.checks import (
+    ConfigError,
+    DataError,
+    RunError,
+    check_choice,
+    check_number,
+    one_line,
+    show,
+)
 from ..core.files import environment, progress, to_json
 from ..core.runfolder import on_signals, worker_errors
 from ..core.seeds import derive_seed, seed_everything, seeded, stable_hash
 from ..data.labels import VOID
-from ..data.masks import row_ids, watch_of
-from ..data.transforms import TrainingSet, TrainTransform, collate
+from ..data.masks import raw_rows, row_ids, watch_of
+from ..data.transforms import TrainTransform, TrainingSet, collate
 from .checkpoints import Checkpoints, RunningLoss
-from .convergence import MOST_STEPS, Growth, find_steps, held_out_loss
+from .convergence import Growth, MOST_STEPS, find_steps, held_out_loss
 from .metrics import Metrics
 from .mixture import draws_of, read_mixture
 from vlm_itl.model.predict import (
-    PRECISIONS,
     Inference,
+    PRECISIONS,
     autocast,
     check_batch,
     check_workers,
@@ -50,7 +58,13 @@ from vlm_itl.model.predict import (
     pick_device,
 )
 from .pretrained import quiet_loading
-from .segmenter import Segmenter, freeze_batchnorm, load_weights, parameter_groups, save_model
+from vlm_itl.model.segmenter import (
+    Segmenter,
+    freeze_batchnorm,
+    load_weights,
+    parameter_groups,
+    save_model,
+)
 
 # %% ../../nbs/model/09_train.ipynb #train-transformers
 with environment(WANDB_MODE=None):  # or transformers prints "Running in WANDB offline mode"
@@ -574,9 +588,8 @@ def _fingerprint(task: _Task) -> str:
     how = {name: value for name, value in asdict(task.settings).items() if name not in free}
     shown = {"image_size": task.view.image_size, "resize": task.view.resize}
     weights = [value.cpu().numpy() for value in task.model.state_dict().values()]
-    worth = [
-        np.asarray(task.labelled[name]) for name in ("human", "weight", "p_yes") if name in task.labelled.column_names
-    ]
+    told = raw_rows(task.labelled)  # or every picture would be decoded for a column of numbers
+    worth = [np.asarray(told[name][:]) for name in ("human", "weight", "p_yes") if name in told.column_names]
     return stable_hash(to_json({**how, **shown}), task.seed, row_ids(task.labelled), *worth, *weights).hex()
 
 

@@ -220,6 +220,26 @@ def make_scorers(
     return {key: partial(_one_look, name, aggregate, options) for key, (name, aggregate) in parts.items()}
 
 # %% ../../nbs/sampler/05_uncertainty.ipynb #scores-scorers-look-maps
+_AT_ONCE = 2  # images that a CPU looks at several times at once: it gains nothing by more, and each takes memory
+
+
+def _part_maps(
+    model: Segmenter, pixel_values: torch.Tensor, members: Sequence[Segmenter], **how: Any
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    "The same for as many images as fit."
+    accumulator = PassAccumulator()
+    if members:
+        looks = ensemble_passes([model, *members], pixel_values)
+    else:
+        looks = mc_passes(model, pixel_values, **how)
+    broken = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+    for logits in looks:
+        broken |= ~torch.isfinite(logits).flatten(1).all(1)
+        accumulator.add(logits)
+    maps = {name: values.masked_fill(broken[:, None, None], math.nan) for name, values in accumulator.maps().items()}
+    return maps, accumulator.probability.argmax(1)
+
+
 def look_maps(
     model: Segmenter,  # any segmenter
     pixel_values: torch.Tensor,  # (B, 3, H, W) uint8
@@ -229,17 +249,10 @@ def look_maps(
     members: Sequence[Segmenter] = (),  # looks from an ensemble instead: the model and these
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:  # scores of pixels (B, h, w) by name; classes (B, h, w)
     "What several looks say of each pixel, and the class of their mean; NaN for an image of which one look broke."
-    accumulator = PassAccumulator()
-    if members:
-        looks = ensemble_passes([model, *members], pixel_values)
-    else:
-        looks = mc_passes(model, pixel_values, passes, seed, rate)
-    broken = torch.zeros(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
-    for logits in looks:
-        broken |= ~torch.isfinite(logits).flatten(1).all(1)
-        accumulator.add(logits)
-    maps = {name: values.masked_fill(broken[:, None, None], math.nan) for name, values in accumulator.maps().items()}
-    return maps, accumulator.probability.argmax(1)
+    size = _AT_ONCE if pixel_values.device.type == "cpu" else max(1, len(pixel_values))
+    how = {"passes": passes, "seed": seed, "rate": rate}
+    maps, classes = zip(*(_part_maps(model, part, members, **how) for part in pixel_values.split(size)), strict=True)
+    return {name: torch.cat([part[name] for part in maps]) for name in maps[0]}, torch.cat(classes)
 
 # %% ../../nbs/sampler/05_uncertainty.ipynb #scores-scorers-make-second-look
 def _several_looks(
