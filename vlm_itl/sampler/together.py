@@ -225,9 +225,7 @@ class _NormOfWhole(torch.autograd.Function):
         slope = scale if weight is None else scale * weight
         dx = dy.float() - _per_channel(first, centred) - centred * _per_channel(second * scale**2, centred)
         here_first, here_second = sums.chunk(2)
-        grads = (
-            (None, None) if weight is None else ((here_second * scale).to(weight.dtype), here_first.to(weight.dtype))
-        )
+        grads = (None, None) if weight is None else ((here_second * scale).to(weight.dtype), here_first.to(weight.dtype))
         return (dx * _per_channel(slope, dx)).to(x.dtype), *grads, None, None, None
 
 # %% ../../nbs/sampler/08_together.ipynb #together-norm-layer
@@ -431,14 +429,15 @@ class Together:
         masks: MaskStore | None,  # where predicted masks go
         options: dict[str, Any],  # further arguments
     ) -> list[Any]:  # what each share gave, in order
-        "Look at images together."
+        "Look at images together. A judge that watches a pass sees the leader's share, and looks for itself at the rest."
         self.prepare()
 
         def here() -> tuple[Any, dict[str, bytes]]:
             rows = _own_rows(self.processes, images, self.view)
             return look(self.model, rows, view=self.view, masks=masks, **options), {}
 
-        sent = (weights_of(self.model), images, self.view, masks is not None, pack(look, options))
+        shared = {name: value for name, value in options.items() if name != "watchers"}  # they listen here only
+        sent = (weights_of(self.model), images, self.view, masks is not None, pack(look, shared))
         parts = self.processes.call(look_at_share, *sent, here=here)
         for name, data in ((name, data) for _, files in parts for name, data in files.items()):
             assert masks is not None
