@@ -336,7 +336,13 @@ def _start_helpers(processes: Processes) -> None:
             stdin=subprocess.PIPE,
             stdout=told,
             stderr=told,
-            env={**os.environ, "PYTHONPATH": path, "VLM_ITL_PROGRESS": "0", "OMP_NUM_THREADS": str(threads), **_LOOPBACK},
+            env={
+                **os.environ,
+                "PYTHONPATH": path,
+                "VLM_ITL_PROGRESS": "0",
+                "OMP_NUM_THREADS": str(threads),
+                **_LOOPBACK,
+            },
         )
         processes._children.append(child)
         processes._told.append(told)

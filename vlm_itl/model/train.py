@@ -28,28 +28,20 @@ from safetensors.torch import load_model as load_safetensors
 from torch.utils.data import DataLoader, Dataset, Subset
 
 # %% ../../nbs/model/09_train.ipynb #train-imports-1
-from vlm_itl.core.checks import (
-    ConfigError,
-    DataError,
-    RunError,
-    check_choice,
-    check_number,
-    one_line,
-    show,
-)
+from ..core.checks import ConfigError, DataError, RunError, check_choice, check_number, one_line, show
 from ..core.files import environment, progress, to_json
 from ..core.runfolder import on_signals, worker_errors
 from ..core.seeds import derive_seed, seed_everything, seeded, stable_hash
 from ..data.labels import VOID
 from ..data.masks import raw_rows, row_ids, watch_of
-from ..data.transforms import TrainTransform, TrainingSet, collate
+from ..data.transforms import TrainingSet, TrainTransform, collate
 from .checkpoints import Checkpoints, RunningLoss
-from .convergence import Growth, MOST_STEPS, find_steps, held_out_loss
+from .convergence import MOST_STEPS, Growth, find_steps, held_out_loss
 from .metrics import Metrics
 from .mixture import draws_of, read_mixture
 from vlm_itl.model.predict import (
-    Inference,
     PRECISIONS,
+    Inference,
     autocast,
     check_batch,
     check_workers,
@@ -58,13 +50,7 @@ from vlm_itl.model.predict import (
     pick_device,
 )
 from .pretrained import quiet_loading
-from vlm_itl.model.segmenter import (
-    Segmenter,
-    freeze_batchnorm,
-    load_weights,
-    parameter_groups,
-    save_model,
-)
+from .segmenter import Segmenter, freeze_batchnorm, load_weights, parameter_groups, save_model
 
 # %% ../../nbs/model/09_train.ipynb #train-transformers
 with environment(WANDB_MODE=None):  # or transformers prints "Running in WANDB offline mode"

@@ -225,7 +225,9 @@ class _NormOfWhole(torch.autograd.Function):
         slope = scale if weight is None else scale * weight
         dx = dy.float() - _per_channel(first, centred) - centred * _per_channel(second * scale**2, centred)
         here_first, here_second = sums.chunk(2)
-        grads = (None, None) if weight is None else ((here_second * scale).to(weight.dtype), here_first.to(weight.dtype))
+        grads = (
+            (None, None) if weight is None else ((here_second * scale).to(weight.dtype), here_first.to(weight.dtype))
+        )
         return (dx * _per_channel(slope, dx)).to(x.dtype), *grads, None, None, None
 
 # %% ../../nbs/sampler/08_together.ipynb #together-norm-layer
@@ -429,7 +431,7 @@ class Together:
         masks: MaskStore | None,  # where predicted masks go
         options: dict[str, Any],  # further arguments
     ) -> list[Any]:  # what each share gave, in order
-        "Look at images together. A judge that watches a pass sees the leader's share, and looks for itself at the rest."
+        "Look at images together. A judge that watches a pass sees the leader's share, and looks itself at the rest."
         self.prepare()
 
         def here() -> tuple[Any, dict[str, bytes]]:
