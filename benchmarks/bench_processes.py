@@ -82,9 +82,9 @@ def rows_of(make: Any, data: SegData, size: int, batch: int, repeats: int, goal:
         same(f"{what}: loss of {STEPS} steps, relative", abs(losses[0] - losses[1]) / losses[0], 1e-4),
         same(f"{what}: scores of the pool", unlike),
         *(
-            compare(f"{what}: {name}, two processes / one", taken[f"{way} 2"], taken[f"{way} 1"], unit, goal)
+            compare(f"{what}: {name}, two processes / one, {clock}", taken[f"{way} 2"], taken[f"{way} 1"], "s", goal)
             for way, name in (("train", f"{STEPS} steps"), ("pass", "a pass"))
-            for taken, unit in ((work, "CPU s, busier process"), (seconds, "s"))
+            for taken, clock in ((work, "CPU of the busier"), (seconds, "wall clock"))
         ),
     ]
 
