@@ -30,9 +30,10 @@ import psutil
 from tqdm.auto import tqdm
 
 import vlm_itl
-from ..core.checks import ConfigError, VlmItlError, closest, printable, show
+from ..core.checks import ConfigError, RunError, VlmItlError, closest, printable, show
 from ..core.files import environment, project_root, resolve_path, write_bytes
 from ..core.guards import refuse_secrets
+from ..core.processes import launched_rank, processes_of_run
 from ..core.reading import parse_yaml, unclear
 from ..core.runfolder import on_signals
 
@@ -471,8 +472,19 @@ def _tell(
     return 0 if result.error is None else 1
 
 # %% ../../nbs/cli/01_run.ipynb #run-command-all
+def _help_launched() -> int:
+    "As one of several processes of a launcher, but not the first: help with its runs, until its notebook is done."
+    try:
+        while True:
+            processes_of_run(1).serve()  # type: ignore[union-attr]
+    except RunError:  # the first one has ended, and tells itself why
+        return 0
+
+
 def _run_command(notebook: str | None, output: str | None, **options: Any) -> int:
     "What `vlm_itl_run` does with its arguments, which are papermill's."
+    if launched_rank():
+        return _help_launched()
     if notebook == "list":
         click.echo(describe_notebooks())
         return 0

@@ -237,7 +237,14 @@ def _take_lock(path: Path) -> _Lock:
 # %% ../../nbs/core/09_runfolder.ipynb #runfolder-free
 FREE_SETTINGS = (  # of runs and trials
     *("output_dir", "version", "log_with", "project", "keep_models", "gallery"),  # where, and what is told and kept
-    *("device", "num_workers", "save_every", "eval_batch_size", "test_every_round"),  # how, not what, is computed
+    *(
+        "device",
+        "num_workers",
+        "save_every",
+        "processes",
+        "eval_batch_size",
+        "test_every_round",
+    ),  # how, not what, is computed
     *("leaks", "cache", "max_calls", "max_usd", "preflight"),  # what stops a run, or spares it questions
     *("wait", "annotator_options"),  # how people are reached; what they have answered stays
     "mask_seconds",  # only a factor: what was paid is counted in masks, and its seconds are computed anew

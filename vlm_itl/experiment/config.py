@@ -132,6 +132,7 @@ class Config(TrainSettings):
     project: str = "vlm_itl"  # wandb project
     keep_models: KeepModels = "last"  # which rounds' weights stay on disk: last, all, none
     output_dir: str = ""  # the run folder; empty: a name of its own under runs/
+    processes: int = 1  # that share the work, started by this one; torchrun and accelerate bring theirs
     plugins: list[str] = field(default_factory=list)  # files or modules of your own parts, e.g. ["my_parts.py"]
 
     def __post_init__(self) -> None:
@@ -347,7 +348,7 @@ def notebook_settings(
 # %% ../../nbs/experiment/01_config.ipynb #settings-dir
 _NEWER = (
     *("plugins", "proposer", "proposer_options", "fix_options", "accept_by", "confident", "goal", "goal_options"),
-    *("annotator", "annotator_options", "start", "test_share", "audit", "stop"),
+    *("annotator", "annotator_options", "start", "test_share", "audit", "stop", "processes"),
 )
 
 

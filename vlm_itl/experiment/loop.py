@@ -20,6 +20,7 @@ import numpy as np
 from .. import __version__
 from ..core.checks import ConfigError, JudgeError, LeakError, RunError, check_choice, show
 from ..core.files import read_json, write_json, write_text
+from ..core.processes import Processes, working_together
 from ..core.runfolder import FREE_SETTINGS, RunFolder, protected
 from ..data.labels import MeaningError
 from ..data.leaks import seal
@@ -333,7 +334,7 @@ class Loop:
         self._go_on(data)
 
     @classmethod
-    def from_config(cls, config: Config) -> "Loop":
+    def from_config(cls, config: Config, processes: Processes | None = None) -> "Loop":
         "The loop that the settings describe; what cannot work is refused before anything is paid for."
         sort_options(config.strategy, config.strategy_options)
         handler = _make_judge(config)
@@ -348,7 +349,7 @@ class Loop:
             leaks=config.leaks,
         )
         plan(config, len(data.train))
-        learner = make_learner(config, data.labels, len(data.train))
+        learner = make_learner(config, data.labels, len(data.train), processes)
         return cls(config, data, learner, handler)
 
     @property
@@ -457,15 +458,19 @@ def run_experiment(
     config: Config,  # the settings
 ) -> Iterator[Round]:
     "Run or resume an experiment of any mode; yields every round, also those that were on disk already."
-    with protected(run_path(config), "the start"):
-        loop = Loop.from_config(config)
-    try:
-        yield from loop.run()
-    except MeaningError:
-        loop.folder.give_up()
-        raise
-    finally:
-        loop.folder.close()
+    with working_together(config.processes) as processes:
+        if processes is not None and processes.rank:
+            processes.serve()  # the first process of the launcher has the run, and yields its rounds
+            return
+        with protected(run_path(config), "the start"):
+            loop = Loop.from_config(config, processes)
+        try:
+            yield from loop.run()
+        except MeaningError:
+            loop.folder.give_up()
+            raise
+        finally:
+            loop.folder.close()
 
 # %% ../../nbs/experiment/10_loop.ipynb #experiment-run-run-baseline
 def run_baseline(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['count_pairs', 'class_iou', 'mean_iou_of', 'Metrics', 'metrics_of', 'ConfusionMatrix', 'class_counts',
-           'image_class_iou', 'image_iou', 'boundary_iou']
+           'metrics_of_classes', 'image_class_iou', 'image_iou', 'boundary_iou']
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-imports
 import math
@@ -172,27 +172,38 @@ class Metrics(TypedDict):
     per_class_iou: Any  # by class name, None where a class occurs nowhere; without names a list, with nan
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-record-of
+def _metrics(
+    right: np.ndarray,  # (C,) pixels of each class that are right
+    true: np.ndarray,  # (C,) that the truth has
+    predicted: np.ndarray,  # (C,) that the prediction has
+    names: Sequence[str] | None,  # C class names
+) -> Metrics:
+    "All numbers of an evaluation; three counts of each class are enough for them."
+    in_truth, union = true > 0, predicted + true - right
+    iou = np.divide(right, union, out=np.full(len(right), np.nan), where=union > 0)
+    recall = right[in_truth] / true[in_truth]
+    per_class: Any = iou.tolist()
+    if names is not None:
+        if len(names) != len(right):
+            raise DataError(f"{len(names)} names for {len(right)} classes.")
+        per_class = {n: None if math.isnan(v) else v for n, v in zip(names, per_class, strict=True)}
+    return {
+        "mean_iou": mean_iou_of(iou.tolist()),
+        "mean_iou_in_truth": mean_iou_of(iou[in_truth].tolist()),
+        "pixel_accuracy": float(right.sum() / true.sum()) if in_truth.any() else math.nan,
+        "mean_accuracy": mean_iou_of(recall.tolist()),
+        "classes_in_truth": int(in_truth.sum()),
+        "per_class_iou": per_class,
+    }
+
+
 def metrics_of(
     counts: np.ndarray,  # (C, C), rows = truth, columns = prediction
     names: Sequence[str] | None = None,  # C class names
 ) -> Metrics:
     "All numbers of an evaluation from its table of counts. `DataError` for another number of names."
     table = counts.astype(np.float64)
-    in_truth = table.sum(axis=1) > 0
-    iou, recall = class_iou(table), table.diagonal()[in_truth] / table.sum(axis=1)[in_truth]
-    per_class: Any = iou.tolist()
-    if names is not None:
-        if len(names) != len(table):
-            raise DataError(f"{len(names)} names for {len(table)} classes.")
-        per_class = {n: None if math.isnan(v) else v for n, v in zip(names, per_class, strict=True)}
-    return {
-        "mean_iou": mean_iou_of(iou.tolist()),
-        "mean_iou_in_truth": mean_iou_of(iou[in_truth].tolist()),
-        "pixel_accuracy": float(table.trace() / table.sum()) if in_truth.any() else math.nan,
-        "mean_accuracy": mean_iou_of(recall.tolist()),
-        "classes_in_truth": int(in_truth.sum()),
-        "per_class_iou": per_class,
-    }
+    return _metrics(table.diagonal(), table.sum(axis=1), table.sum(axis=0), names)
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-matrix
 class ConfusionMatrix:
@@ -256,6 +267,15 @@ def class_counts(
     "Pixels of each class that are right, that the truth has, and that the prediction has."
     table = np.asarray(counts, dtype=np.int64)
     return np.stack([table.diagonal(), table.sum(axis=1), table.sum(axis=0)])
+
+
+def metrics_of_classes(
+    counts: np.ndarray,  # (3, C), a sum of `class_counts`
+    names: Sequence[str] | None = None,  # C class names
+) -> Metrics:
+    "All numbers of an evaluation from what was counted image by image, wherever that was done."
+    right, true, predicted = counts.astype(np.float64)
+    return _metrics(right, true, predicted, names)
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-image-iou
 def image_class_iou(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scheduler', 'SCHEDULERS', 'AUGMENT', 'TrainSettings', 'total_steps', 'learning_rates', 'crop_px', 'train_transform',
-           'pixel_loss', 'FitResult', 'fit', 'try_once']
+           'pixel_loss', 'Share', 'FitResult', 'fit', 'learn_along', 'try_once']
 
 # %% ../../nbs/model/09_train.ipynb #train-imports
 import gc
@@ -14,27 +14,30 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_model as load_safetensors
+from torch.utils.data import DataLoader, Dataset, Subset
 
 # %% ../../nbs/model/09_train.ipynb #train-imports-1
 from ..core.checks import ConfigError, DataError, RunError, check_choice, check_number, one_line, show
 from ..core.files import environment, progress, to_json
 from ..core.runfolder import on_signals, worker_errors
 from ..core.seeds import derive_seed, seed_everything, seeded, stable_hash
+from ..data.labels import VOID
 from ..data.masks import raw_rows, row_ids, watch_of
 from ..data.transforms import TrainingSet, TrainTransform, collate
 from .checkpoints import Checkpoints, RunningLoss
 from .convergence import MOST_STEPS, Growth, find_steps, held_out_loss
+from .metrics import Metrics
 from .mixture import draws_of, read_mixture
 from vlm_itl.model.predict import (
     PRECISIONS,
@@ -46,6 +49,7 @@ from vlm_itl.model.predict import (
     memory_here,
     pick_device,
 )
+from .pretrained import quiet_loading
 from .segmenter import Segmenter, freeze_batchnorm, load_weights, parameter_groups, save_model
 
 # %% ../../nbs/model/09_train.ipynb #train-transformers
@@ -199,26 +203,66 @@ def pixel_loss(
     truth: torch.Tensor,  # (B, H, W) class indices
     ignore_index: int = 255,  # void
     weights: torch.Tensor | None = None,  # (B,) how much each image counts; None: all alike, as 1
+    pixels: torch.Tensor | None = None,  # scalar, valid pixels that the mean is over; None: those of `truth`
 ) -> torch.Tensor:  # scalar
     "Mean cross-entropy over the valid pixels, at the size of the labels."
     truth = truth.long()
     if logits.shape[-2:] != truth.shape[-2:]:
         logits = F.interpolate(logits, size=truth.shape[-2:], mode="bilinear", align_corners=False)
     if weights is not None:
-        pixels = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none")  # (B, H, W)
-        total = (pixels * weights[:, None, None]).sum()
+        each = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none")  # (B, H, W)
+        total = (each * weights[:, None, None]).sum()
     elif logits.is_cuda:  # the sum inside cross_entropy has no fixed order there
         total = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="none").sum()
     else:
         total = F.cross_entropy(logits.float(), truth, ignore_index=ignore_index, reduction="sum")
-    return total / (truth != ignore_index).sum().clamp(min=1)
+    return total / ((truth != ignore_index).sum() if pixels is None else pixels).clamp(min=1)
+
+# %% ../../nbs/model/09_train.ipynb #train-share
+class Share(Protocol):
+    "What a training needs to know where several processes share its batches; `vlm_itl.sampler.together` has one."
+
+    def part(self, batch_size: int) -> range:
+        "Which places of each batch are computed in this process."
+
+    def train(self, task: Any, go: Callable[[], None]) -> None:
+        "Run `go` while the other processes learn along."
+
+    def begin_step(self, model: Segmenter, step: int, scale: float) -> None:
+        "Give the others the weights, the number of the step, and what its loss is multiplied by (fp16)."
+
+    def add_up(self, values: torch.Tensor) -> torch.Tensor:
+        "The sum over all processes."
+
+    def add_gradients(self, model: Segmenter, loss: torch.Tensor) -> torch.Tensor:
+        "Sum the gradients into this process's, and return the sum of the losses."
+
+    def evaluate(self, model: Segmenter, data: datasets.Dataset, view: Inference, desc: str) -> Metrics:
+        "Look at the validation images together."
 
 # %% ../../nbs/model/09_train.ipynb #train-trainer
+def _batch_loss(
+    model: torch.nn.Module,  # a segmenter in training mode
+    inputs: dict[str, Any],  # of `collate`
+    settings: TrainSettings,
+    share: Share | None = None,  # of a batch that several processes have: the loss is over all of it
+) -> tuple[torch.Tensor, torch.Tensor]:  # scalar; logits (B, C, h, w)
+    "Pixel cross-entropy in float32; the network in the chosen precision."
+    labels, pixel_values = inputs["labels"], inputs["pixel_values"]
+    pixels = None if share is None else share.add_up((labels != VOID).sum())
+    with autocast(pixel_values.device, settings.precision):
+        logits = model(pixel_values)
+    return pixel_loss(logits, labels, weights=inputs.get("weight"), pixels=pixels), logits
+
+
 class _SegTrainer(Trainer):
     "`Trainer` with our loss, order, parameter groups and streaming validation."
 
-    def __init__(self, model: Segmenter, settings: TrainSettings, view: Inference, **kwargs: Any):
+    def __init__(
+        self, model: Segmenter, settings: TrainSettings, view: Inference, share: Share | None = None, **kwargs: Any
+    ):
         self.segmenter, self.settings, self.view, self.loss = model, settings, view, RunningLoss()
+        self.share = share
         super().__init__(model=model, data_collator=collate, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -238,12 +282,20 @@ class _SegTrainer(Trainer):
     ) -> Any:
         "Pixel cross-entropy in float32; the network in the chosen precision."
         freeze_batchnorm(self.segmenter, self.settings.batch_norm)  # Trainer calls .train() before every step
-        pixels = inputs["pixel_values"]
-        with autocast(pixels.device, self.settings.precision):
-            logits = model(pixels)
-        loss = pixel_loss(logits, inputs["labels"], weights=inputs.get("weight"))
-        self.loss.add(loss)
+        loss, logits = _batch_loss(model, inputs, self.settings, self.share)
+        if self.share is None:
+            self.loss.add(loss)
         return (loss, logits) if return_outputs else loss
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        "One step; where several processes share the batch, with what the others found."
+        if self.share is None:
+            return super().training_step(model, inputs, *args, **kwargs)
+        scaler = self.accelerator.scaler
+        self.share.begin_step(self.segmenter, self.state.global_step, 1.0 if scaler is None else scaler.get_scale())
+        loss = self.share.add_gradients(self.segmenter, super().training_step(model, inputs, *args, **kwargs))
+        self.loss.add(loss)
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         "Report the loss from our own account, which a resumed training carries on."
@@ -251,7 +303,8 @@ class _SegTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         "Look at the validation images."
-        result = evaluate(self.segmenter, self.eval_dataset, self.view, desc="validating")
+        look = evaluate if self.share is None else self.share.evaluate
+        result = look(self.segmenter, self.eval_dataset, self.view, desc="validating")
         metrics = {f"eval_{k}": result[k] for k in ("mean_iou", "pixel_accuracy")}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -278,6 +331,20 @@ class _Watch(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.close()
 
+# %% ../../nbs/model/09_train.ipynb #train-part
+class _PartOfBatches(Dataset):
+    "Of every batch of a training, the places that one process computes."
+
+    def __init__(self, drawn: TrainingSet, batch_size: int, part: range):
+        self.drawn, self.batch_size, self.places = drawn, batch_size, part
+
+    def __len__(self) -> int:
+        return len(self.drawn) // self.batch_size * len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        step, place = divmod(index, len(self.places))
+        return self.drawn[step * self.batch_size + self.places[place]]
+
 # %% ../../nbs/model/09_train.ipynb #train-fit
 @dataclass(frozen=True)
 class _Task:
@@ -290,6 +357,7 @@ class _Task:
     validation: datasets.Dataset | None  # looked at with `eval_every`
     seed: int  # order, augmentation, dropout
     desc: str  # for the progress bar
+    share: Share | None = None  # with other processes; None: this one does everything
 
     @property
     def steps(self) -> int:
@@ -301,7 +369,17 @@ class _Task:
         "Where it is computed."
         return pick_device(self.settings.device)
 
-    def examples(self) -> TrainingSet:
+    @property
+    def part(self) -> range:
+        "Which places of each batch are computed here."
+        return range(self.settings.batch_size) if self.share is None else self.share.part(self.settings.batch_size)
+
+    def examples(self) -> Dataset:
+        "What is drawn here, in order."
+        drawn = self.drawn()
+        return drawn if self.share is None else _PartOfBatches(drawn, self.settings.batch_size, self.part)
+
+    def drawn(self) -> TrainingSet:
         "What is drawn, in order."
         transform = train_transform(self.settings, self.model, self.view.image_size)
         transform.watch = watch_of(self.labelled)
@@ -318,7 +396,7 @@ def _arguments(task: _Task, folder: str, resumable: bool) -> TrainingArguments:
     return TrainingArguments(
         output_dir=folder,
         max_steps=steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=len(task.part),
         learning_rate=learning_rates(settings, task.model)[0],
         lr_scheduler_type=settings.scheduler,
         lr_scheduler_kwargs=kwargs,
@@ -418,15 +496,17 @@ def _trainer(task: _Task, folder: str, watch: Checkpoints | None) -> _SegTrainer
         callbacks.append(EarlyStoppingCallback(settings.early_stopping, settings.early_stopping_threshold))
     if watch is not None:
         callbacks.append(watch)
-    trainer = _SegTrainer(
-        task.model,
-        settings,
-        task.view,
-        args=_arguments(task, folder, watch is not None),
-        train_dataset=task.examples(),
-        eval_dataset=task.validation if settings.eval_every else None,
-        callbacks=callbacks,
-    )
+    with quiet_loading():  # of several processes it would say that they are not started as it would start them
+        trainer = _SegTrainer(
+            task.model,
+            settings,
+            task.view,
+            task.share,
+            args=_arguments(task, folder, watch is not None),
+            train_dataset=task.examples(),
+            eval_dataset=task.validation if settings.eval_every else None,
+            callbacks=callbacks,
+        )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -472,7 +552,10 @@ def _run(task: _Task, folder: str, watch: Checkpoints | None) -> FitResult:
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = _trainer(task, folder, watch)
         seed_everything(task.seed, "train")  # only now: a `Trainer` seeds for itself when it is built
-        _go_on(trainer, watch)
+        if task.share is None:
+            _go_on(trainer, watch)
+        else:
+            task.share.train(task, lambda: _go_on(trainer, watch))
         trainer.accelerator.unwrap_model(task.model, keep_fp32_wrapper=False)
         trainer.accelerator.free_memory()
     task.model.eval()
@@ -521,7 +604,8 @@ def _grown(task: _Task, checkpoints: Path | None) -> Growth:
         settings = replace(task.settings, steps=steps, eval_every=0, early_stopping=0)
         where = None if checkpoints is None else checkpoints / "looks" / str(steps)
         desc = f"{task.desc}, a look at {steps} steps"
-        fit(task.model, learn, settings, task.view, seed=task.seed, desc=desc, checkpoints=where)
+        how: dict[str, Any] = {"seed": task.seed, "desc": desc, "checkpoints": where, "share": task.share}
+        fit(task.model, learn, settings, task.view, **how)
         return held_out_loss(task.model, held, task.view)
 
     growth = find_steps(task.labelled, task.seed, look)
@@ -534,7 +618,8 @@ def _fit_grown(task: _Task, checkpoints: Path | None) -> FitResult:
     growth = _grown(task, checkpoints)
     settings = replace(task.settings, steps=growth.steps)
     where = None if checkpoints is None else checkpoints / "all"
-    result = fit(task.model, task.labelled, settings, task.view, task.validation, task.seed, task.desc, where)
+    how: dict[str, Any] = {"seed": task.seed, "desc": task.desc, "checkpoints": where, "share": task.share}
+    result = fit(task.model, task.labelled, settings, task.view, task.validation, **how)
     looks = [{"steps": steps, "held_out_loss": loss} for steps, loss in growth.looks]
     return replace(result, history=[*looks, *result.history])
 
@@ -548,6 +633,7 @@ def fit(
     seed: int = 0,  # order, augmentation, dropout
     desc: str = "training",  # for the progress bar
     checkpoints: str | Path | None = None,  # a folder: a training that was killed goes on from here
+    share: Share | None = None,  # with other processes, see `vlm_itl.sampler.together`; None: this one does everything
 ) -> FitResult:
     """Train a segmenter; with `eval_every`, the best weights on the validation images are kept. Ctrl-C and SIGTERM
     write a checkpoint first, where there is a folder for it.
@@ -562,7 +648,7 @@ def fit(
         raise ConfigError("eval_every looks at validation images, and there are none: set val_share above 0.")
     if settings.consistency:
         raise ConfigError("consistency is built for probes (model='probe:...'): set consistency=0 for this network.")
-    task = _Task(model, labelled, settings, view, validation, seed, desc)
+    task = _Task(model, labelled, settings, view, validation, seed, desc, share)
     if settings.steps == "auto":
         return _fit_grown(task, None if checkpoints is None else Path(checkpoints))
     if task.steps == 0:
@@ -571,6 +657,43 @@ def fit(
         return _resumable(task, checkpoints)
     with tempfile.TemporaryDirectory() as folder:
         return _run(task, folder, None)
+
+# %% ../../nbs/model/09_train.ipynb #train-along
+def learn_along(
+    task: Any,  # what the leader trains, without its network
+    model: Segmenter,  # the same network, in this process
+    share: Any,  # a `Share` with `next_step(model)`: the number of the step and the scale of its loss; None: it is over
+    rank: int,  # of this process
+) -> None:
+    "As a helper: the gradients of its places in every batch, for as long as the leader trains."
+    task, batches = replace(task, model=model.to(task.device), share=share), None
+    fixed = _in_fixed_order(task.settings.deterministic, task.device)
+    with _denormals_flushed(), fixed, worker_errors(), _generators_kept():
+        seed_everything(task.seed, "train", rank)  # for dropout: the pictures are drawn by the number of the step
+        while (told := share.next_step(model)) is not None:
+            step, scale = told
+            batches = batches or iter(_batches_from(task, step))
+            inputs = {name: value.to(task.device) for name, value in next(batches).items() if name in _TENSORS}
+            freeze_batchnorm(model.train(), task.settings.batch_norm)
+            loss, _ = _batch_loss(model, inputs, task.settings, share)
+            (loss * scale).backward()
+            share.add_gradients(model, loss.detach())
+            model.zero_grad()
+
+
+_TENSORS = ("pixel_values", "labels", "weight")
+
+
+def _batches_from(task: _Task, step: int) -> DataLoader:
+    "This process's places of all batches from a step on."
+    rows, width, workers = (
+        _PartOfBatches(task.drawn(), task.settings.batch_size, task.part),
+        len(task.part),
+        task.settings.num_workers,
+    )
+    rest = Subset(rows, range(step * width, len(rows)))
+    order = torch.Generator().manual_seed(0)  # leaves torch's global generator alone
+    return DataLoader(rest, batch_size=width, collate_fn=collate, num_workers=workers, generator=order)
 
 # %% ../../nbs/model/09_train.ipynb #train-tried
 def _memory_of(device: torch.device) -> int:

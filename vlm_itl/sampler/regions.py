@@ -187,6 +187,14 @@ class Regions:
         self._areas: dict[str, np.ndarray] = {}  # of every image seen: choosing asks for thousands, in any order
         self.split = REGIONS[kind](Image.new("RGB", (2, 2)), **options).parts is not None  # no two regions overlap
 
+    def __getstate__(self) -> dict[str, Any]:
+        "What is sent to another process."
+        return {name: value for name, value in self.__dict__.items() if name != "_cover"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._cover = lru_cache(maxsize=128)(self._make)
+
     def _make(self, image_id: str) -> Cover:
         if image_id not in self._where:
             raise DataError(f"image {image_id!r} is not in the pool.")

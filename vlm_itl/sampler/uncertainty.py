@@ -10,6 +10,7 @@ __all__ = ['PassAccumulator', 'dropout_layers', 'mc_passes', 'ensemble_passes', 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -195,23 +196,28 @@ def pixel_map(
     return values
 
 # %% ../../nbs/sampler/05_uncertainty.ipynb #scores-scorers-make-scorers
+def _one_look(
+    name: str,  # of a score
+    aggregate: str,  # over the pixels
+    options: Mapping[str, Any] | None,  # of the aggregate
+    logits: torch.Tensor,  # (B, C, h, w)
+    valid: torch.Tensor,  # (B, h, w) bool
+) -> torch.Tensor:  # (B,)
+    "A score of one look at each image; a function of the module, so that it can be sent to another process."
+    return make_aggregator(aggregate, options)(pixel_map(name, logits), valid, logits.argmax(1))
+
+
 def make_scorers(
     keys: Iterable[str],  # "entropy-topk", ...; scores of one look only
     options: Mapping[str, Any] | None = None,  # of the aggregates, e.g. {"share": 0.1}
 ) -> dict[str, PixelScorer]:  # for `score_pool(scorers=...)`
     "Functions of the logits, by key."
 
-    def build(key: str) -> PixelScorer:
-        name, aggregate = split_key(key)
+    parts = {key: split_key(key) for key in keys}
+    for key, (name, _) in parts.items():
         if name in PASS_SCORES:
             raise ConfigError(f"{key!r} needs several looks: use make_second_look.")
-
-        def scorer(logits: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-            return make_aggregator(aggregate, options)(pixel_map(name, logits), valid, logits.argmax(1))
-
-        return scorer
-
-    return {key: build(key) for key in keys}
+    return {key: partial(_one_look, name, aggregate, options) for key, (name, aggregate) in parts.items()}
 
 # %% ../../nbs/sampler/05_uncertainty.ipynb #scores-scorers-look-maps
 _AT_ONCE = 2  # images that a CPU looks at several times at once: it gains nothing by more, and each takes memory
@@ -249,6 +255,21 @@ def look_maps(
     return {name: torch.cat([part[name] for part in maps]) for name in maps[0]}, torch.cat(classes)
 
 # %% ../../nbs/sampler/05_uncertainty.ipynb #scores-scorers-make-second-look
+def _several_looks(
+    parts: Mapping[str, tuple[str, str]],  # key -> score, aggregate
+    looks: Mapping[str, Any],  # arguments of `look_maps`
+    options: Mapping[str, Any] | None,  # of the aggregates
+    model: Segmenter,  # any segmenter
+    pixel_values: torch.Tensor,  # (B, 3, H, W) uint8
+    valid: torch.Tensor,  # (B, h, w) bool
+) -> dict[str, torch.Tensor]:  # (B,) each
+    "Scores of several looks at each image; a function of the module, so that it can be sent to another process."
+    maps, predicted = look_maps(model, pixel_values, **looks)
+    broken = next(iter(maps.values())).isnan().flatten(1).any(1)  # their scores are NaN: the sampler names them
+    scores = {key: make_aggregator(a, options)(maps[name], valid, predicted) for key, (name, a) in parts.items()}
+    return {key: values.masked_fill(broken, math.nan) for key, values in scores.items()}
+
+
 def make_second_look(
     keys: Iterable[str],  # "bald-mean", ...; scores of several looks only
     passes: int = 10,  # T looks through dropout
@@ -263,13 +284,8 @@ def make_second_look(
         if name in PIXEL_MAPS:
             raise ConfigError(f"{key!r} needs one look only: use make_scorers.")
 
-    def look(model: Segmenter, pixel_values: torch.Tensor, valid: torch.Tensor) -> dict[str, torch.Tensor]:
-        maps, predicted = look_maps(model, pixel_values, passes, seed, rate, members)
-        broken = next(iter(maps.values())).isnan().flatten(1).any(1)  # their scores are NaN: the sampler names them
-        scores = {key: make_aggregator(a, options)(maps[name], valid, predicted) for key, (name, a) in parts.items()}
-        return {key: values.masked_fill(broken, math.nan) for key, values in scores.items()}
-
-    return look
+    looks = {"passes": passes, "seed": seed, "rate": rate, "members": members}
+    return partial(_several_looks, parts, looks, options)
 
 # %% ../../nbs/sampler/05_uncertainty.ipynb #scores-scorers-scoring-options
 def scoring_options(

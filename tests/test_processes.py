@@ -1,0 +1,373 @@
+"""Several processes: what two find is what one finds; whoever dies takes the others along, and the run goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlm_itl.core.checks import ConfigError, DataError, RunError
+from vlm_itl.core.processes import Processes, help_leader, launched_rank, processes_of_run, share_of, who
+from vlm_itl.data.masks import MaskStore, make_rows, raw_rows
+from vlm_itl.data.sources import SegData, load_data
+from vlm_itl.experiment import make_config, run_al
+from vlm_itl.model.predict import Inference, evaluate
+from vlm_itl.model.scoring import PoolScores, score_pool
+from vlm_itl.model.segmenter import Segmenter, load_model
+from vlm_itl.model.train import TrainSettings, fit
+from vlm_itl.proposals.partial import write_confident
+from vlm_itl.sampler.gradient import GradientProbe
+from vlm_itl.sampler.region_choice import score_regions
+from vlm_itl.sampler.regions import Regions
+from vlm_itl.sampler.together import Together, merged_moments, put_together
+from vlm_itl.sampler.uncertainty import scoring_options
+
+pytestmark = pytest.mark.usefixtures("undrawn")
+VIEW = Inference(image_size=48, batch_size=3)
+PROBLEM = {"n_train": 20, "n_test": 8, "size": (64, 64)}
+
+
+@pytest.fixture(scope="module")
+def scenes() -> SegData:
+    return load_data("scenes", val_share=5, options=PROBLEM)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Processes]:
+    """Two processes for all tests that do not end one; their start is most of what a test would cost."""
+    processes = Processes(2)
+    yield processes
+    processes.stop()
+
+
+def alive(pid: int) -> bool:
+    """Does a process run? One that has ended and was not waited for does not."""
+    state = Path(f"/proc/{pid}/stat")
+    return state.is_file() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+
+
+# --- shares -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 9))
+def test_shares_are_all_places_in_order_by_whole_batches(items: int, unit: int, count: int):
+    shares = [share_of(items, unit, rank, count) for rank in range(count)]
+    assert [place for share in shares for place in share] == list(range(items))
+    assert all(share.start % unit == 0 for share in shares if len(share))
+    sizes = [-(-len(share) // unit) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@given(st.lists(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_moments_of_parts_are_those_of_the_whole(parts: list[list[float]]):
+    rows = [[len(p), np.mean(p), np.var(p)] for p in parts]
+    count, mean, variance = merged_moments(torch.tensor(rows, dtype=torch.float64))
+    whole = np.concatenate(parts)
+    assert count == len(whole)
+    assert np.isclose(mean, whole.mean(), atol=1e-9) and np.isclose(variance, whole.var(), atol=1e-6)
+
+
+# --- what two processes find ------------------------------------------------------------------------------------------
+
+
+def same(one: PoolScores, two: PoolScores) -> None:
+    assert one.ids == two.ids and one.scores.keys() == two.scores.keys()
+    assert all(np.array_equal(one.scores[name], two.scores[name]) for name in one.scores)
+    assert np.array_equal(one.embedding, two.embedding) and np.array_equal(one.class_hist, two.class_hist)
+    assert (one.gradient is None) == (two.gradient is None)
+    assert one.gradient is None or np.array_equal(one.gradient, two.gradient)
+
+
+@pytest.mark.parametrize("name", ["cnn-nano", "segformer-nano"])
+def test_passes_are_equal_to_the_last_bit(name: str, scenes: SegData, pair: Processes, tmp_path: Path):
+    model = load_model(name, scenes.labels)
+    team, images = Together(model, VIEW, pair), scenes.train.remove_columns("mask")
+    counts: tuple[list[np.ndarray], list[np.ndarray]] = [], []
+    one, two = evaluate(model, scenes.test, VIEW, counts=counts[0]), team.evaluate(scenes.test, counts=counts[1])
+    assert one == two and np.array_equal(*counts)
+    keys = ["entropy-topk", "bald-mean"] if name == "segformer-nano" else ["entropy-topk"]  # the other drops nothing
+    options = {**scoring_options(keys, passes=3), "probe": GradientProbe(width=8)}
+    stores = [MaskStore(tmp_path / number, scenes.labels) for number in ("one", "two")]
+    alone = score_pool(model, images, VIEW, masks=stores[0], **copy.deepcopy(options))
+    same(alone, put_together(team.look(score_pool, images, stores[1], options)))
+    assert all(stores[0].path(i).read_bytes() == stores[1].path(i).read_bytes() for i in alone.ids)
+
+
+def test_sure_pixels_and_regions_are_equal(scenes: SegData, pair: Processes, tmp_path: Path):
+    model, images = load_model("cnn-nano", scenes.labels), scenes.val.remove_columns("mask")
+    team, regions = Together(model, VIEW, pair), Regions(images, "slic", count=6)
+    stores = [MaskStore(tmp_path / number, scenes.labels) for number in ("one", "two")]
+    write_confident(model, images, VIEW, stores[0], 0.3)
+    team.look(write_confident, images, stores[1], {"threshold": 0.3})
+    assert all(np.array_equal(stores[0][i], stores[1][i]) for i in images["id"])
+    alone = score_regions(model, images, regions, VIEW, key="entropy-mean")
+    same(alone, put_together(team.look(score_regions, images, None, {"regions": regions, "key": "entropy-mean"})))
+
+
+def test_a_share_may_be_empty(scenes: SegData, pair: Processes):
+    model = load_model("cnn-nano", scenes.labels)
+    few = scenes.test.select(range(2))
+    assert Together(model, VIEW, pair).evaluate(few) == evaluate(model, few, VIEW)
+
+
+def test_a_copied_network_sends_its_own_weights(scenes: SegData, pair: Processes):
+    team = Together(load_model("cnn-nano", scenes.labels), VIEW, pair)
+    before, twin = team.evaluate(scenes.test), copy.deepcopy(team)
+    with torch.no_grad():
+        for weight in twin.model.parameters():
+            weight.zero_()
+    assert twin.processes is pair and twin.evaluate(scenes.test) == evaluate(twin.model, scenes.test, VIEW) != before
+    assert team.evaluate(scenes.test) == before
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def trained(name: str, scenes: SegData, share_of_pair: Processes | None, **more: Any) -> tuple[Segmenter, Any]:
+    model = load_model(name, scenes.labels)
+    settings = TrainSettings(**{"steps": 1, "batch_size": 4, "warmup": 0.0, "learning_rate": 1e-4, **more})
+    share = None if share_of_pair is None else Together(model, VIEW, share_of_pair).share
+    rows = scenes.train.select(range(8))
+    return model, fit(model, rows, settings, VIEW, scenes.val if settings.eval_every else None, share=share)
+
+
+class Gradients:
+    """Keeps the gradients that the optimizer of a training of one step is given."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kept: list[list[torch.Tensor]] = []
+        step = torch.optim.AdamW.step
+
+        def watched(optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+            self.kept.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"]])
+            return step(optimizer, *args, **kwargs)
+
+        monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+
+
+@pytest.mark.parametrize("name", ["cnn-nano", "segformer-nano"])  # both with BatchNorm in training mode
+def test_the_gradient_of_a_batch_is_that_of_its_parts(
+    name: str, scenes: SegData, pair: Processes, monkeypatch: pytest.MonkeyPatch
+):
+    """To 1e-5 of the largest: float32 sums over pixels, in another order, are not closer."""
+    watch = Gradients(monkeypatch)
+    (one, alone), (two, both) = trained(name, scenes, None), trained(name, scenes, pair)
+    assert both.train_loss == pytest.approx(alone.train_loss, rel=1e-6)
+    for a, b in zip(*watch.kept, strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5 * max(g.abs().max().item() for g in watch.kept[0]))
+    pairs = zip(one.named_buffers(), two.buffers(), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for (_, a), b in pairs)  # statistics of BatchNorm
+
+
+def test_weighted_images_and_an_uneven_batch(scenes: SegData, pair: Processes, monkeypatch: pytest.MonkeyPatch):
+    told = raw_rows(scenes.train).add_column("human", [True, False, True] * 5).add_column("weight", [0.5] * 15)
+    weighted = replace(scenes, train=told)
+    watch = Gradients(monkeypatch)
+    losses = [trained("cnn-nano", weighted, who, batch_size=3)[1].train_loss for who in (None, pair)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    largest = max(g.abs().max().item() for g in watch.kept[0])
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-5 * largest) for a, b in zip(*watch.kept, strict=True))
+
+
+def test_looks_at_validation_within_a_training(scenes: SegData, pair: Processes):
+    """The best weights are kept, as alone; to 1e-3 after eight steps of Adam, which makes steps of rounding too."""
+    how = {"steps": 8, "eval_every": 4, "learning_rate": 1e-3}
+    (_, alone), (_, both) = trained("cnn-nano", scenes, None, **how), trained("cnn-nano", scenes, pair, **how)
+    assert [h.get("step", h.get("epoch")) for h in alone.history] == [
+        h.get("step", h.get("epoch")) for h in both.history
+    ]
+    assert both.train_loss == pytest.approx(alone.train_loss, rel=1e-3)
+    looks = [[h["eval_mean_iou"] for h in result.history if "eval_mean_iou" in h] for result in (alone, both)]
+    assert looks[0] == pytest.approx(looks[1], abs=0.01) and len(looks[0]) == 2
+
+
+def test_the_same_training_twice_is_the_same(scenes: SegData, pair: Processes):
+    weights = [trained("cnn-nano", scenes, pair, steps=4)[0].state_dict().values() for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_a_training_goes_on_with_another_number_of_processes(
+    scenes: SegData, pair: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Two process begin, one goes on: the checkpoint does not know who made it."""
+    settings = TrainSettings(steps=6, batch_size=4, save_every=3, learning_rate=1e-4, warmup=0.0)
+    rows = scenes.train.select(range(8))
+
+    def run(folder: Path | None, processes: Processes | None) -> Any:
+        model = load_model("cnn-nano", scenes.labels)
+        share = None if processes is None else Together(model, VIEW, processes).share
+        return fit(model, rows, settings, VIEW, checkpoints=folder, share=share)
+
+    steps = torch.optim.AdamW.step
+    taken = iter(range(100))
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        if next(taken) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return steps(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, pair)
+    monkeypatch.setattr(torch.optim.AdamW, "step", steps)
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left == ["checkpoint-5"]
+    gone_on, undisturbed = run(tmp_path, None), run(None, None)
+    assert gone_on.steps == 6 and gone_on.train_loss == pytest.approx(undisturbed.train_loss, rel=1e-3)
+    assert pair.running  # a stop in good order costs nobody's life
+
+
+# --- who ends, and why ------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_file_in_the_share_of_a_helper_is_told_as_ever(scenes: SegData, pair: Processes):
+    cells = [cell["path"] for cell in scenes.test.with_format(None)["image"]]
+    rows = make_rows([f"i{n}" for n in range(len(cells))], [*cells[:-1], "/nowhere/at-all.png"])
+    with pytest.raises(DataError, match="at-all.png: no such file"):
+        Together(load_model("cnn-nano", scenes.labels), VIEW, pair).look(score_pool, rows, None, {})
+    assert not pair.running
+
+
+def test_a_killed_helper_ends_a_training_soon(scenes: SegData, pair: Processes, monkeypatch: pytest.MonkeyPatch):
+    pid, step = pair.call(who)[1][1], torch.optim.AdamW.step
+
+    def deadly(*args: Any, **kwargs: Any) -> Any:
+        os.kill(pid, signal.SIGKILL)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", deadly)
+    started = time.monotonic()
+    with pytest.raises(RunError, match=r"^process 2 of 2 was ended by SIGKILL\.$"):
+        trained("cnn-nano", scenes, pair, steps=50)
+    assert time.monotonic() - started < 30 and not pair.running
+
+
+def test_a_helper_ends_with_its_leader():
+    code = "from vlm_itl.core.processes import *\nprint(Processes(2).call(who)[1][1], flush=True)\ninput()"
+    leader = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert leader.stdout is not None
+    pid = int(leader.stdout.readline())
+    assert alive(pid)
+    leader.kill()
+    leader.wait()
+    until = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not alive(pid)
+
+
+def test_only_one_run_of_a_process_has_helpers(pair: Processes):
+    pair.start()
+    with pytest.raises(RunError, match="in use in this process already"):
+        Processes(2).call(who)
+    assert len(pair.call(who)) == 2  # who was there first goes on
+    pair.stop()
+
+
+def test_a_helper_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "vlm_itl.core.processes._HELPER", "raise SystemExit('no such thing {port} {rank} {count} {threads}')"
+    )
+    with pytest.raises(RunError, match=r"process 2 of 2 ended with status 1: no such thing \d+ 1 2 1"):
+        Processes(2).call(who)
+
+
+def test_impossible_settings(scenes: SegData, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(ConfigError, match="processes .* must be"):
+        processes_of_run(0)
+    settings = {"dataset": "scenes", "data_options": PROBLEM, "processes": 2, "batch_size": 1, "image_size": 48}
+    with pytest.raises(ConfigError, match="batch_size=1 cannot be shared by 2 processes"):
+        next(run_al(make_config(settings)))
+    with pytest.raises(ConfigError, match=r"processes: a part of this run cannot be sent.*set processes=1"):
+        Processes(2).call(lambda processes: None)
+    assert launched_rank() is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert launched_rank() == 1
+
+
+# --- runs -------------------------------------------------------------------------------------------------------------
+
+
+def settings(folder: Path, **more: Any) -> dict[str, Any]:
+    """A run of two rounds."""
+    small = {"image_size": 48, "steps": 6, "batch_size": 4, "eval_batch_size": 3, "gallery": 0, "val_share": 4}
+    budget = {"initial": 4, "increment": 4, "max_labelled": 8}
+    return {"dataset": "scenes", "data_options": PROBLEM, **small, **budget, "output_dir": str(folder), **more}
+
+
+def record(folder: Path) -> dict[str, Any]:
+    """What a run found, without seconds."""
+    rounds = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    curve = json.loads((folder / "summary.json").read_text())["curve"]
+    ids = [[r["start_ids"], r["selection"]["ids"]] for r in rounds]
+    return {"ids": ids, "labelled": curve["labelled"], "test": curve["test_mean_iou"], "val": curve["val_mean_iou"]}
+
+
+def agree(one: dict[str, Any], two: dict[str, Any]) -> None:
+    """The same images; the same metrics but for pixels on the border between two classes."""
+    assert one["ids"] == two["ids"] and one["labelled"] == two["labelled"]
+    assert one["test"] == pytest.approx(two["test"], abs=0.005) and one["val"] == pytest.approx(two["val"], abs=0.005)
+
+
+def test_a_run_is_the_same_whoever_computes_and_goes_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run of two processes, one of which is killed in round 1, is finished by one; another was alone all the time."""
+    folders = [tmp_path / name for name in ("alone", "together")]
+    list(run_al(make_config(settings(folders[0]))))
+    rounds = run_al(make_config(settings(folders[1], processes=2)))
+    next(rounds)
+    children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
+    helpers = [int(c) for c in children if "help_leader" in Path(f"/proc/{c}/cmdline").read_text()]
+    os.kill(helpers[-1], signal.SIGKILL)
+    with pytest.raises(RunError, match=r"process 2 of 2 was ended by SIGKILL"):
+        next(rounds)
+    list(run_al(make_config(settings(folders[1]))))
+    agree(record(folders[0]), record(folders[1]))
+
+
+LAUNCHED = """
+import sys
+from vlm_itl.experiment import make_config, run_al
+import json
+config = make_config(json.loads(sys.argv[1]))
+print(len(list(run_al(config))), "rounds", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_runs_the_same(tmp_path: Path):
+    """Both processes run the same script: the first one yields all rounds, the other none."""
+    script = tmp_path / "script.py"
+    script.write_text(LAUNCHED)
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(script), json.dumps(settings(together))], capture_output=True, text=True, env=env, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert sorted(done.stdout.split("\n")[:2]) == ["0 rounds", "2 rounds"]
+    list(run_al(make_config(settings(alone))))
+    agree(record(alone), record(together))
+
+
+def test_what_a_helper_is_started_with_is_what_it_takes():
+    """The line that starts a helper fits the function that it calls."""
+    from vlm_itl.core.processes import _HELPER
+
+    assert [name for name in help_leader.__annotations__ if name != "return"] == ["port", "rank", "count", "threads"]
+    compile(_HELPER.format(port=1, rank=1, count=2, threads=1), "helper", "exec")
