@@ -27,7 +27,7 @@ PARTS: dict[str, list[str]] = {  # script -> its arguments in `make bench`
     "bench_judge": ["2"],
     "bench_sweep": ["2"],
 }
-LIMIT = 300  # seconds for one part
+LIMIT = 600  # seconds for one part
 
 
 def rows_of(name: str, arguments: list[str]) -> list[dict[str, Any]]:
