@@ -429,7 +429,7 @@ def _probcover(
     words = [f"covers {gain} more images within {radius:.2f}" for gain in gains]
     if len(picks) < k:
         rest = np.setdiff1d(np.arange(len(points)), picks)
-        centres = np.concatenate([labelled, points[np.array(picks)]])
+        centres = np.concatenate([labelled, points[np.array(picks, dtype=int)]])
         more, distances = kcenter_greedy(part_of(points, rest), centres, k - len(picks))
         picks += [int(rest[i]) for i in more]
         words += [f"all are covered; distance {d:.2f} to the nearest chosen image" for d in distances]
