@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def test_a_falling_curve_promises_nothing() -> None:
     points = [Point(k, 240.0 * k, 0.5 - 0.001 * k) for k in (20, 40, 60, 80)]
     assert expected_gain(points, 100) == pytest.approx(0, abs=1e-9)
     assert stops_at(StopRule(price=1e6), points) == 2 and why_stop(StopRule(price=1e6), points[:2], 60) == ""
+
+
+def test_rounds_that_say_nothing_stop_nothing() -> None:
+    """A validation split without truth has no mean IoU, and a round that asked nobody no new place on the curve."""
+    rule = StopRule(price=1.0)
+    assert why_stop(rule, [Point(k, 240.0 * k, math.nan) for k in (20, 40, 60)], 80) == ""
+    assert why_stop(rule, [Point(20, 4800.0, 0.3), Point(40, 9600.0, 0.4), Point(40, 9600.0, 0.41)], 60) == ""
 
 
 def test_a_bootstrap_of_pairs_agrees_on_a_gain() -> None:

@@ -412,8 +412,8 @@ def _point(labelled: int, budget: Mapping[str, Any], val: Mapping[str, Any] | No
     "A round, as a rule to stop by sees it."
     path, measured = folder / _VAL_COUNTS, val or {}
     counts = np.load(path)["counts"] if path.is_file() else None
-    miou = (measured.get("interval") or {}).get("miou", measured.get("mean_iou", math.nan))
-    return Point(labelled, budget["human_seconds"], miou, counts, budget["images"])
+    miou = (measured.get("interval") or measured).get("miou", measured.get("mean_iou"))
+    return Point(labelled, budget["human_seconds"], math.nan if miou is None else miou, counts, budget["images"])
 
 
 def _why_stop(team: Team, state: State, here: Path, val: Mapping[str, Any] | None) -> str:

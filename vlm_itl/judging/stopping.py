@@ -49,7 +49,7 @@ class Point:
 
     labelled: int  # human masks trained on
     seconds: float  # human seconds so far
-    miou: float  # on the validation images, in [0, 1]
+    miou: float  # on the validation images, in [0, 1]; nan: not measured
     counts: np.ndarray | None = None  # (n, 3, C) `class_counts` of the validation images
     masks: int = 0  # human masks in all, those to validate and to test on included; 0: only those trained on
 
@@ -127,19 +127,24 @@ def fit_curve(
     return min(fits, key=lambda fit: fit[0])[1]
 
 # %% ../../nbs/judging/10_stopping.ipynb #stopping-price
+def _measured(points: Sequence[Point]) -> list[Point]:
+    "The rounds that a curve can go through: without masks there is no place for one, without truth no value."
+    return [point for point in points if point.labelled > 0 and math.isfinite(point.miou)]
+
+
 def expected_gain(
     points: Sequence[Point],  # at least three
     labelled: int,  # human masks after the next round
 ) -> float:  # mean IoU
     "What the curve through the rounds says of the next."
-    known = [point for point in points if point.labelled > 0]
+    known = _measured(points)
     curve = fit_curve([point.labelled for point in known], [point.miou for point in known])
     return curve.at(labelled) - curve.at(points[-1].labelled)
 
 
 def _not_worth_it(rule: StopRule, points: Sequence[Point], labelled: int) -> str:
     "Why the next round is not worth its masks; empty: it is, or nobody can say yet."
-    if rule.price is None or sum(point.labelled > 0 for point in points) < 3:
+    if rule.price is None or len({point.labelled for point in _measured(points)}) < 3:
         return ""
     gain, more = expected_gain(points, labelled), next_seconds(points, labelled)
     worth = 100 * gain * rule.price
