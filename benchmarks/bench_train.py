@@ -1,4 +1,4 @@
-"""Memory of evaluation and scoring, cost of the uncertainty maps, and what `Trainer` adds to a bare loop.
+"""Memory of evaluation and scoring, and the cost of the uncertainty maps (what a training step costs: bench_step.py).
 
 Run as `python benchmarks/bench_train.py [repeats]`: one thread, medians, one JSON row a line with the keys
 {part, ours, peer, unit, ratio, goal, holds}. Ways take turns, so that a busy machine is busy for all of them; times are
@@ -22,23 +22,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import DataLoader
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, get_polynomial_decay_schedule_with_warmup
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from vlm_itl.core.seeds import seed_everything
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows, raw_rows
 from vlm_itl.data.sources import SegData, load_data
-from vlm_itl.data.transforms import TrainingSet, collate
 from vlm_itl.model.doubt import uncertainty_maps
 from vlm_itl.model.predict import Inference, evaluate
 from vlm_itl.model.scoring import score_pool
-from vlm_itl.model.segmenter import Segmenter, freeze_batchnorm, load_model, parameter_groups
-from vlm_itl.model.train import TrainSettings, fit, learning_rates, pixel_loss, train_transform
+from vlm_itl.model.segmenter import Segmenter, load_model
 
 SIZE = 96  # pixels
 SCENES = 200  # files written; more images are the same files under further names
-STEPS = (4, 12, 20)  # of the trainings whose slope is taken
 
 
 def row(part: str, ours: float, peer: float, unit: str, ratio: float, goal: str, holds: bool) -> None:
@@ -194,92 +189,6 @@ def uncertainty(repeats: int) -> None:
         row(f"uncertainty, {name}, largest difference", difference, 0.0, "", difference, "<= 1e-5", difference <= 1e-5)
 
 
-# --- Trainer ----------------------------------------------------------------------------------------------------------
-
-SETTINGS = TrainSettings(batch_size=8, device="cpu")
-
-
-def ours(data: SegData, steps: int) -> Segmenter:
-    "A training by `fit`."
-    model = load_model("segformer-nano", data.labels)
-    fit(model, data.train, TrainSettings(steps=steps, batch_size=8, device="cpu"), Inference(SIZE, device="cpu"))
-    return model
-
-
-def bare(data: SegData, steps: int) -> Segmenter:
-    "The same maths in a loop of one's own."
-    model = load_model("segformer-nano", data.labels)
-    examples = TrainingSet(
-        data.train, train_transform(SETTINGS, model, SIZE), length=steps * SETTINGS.batch_size, seed=0
-    )
-    rate, head_scale = learning_rates(SETTINGS, model)
-    optimizer = torch.optim.AdamW(parameter_groups(model, rate, head_scale, SETTINGS.weight_decay), lr=rate)
-    warmup = round(SETTINGS.warmup * steps)
-    schedule = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=0.0, power=1.0)
-    seed_everything(0, "train")
-    for batch in DataLoader(examples, batch_size=SETTINGS.batch_size, collate_fn=collate):
-        model.train()
-        freeze_batchnorm(model, SETTINGS.batch_norm)
-        loss = pixel_loss(model(batch["pixel_values"]), batch["labels"])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), SETTINGS.max_grad_norm)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model.eval()
-
-
-def slope(seconds: dict[int, list[float]]) -> float:
-    "Milliseconds a step: a line through the medians."
-    counts = sorted(seconds)
-    return 1000 * float(np.polyfit(counts, [median(seconds[count]) for count in counts], 1)[0])
-
-
-def trainer(repeats: int) -> None:
-    "Cost of a step by the slope over three lengths, and equality of the weights."
-    data = scenes()
-    torch.set_flush_denormal(True)  # as `fit` does
-    times: list[dict[int, list[float]]] = [{count: [] for count in STEPS} for _ in range(2)]
-    ours(data, 1), bare(data, 1)
-    for _ in range(repeats):
-        for count in STEPS:
-            for way, taken in zip((ours, bare), times, strict=True):
-                start = time.process_time()
-                way(data, count)
-                taken[count].append(time.process_time() - start)
-    one, two = slope(times[0]), slope(times[1])
-    row(
-        "training step, Trainer against a bare loop",
-        round(one, 1),
-        round(two, 1),
-        "ms",
-        round(one / two, 3),
-        "<= 1.03",
-        one <= 1.03 * two,
-    )
-    start = [median(t[STEPS[0]]) - STEPS[0] * s / 1000 for t, s in zip(times, (one, two), strict=True)]
-    row(
-        "training, cost of a call without its steps",
-        round(start[0], 2),
-        round(start[1], 2),
-        "s",
-        round(start[0] / max(start[1], 1e-3), 2),
-        "none",
-        True,
-    )
-    first, second = ours(data, 3).state_dict(), bare(data, 3).state_dict()
-    difference = max(float((first[key].double() - second[key].double()).abs().max()) for key in first)
-    row(
-        "training, largest difference of a weight after 3 steps",
-        difference,
-        0.0,
-        "",
-        difference,
-        "<= 1e-6",
-        difference <= 1e-6,
-    )
-
-
 def main(repeats: int = 5) -> None:
     "All parts."
     torch.set_num_threads(1)
@@ -287,7 +196,6 @@ def main(repeats: int = 5) -> None:
     memory("evaluate", min(repeats, 3))
     memory("score_pool", min(repeats, 3))
     uncertainty(4 * repeats)
-    trainer(repeats)
 
 
 if __name__ == "__main__":
