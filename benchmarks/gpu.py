@@ -170,6 +170,7 @@ def busy(data: SegData, size: str, side: int, batch: int, steps: int) -> None:
     "Which share of the time the card computes, and what it waits for."
     if not GPU:
         return
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     fit(network(data, size), data.train, settings(2, batch, "bf16"), Inference(side, device=DEVICE))
@@ -179,11 +180,12 @@ def busy(data: SegData, size: str, side: int, batch: int, steps: int) -> None:
         wait()
         wall = time.perf_counter() - start
     events = watch.key_averages()
-    computing = sum(e.self_device_time_total for e in events) / 1e6
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA]  # not the calls that launched them as well
+    computing = sum(e.self_device_time_total for e in kernels) / 1e6
     row(f"card computing, {NAMES[size]} at {side}, batch {batch}, start of fit included", round(computing, 2),
         round(wall, 2), "s", round(computing / wall, 3), "none", True)  # fmt: skip
     waits = {e.key: round(e.cpu_time_total / 1e6, 2) for e in events if "Sync" in e.key or "next" in e.key.lower()}
-    top = sorted(events, key=lambda e: -e.self_device_time_total)[:6]
+    top = sorted(kernels, key=lambda e: -e.self_device_time_total)[:6]
     print(
         json.dumps({"waits_s": waits, "kernels_s": {e.key[:60]: round(e.self_device_time_total / 1e6, 2) for e in top}})
     )
