@@ -223,11 +223,15 @@ def summarise(raw: pd.DataFrame) -> pd.DataFrame:
 def seconds_to(raw: pd.DataFrame, row: str, share: float = 0.9) -> list[float]:
     "For each seed, the human seconds at which a row reaches a share of full supervision, read between its points."
     full = raw[raw["row"] == "all masks"].set_index("seed")["miou7"]
-    found = []
-    for seed, group in raw[raw["row"] == row].groupby("seed"):
+    found, mine = [], raw[raw["row"] == row]
+    fewest = mine["masks"].min()
+    for seed, group in mine.groupby("seed"):
         if seed not in full.index:
             continue
         points = group.sort_values("masks")
+        first = points.iloc[0]
+        if first["masks"] > fewest and first["miou7"] >= share * full[seed]:
+            continue  # it was there before its first point, and others were measured with fewer masks
         seconds, best = points["human_seconds"].to_numpy(), np.maximum.accumulate(points["miou7"].to_numpy())
         ends = (np.append(seconds, 104_748.9), np.append(best, max(best[-1], full[seed])))
         found.append(float(np.interp(share * full[seed], ends[1], ends[0])))
