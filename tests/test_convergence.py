@@ -49,11 +49,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("losses", "steps", "limited"),
     [
-        ([1.0, 0.99], 200, False),  # 1 % is not enough; the longer of the last two is taken
-        ([1.0, 0.97, 0.96], 400, False),
+        ([1.0, 0.99, 0.985], 200, False),  # 1 % is not enough, twice; twice the best is taken
+        ([1.0, 0.97, 0.96, 0.955], 400, False),
+        ([1.0, 1.2, 0.9, 0.89, 0.89], 800, False),  # one bad look ends nothing
+        ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.495], 6400, False),
         ([1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4], 6400, True),
-        ([1.0, 1.2], 200, False),
-        ([0.0, 0.0], 200, False),
+        ([1.0, 1.2, 1.1], 200, False),
+        ([0.0, 0.0, 0.0], 200, False),
     ],
 )
 def test_the_rule(losses: list[float], steps: int, limited: bool):
@@ -128,7 +130,8 @@ def test_auto_is_the_training_of_the_number_it_finds(short: None):
     rows = many(12)
     result, found = learn(rows)
     looks = [entry for entry in result.history if "held_out_loss" in entry]
-    assert [entry["steps"] for entry in looks][:2] == [1, 2] and result.steps == looks[-1]["steps"]
+    told = {entry["steps"]: entry["held_out_loss"] for entry in looks}
+    assert [*told][:2] == [1, 2] and result.steps == grow_steps(told.__getitem__, 1, 4).steps
     fixed, plain = learn(rows, steps=result.steps)
     assert same(found, plain) and fixed.train_loss == result.train_loss
 
