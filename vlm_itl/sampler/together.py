@@ -34,7 +34,7 @@ from ..core.processes import Processes, share_of
 from ..data.masks import MaskStore, row_ids
 from ..model.metrics import Metrics, metrics_of_classes
 from ..model.predict import Inference, evaluate
-from ..model.scoring import PoolScores, score_pool
+from ..model.scoring import PoolScores, Watch, score_pool
 from ..model.segmenter import Segmenter
 from ..model.train import learn_along
 
@@ -90,9 +90,9 @@ def keep_network(
     "As a helper: have a network at hand."
     if processes.rank:
         load_plugins(plugins)
-        processes.kept = {_NETWORK: pickle.loads(packed)[0]}
+        processes.kept[_NETWORK] = pickle.loads(packed)[0]
     else:
-        processes.kept = {_NETWORK: name}
+        processes.kept[_NETWORK] = name
 
 # %% ../../nbs/sampler/08_together.ipynb #together-weights
 def weights_of(
@@ -124,7 +124,7 @@ def look_at_share(
     view: Inference,  # how they are shown
     masked: bool,  # are masks wanted?
     packed: bytes,  # how to look: a function that takes (model, images, view=, masks=, ...), and further arguments
-) -> tuple[Any, dict[str, bytes]]:  # what the look returns, without masks; id -> PNG
+) -> tuple[Any, dict[str, bytes], list[dict[Any, Any]]]:  # what the look returns, without masks; PNG by id; notes
     "As a helper: look at a share of the images."
     model, rows = kept_network(processes, weights), _own_rows(processes, images, view)
     look, options = pickle.loads(packed)
@@ -132,7 +132,8 @@ def look_at_share(
         store = MaskStore(folder, model.labels) if masked else None
         found = look(model, rows, view=view, masks=store, **options)
         files = {} if store is None else {name: store.path(name).read_bytes() for name in row_ids(rows)}
-    return (replace(found, masks=None) if isinstance(found, PoolScores) else found), files
+    notes = [watch.seen for watch in options.get("watchers", ())]
+    return (replace(found, masks=None) if isinstance(found, PoolScores) else found), files, notes
 
 # %% ../../nbs/sampler/08_together.ipynb #together-put
 def put_together(
@@ -431,21 +432,27 @@ class Together:
         masks: MaskStore | None,  # where predicted masks go
         options: dict[str, Any],  # further arguments
     ) -> list[Any]:  # what each share gave, in order
-        "Look at images together. A judge that watches a pass sees the leader's share, and looks itself at the rest."
+        "Look at images together. A watcher that is no `Watch` sees the leader's share only."
         self.prepare()
+        watches = [watch for watch in options.get("watchers", ()) if isinstance(watch, Watch)]
 
-        def here() -> tuple[Any, dict[str, bytes]]:
+        def here() -> tuple[Any, dict[str, bytes], list[dict[Any, Any]]]:
             rows = _own_rows(self.processes, images, self.view)
-            return look(self.model, rows, view=self.view, masks=masks, **options), {}
+            return look(self.model, rows, view=self.view, masks=masks, **options), {}, []
 
-        shared = {name: value for name, value in options.items() if name != "watchers"}  # they listen here only
+        shared = {**options, **({"watchers": [replace(watch, seen={}) for watch in watches]} if watches else {})}
+        if not watches:
+            shared.pop("watchers", None)
         sent = (weights_of(self.model), images, self.view, masks is not None, pack(look, shared))
         parts = self.processes.call(look_at_share, *sent, here=here)
-        for name, data in ((name, data) for _, files in parts for name, data in files.items()):
+        for name, data in ((name, data) for _, files, _ in parts for name, data in files.items()):
             assert masks is not None
             masks.folder.mkdir(parents=True, exist_ok=True)
             write_bytes(masks.path(name), data)
-        return [found for found, _ in parts]
+        for _, _, notes in parts[1:]:
+            for watch, seen in zip(watches, notes, strict=True):
+                watch.seen.update(seen)
+        return [found for found, _, _ in parts]
 
     def evaluate(
         self,
