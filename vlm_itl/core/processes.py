@@ -189,10 +189,11 @@ class Processes:
 
     def _ended(self, child: "subprocess.Popen[bytes]") -> RunError:
         "A helper that left no note."
-        place = self._children.index(child)
-        file = self._told[place]
-        file.seek(0)
-        last = (file.read().decode("utf-8", "replace").strip().splitlines() or [""])[-1]
+        place, last = self._children.index(child), ""
+        if child.returncode >= 0:  # else its last words are about something else
+            file = self._told[place]
+            file.seek(0)
+            last = (file.read().decode("utf-8", "replace").strip().splitlines() or [""])[-1]
         how = _how_it_ended(child.returncode) + (f": {one_line(last, 200)}" if last else "")
         return RunError(f"process {place + 2} of {self.count} {how}.")
 

@@ -7,7 +7,7 @@ __all__ = ['Ask', 'query_maps', 'concept_map', 'class_table', 'paint', 'weights_
 
 # %% ../../nbs/proposals/02_promptable.ipynb #promptable-imports
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -316,10 +316,10 @@ class HF(Proposer):
             self._asker = _Asker(self, labels)
         return self._asker
 
-    def _answers(self, places: list[int], images: datasets.Dataset, labels: LabelSpace) -> list[Any]:
-        "Of some rows: id, mask, class -> score; by all processes."
+    def _answers(self, places: list[int], images: datasets.Dataset, labels: LabelSpace) -> Iterable[Any]:
+        "Of some rows: id, mask, class -> score; one after another, or by several processes at once."
         if self._helpers is None:
-            return self.answers(places, images, labels)
+            return self._asker_for(labels).answers(images.select(places)) if places else ()
         return self._helpers.share(self, "answers", places, self.batch_size, images, labels)
 
     def answers(

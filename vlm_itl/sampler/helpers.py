@@ -7,6 +7,7 @@ __all__ = ['keep_worker', 'do_share', 'Helpers']
 
 # %% ../../nbs/sampler/09_helpers.ipynb #helpers-imports
 import pickle
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from ..core.processes import Processes, share_of
 from .together import pack
 
 # %% ../../nbs/sampler/09_helpers.ipynb #helpers-keep
+_WORKER = "worker"  # how a worker's name begins: worker, whose it is, its number
+
+
 def keep_worker(
     processes: Processes,  # of a call
     plugins: Sequence[str],  # of the run
@@ -23,7 +27,9 @@ def keep_worker(
     bound: int,  # how often something was bound to it
     packed: bytes,  # the worker, by pickle
 ) -> None:
-    "As a helper: have a worker at hand. The leader only notes what the others have."
+    "As a helper: have a worker at hand, and those of earlier runs no more. The leader notes what the others have."
+    run = name.rpartition(" ")[0]
+    processes.kept = {n: kept for n, kept in processes.kept.items() if not n.startswith(_WORKER) or n.startswith(run)}
     if processes.rank:
         load_plugins(plugins)
         processes.kept[name] = pickle.loads(packed)[0]
@@ -53,7 +59,8 @@ class Helpers:
         plugins: Sequence[str] = (),  # of the run
     ):
         self.processes, self.plugins = processes, list(plugins)
-        self._workers: list[Any] = []  # all that were ever sent; the place of one is its name
+        self.name = f"{_WORKER} {uuid.uuid4().hex}"
+        self._workers: list[Any] = []  # all that were ever sent; the place of one is its number
 
     @property
     def count(self) -> int:
@@ -65,7 +72,7 @@ class Helpers:
         known = [place for place, other in enumerate(self._workers) if other is worker]
         if not known:
             self._workers.append(worker)
-        name = f"worker {known[0] if known else len(self._workers) - 1}"
+        name = f"{self.name} {known[0] if known else len(self._workers) - 1}"
         bound = getattr(worker, "bound", 0)
         self.processes.start()
         if self.processes.kept.get(name) != bound:
