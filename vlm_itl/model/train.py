@@ -666,19 +666,23 @@ def learn_along(
     rank: int,  # of this process
 ) -> None:
     "As a helper: the gradients of its places in every batch, for as long as the leader trains."
-    task, batches = replace(task, model=model.to(task.device), share=share), None
+    task = replace(task, model=model.to(task.device), share=share)
+    batches: Iterator[dict[str, Any]] | None = None
     fixed = _in_fixed_order(task.settings.deterministic, task.device)
     with _denormals_flushed(), fixed, worker_errors(), _generators_kept():
         seed_everything(task.seed, "train", rank)  # for dropout: the pictures are drawn by the number of the step
         while (told := share.next_step(model)) is not None:
             step, scale = told
-            batches = batches or iter(_batches_from(task, step))
-            inputs = {name: value.to(task.device) for name, value in next(batches).items() if name in _TENSORS}
+            if batches is None:
+                batches = iter(_batches_from(task, step))
+                drawn = next(batches)
+            inputs = {name: value.to(task.device) for name, value in drawn.items() if name in _TENSORS}
             freeze_batchnorm(model.train(), task.settings.batch_norm)
             loss, _ = _batch_loss(model, inputs, task.settings, share)
             (loss * scale).backward()
             share.add_gradients(model, loss.detach())
             model.zero_grad()
+            drawn = next(batches, {})  # drawn while the leader takes the step
 
 
 _TENSORS = ("pixel_values", "labels", "weight")

@@ -283,6 +283,7 @@ class BatchShare:
     ):
         self.processes, self.prepare = processes, prepare
         self.task: Any = None  # in a helper: what it learns along
+        self._row = torch.empty(0)  # what is exchanged, in one row; made once, since fresh memory costs milliseconds
 
     def part(
         self,
@@ -307,9 +308,17 @@ class BatchShare:
         bare = replace(task, model=None, share=None)
         self.processes.call(learn_share, weights_of(task.model), bare, here=here)
 
+    def _in_a_row(self, head: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        "Up to three numbers, and tensors of the network, one after another."
+        size = 3 + sum(part.numel() for part in parts)
+        if len(self._row) != size or self._row.device != head.device:
+            self._row = torch.empty(size, device=head.device)
+        first = F.pad(head, (0, 3 - len(head)))
+        return torch.cat([first, *(part.detach().flatten() for part in parts)], out=self._row)
+
     def _tell(self, model: Segmenter, what: float, *numbers: float) -> None:
-        head = torch.tensor([what, *numbers, 0.0, 0.0][:3], device=model.mean.device)
-        self.processes.given(torch.cat([head, *(p.detach().flatten() for p in _learnt(model))]))
+        head = torch.tensor([what, *numbers], device=model.mean.device)
+        self.processes.given(self._in_a_row(head, _learnt(model)))
 
     def begin_step(
         self,
@@ -327,8 +336,8 @@ class BatchShare:
         "In a helper: wait for a step."
         while True:
             weights = _learnt(model)
-            room = torch.empty(3 + sum(p.numel() for p in weights), device=model.mean.device)
-            (what, step, scale), *values = self.processes.given(room).split([3, *(p.numel() for p in weights)])
+            row = self.processes.given(self._in_a_row(model.mean.new_zeros(3), weights))
+            (what, step, scale), *values = row.split([3, *(p.numel() for p in weights)])
             with torch.no_grad():
                 for weight, value in zip(weights, values, strict=True):
                     weight.copy_(value.view_as(weight))
@@ -352,13 +361,13 @@ class BatchShare:
         "Put the parts together."
         weights = _learnt(model)
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-        summed = self.processes.total_here(torch.cat([loss.reshape(1), *(part.flatten() for part in parts)]))
+        summed = self.processes.total_here(self._in_a_row(loss.detach().reshape(1), parts))
         if self.processes.rank == 0:
-            whole, *values = summed.split([1, *(p.numel() for p in weights)])
+            (whole, _, _), *values = summed.split([3, *(p.numel() for p in weights)])
             for weight, value in zip(weights, values, strict=True):
                 if weight.grad is not None:
                     weight.grad.copy_(value.view_as(weight))
-            return whole[0]
+            return whole.clone()
         return loss
 
     def evaluate(
