@@ -306,6 +306,17 @@ def test_a_promptable_proposer_draws_as_alone(
     assert kept[0] == kept[1] and len(kept[0]) == len(images)
 
 
+def test_a_picture_that_is_gone_is_told_as_alone(
+    models: dict[str, str], scenes: SegData, proposed: Any, pair: Processes
+):
+    images, masks = proposed
+    cells = [cell["path"] for cell in images.with_format(None)["image"]]
+    rows = make_rows(images["id"], [*cells[:-1], "/nowhere/at-all.png"])
+    rows = rows.with_transform(images.format["format_kwargs"]["transform"])
+    with pytest.raises(DataError, match="at-all.png: no such file"):
+        judge_masks(make_judge("hf", models, scenes, Helpers(pair)), rows, masks, "quality")
+
+
 def test_a_judge_whose_helper_is_killed_goes_on_where_it_was(
     models: dict[str, str], scenes: SegData, proposed: Any, pair: Processes, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -327,17 +338,6 @@ def test_a_judge_whose_helper_is_killed_goes_on_where_it_was(
     looked = Looks(monkeypatch)
     found = judge_masks(make_judge("hf", models, scenes, None), *proposed, "quality", Journal(tmp_path / "j"))
     assert told(found) == told(wanted) and looked.pictures == 5
-
-
-def test_a_picture_that_is_gone_is_told_as_alone(
-    models: dict[str, str], scenes: SegData, proposed: Any, pair: Processes
-):
-    images, masks = proposed
-    cells = [cell["path"] for cell in images.with_format(None)["image"]]
-    rows = make_rows(images["id"], [*cells[:-1], "/nowhere/at-all.png"])
-    rows = rows.with_transform(images.format["format_kwargs"]["transform"])
-    with pytest.raises(DataError, match="at-all.png: no such file"):
-        judge_masks(make_judge("hf", models, scenes, Helpers(pair)), rows, masks, "quality")
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -530,19 +530,40 @@ def agree(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert one["test"] == pytest.approx(two["test"], abs=0.005) and one["val"] == pytest.approx(two["val"], abs=0.005)
 
 
-def test_a_run_is_the_same_whoever_computes_and_goes_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def judged(models: dict[str, str]) -> dict[str, Any]:
+    """Settings with a proposer and a judge that look with networks of their own."""
+    proposer = {"model": models["segmenter"], "batch_size": 2, "image_size": 48}
+    judge = {"model": models["vlm"], "batch_size": 2, "min_mass": 0.0}
+    named = {"proposer": "hf", "proposer_options": proposer, "judge": "hf", "judge_options": judge}
+    return {"mode": "vlm", "preflight": 0, "policy": "observe", **named}
+
+
+def answers(folder: Path) -> list[Any]:
+    """What the judge said in all rounds, without seconds, and about which masks."""
+    lines = [line for path in sorted(folder.glob("round_*/judgements.jsonl")) for line in path.read_text().splitlines()]
+    told = [{k: v for k, v in json.loads(line).items() if k != "latency_s"} for line in lines]
+    return [*told, (folder / "proposals" / "0_hf" / "index.jsonl").read_text().split("\n")]
+
+
+def test_a_run_is_the_same_whoever_computes_and_goes_on_alone(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A run of two processes, one of which is killed in round 1, is finished by one; another was alone all the time."""
     folders = [tmp_path / name for name in ("alone", "together")]
-    list(run_al(make_config(settings(folders[0]))))
-    rounds = run_al(make_config(settings(folders[1], processes=2)))
+    with_judge = judged(models)
+    monkeypatch.setenv("VLM_ITL_CACHE", str(tmp_path / "cache alone"))
+    list(run_al(make_config(settings(folders[0], **with_judge))))
+    monkeypatch.setenv("VLM_ITL_CACHE", str(tmp_path / "cache together"))
+    rounds = run_al(make_config(settings(folders[1], processes=2, **with_judge)))
     next(rounds)
     children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
     helpers = [int(c) for c in children if "help_leader" in Path(f"/proc/{c}/cmdline").read_text()]
     os.kill(helpers[-1], signal.SIGKILL)
     with pytest.raises(RunError, match=r"process 2 of 2 was ended by SIGKILL"):
         next(rounds)
-    list(run_al(make_config(settings(folders[1]))))
+    list(run_al(make_config(settings(folders[1], **with_judge))))
     agree(record(folders[0]), record(folders[1]))
+    assert answers(folders[0]) == answers(folders[1]) and len(answers(folders[0])) > 16
 
 
 LAUNCHED = """
@@ -554,21 +575,53 @@ print(len(list(run_al(config))), "rounds", flush=True)
 """
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a launcher to its end."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
 @pytest.mark.slow
-def test_torchrun_runs_the_same(tmp_path: Path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_a_launcher_runs_the_same(launcher: list[str], tmp_path: Path):
     """Both processes run the same script: the first one yields all rounds, the other none."""
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED)
     together, alone = tmp_path / "together", tmp_path / "alone"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), json.dumps(settings(together))], capture_output=True, text=True, env=env, timeout=300
-    )
+    done = launch(*launcher, str(script), json.dumps(settings(together)))
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.split("\n")[:2]) == ["0 rounds", "2 rounds"]
     list(run_al(make_config(settings(alone))))
     agree(record(alone), record(together))
+
+
+@pytest.mark.slow
+def test_a_notebook_is_run_by_several_processes(tmp_path: Path):
+    """By `vlm_itl_run`: the first process executes it, the other helps. By papermill all would, and that is refused."""
+    file, together, alone = tmp_path / "settings.yaml", tmp_path / "together", tmp_path / "alone"
+    file.write_text(json.dumps(settings(together)))
+    asked = [str(NOTEBOOKS / "run_al.ipynb"), str(tmp_path / "done.ipynb"), "-f", str(file)]
+    done = launch(*TORCHRUN, "-m", "papermill", *asked)
+    assert done.returncode != 0 and "RunError: this notebook runs in 2 processes of a launcher" in done.stderr
+    done = launch(*TORCHRUN, "--no-python", str(Path(sys.executable).with_name("vlm_itl_run")), *asked)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("executed notebook:") == 2  # of the first process: before and after
+    list(run_al(make_config(settings(alone))))
+    agree(record(alone), record(together))
+
+
+@pytest.mark.slow
+def test_a_command_without_a_run_lets_its_helpers_go():
+    started = time.monotonic()
+    done = launch(*TORCHRUN, "--no-python", str(Path(sys.executable).with_name("vlm_itl_run")), "list")
+    assert done.returncode == 0 and done.stdout.count("run_baseline") == 1
+    assert time.monotonic() - started < 120
 
 
 def test_what_a_helper_is_started_with_is_what_it_takes():
