@@ -379,6 +379,11 @@ class Equipped:
             judge.bind_helpers(helpers)
 
     @property
+    def elsewhere(self) -> bool:
+        "Is it answered by another machine, so that this one can do something else meanwhile?"
+        return bool(self.inner()) and all(judge.elsewhere for judge in self.inner())
+
+    @property
     def looks_ahead(self) -> bool:
         "Is anything gained by telling it what it will be asked next?"
         return any(judge.looks_ahead for judge in self.inner())
