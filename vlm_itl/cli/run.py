@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import psutil
@@ -472,13 +472,14 @@ def _tell(
     return 0 if result.error is None else 1
 
 # %% ../../nbs/cli/01_run.ipynb #run-command-all
-def _help_launched() -> int:
+def _help_launched() -> NoReturn:
     "As one of several processes of a launcher, but not the first: help with its runs, until its notebook is done."
     try:
         while True:
             processes_of_run(1).serve()  # type: ignore[union-attr]
     except RunError:  # the first one has ended, and tells itself why
-        return 0
+        sys.stdout.flush()
+        os._exit(0)  # threads of torch may still wait for the lost connection, and would end Python by a signal
 
 
 def _run_command(notebook: str | None, output: str | None, **options: Any) -> int:
@@ -555,7 +556,7 @@ def main(
 ) -> int:  # 0, 1: the notebook failed, 2: bad usage, 75: waits for people, 85: told to by a scheduler, 130: interrupted
     "The console script `vlm_itl_run`. Of the processes of a launcher the first one does it, the others help its runs."
     if launched_rank():
-        return _help_launched()
+        _help_launched()
     given = list(sys.argv[1:] if arguments is None else arguments)
     asked, name = command, "vlm_itl_run"
     if given and given[0] in COMMANDS:

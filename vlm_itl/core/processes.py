@@ -7,6 +7,7 @@ __all__ = ['share_of', 'launched_rank', 'Processes', 'dismiss_launched', 'help_l
            'working_together']
 
 # %% ../../nbs/core/11_processes.ipynb #processes-imports
+import atexit
 import math
 import os
 import pickle
@@ -300,8 +301,17 @@ def _join_launched(processes: Processes) -> None:
     else:
         _wait_for_leader(processes)
     _connect(processes)
+    atexit.register(_disconnect)
     for name in _LAUNCHED:
         os.environ.pop(name, None)
+
+
+def _disconnect() -> None:
+    "Before Python ends: the threads of torch do not like to be surprised by it."
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 _LEADS, _ENDS = "leads", "ends"  # what the first process says when a run begins, and when there will be none

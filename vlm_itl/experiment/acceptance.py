@@ -381,7 +381,7 @@ def asking_early(
     masks: MaskStore | None,  # that the model draws inside; None: it draws none
     chunk: int = JUDGE_CHUNK,  # masks that are asked about together
 ) -> Iterator[None]:
-    "Inside, the model draws masks, in order; a judge on a server is asked about them. Its `JudgeError` comes at the end."
+    "Inside, the model draws masks, in order; a judge on a server is asked about them. Its `JudgeError` comes last."
     if not may_ask_early(team, masks):
         yield
         return

@@ -163,8 +163,6 @@ class LearnsTogether(Learner):
         return self.together.share
 
     def evaluate(self, rows: datasets.Dataset, desc: str, counts: list[np.ndarray] | None = None) -> dict[str, Any]:
-        if not self.together.worth_it(rows):
-            return super().evaluate(rows, desc, counts)
         return dict(self.together.evaluate(rows, desc, counts))
 
     def look(self, images: datasets.Dataset, masks: MaskStore | None = None, **options: Any) -> PoolScores:

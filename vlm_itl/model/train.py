@@ -240,6 +240,9 @@ class Share(Protocol):
     def evaluate(self, model: Segmenter, data: datasets.Dataset, view: Inference, desc: str) -> Metrics:
         "Look at the validation images together."
 
+    def measure(self, model: Segmenter, data: datasets.Dataset, view: Inference, desc: str) -> Metrics:
+        "Look at images together, outside of a training."
+
 # %% ../../nbs/model/09_train.ipynb #train-trainer
 def _batch_loss(
     model: torch.nn.Module,  # a segmenter in training mode
@@ -606,7 +609,7 @@ def _grown(task: _Task, checkpoints: Path | None) -> Growth:
         desc = f"{task.desc}, a look at {steps} steps"
         how: dict[str, Any] = {"seed": task.seed, "desc": desc, "checkpoints": where, "share": task.share}
         fit(task.model, learn, settings, task.view, **how)
-        return held_out_loss(task.model, held, task.view)
+        return held_out_loss(task.model, held, task.view, evaluate if task.share is None else task.share.measure)
 
     growth = find_steps(task.labelled, task.seed, look)
     task.model.load_state_dict(start)

@@ -382,6 +382,24 @@ class BatchShare:
         self.processes.said(weights_of(model))
         return _as_metrics(self.processes.gathered(_counts_of(self.processes, model, data, view, desc)), model, None)
 
+    def measure(
+        self,
+        model: Segmenter,  # the leader's
+        data: datasets.Dataset,  # columns id, image, mask
+        view: Inference,  # how images are shown
+        desc: str = "evaluating",  # for the progress bar
+        counts: list[np.ndarray] | None = None,  # gets the `class_counts` (3, C) of every image
+    ) -> Metrics:
+        "In the leader, outside of a training: all look at some images. What is one batch is looked at here."
+        if len(data) <= view.batch_size:
+            return evaluate(model, data, view, desc=desc, counts=counts)
+        self.prepare()
+
+        def here() -> list[np.ndarray]:
+            return _counts_of(self.processes, model, data, view, desc)
+
+        return _as_metrics(self.processes.call(count_share, weights_of(model), data, view, here=here), model, counts)
+
     def _look_along(self, model: Segmenter) -> None:
         "In a helper."
         model.load_state_dict(self.processes.said(None))  # with the statistics of BatchNorm, which are not learnt
@@ -470,10 +488,4 @@ class Together:
         counts: list[np.ndarray] | None = None,  # gets the `class_counts` (3, C) of every image
     ) -> Metrics:
         "Evaluate together."
-        self.prepare()
-
-        def here() -> list[np.ndarray]:
-            return _counts_of(self.processes, self.model, data, self.view, desc)
-
-        parts = self.processes.call(count_share, weights_of(self.model), data, self.view, here=here)
-        return _as_metrics(parts, self.model, counts)
+        return self.share.measure(self.model, data, self.view, desc, counts)
