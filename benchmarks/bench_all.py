@@ -27,7 +27,6 @@ PARTS: dict[str, list[str]] = {  # script -> its arguments in `make bench`
     "bench_judge": ["2"],
     "bench_sweep": ["2"],
     "bench_processes": ["1"],
-    "bench_early": ["1"],
 }
 LIMIT = 600  # seconds for one part
 

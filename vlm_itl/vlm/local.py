@@ -548,7 +548,7 @@ class HFJudge(PictureJudge):
     def look_ahead(self, batches: Sequence[Sequence[JudgeQuery]]) -> None:
         "Answer batches by several processes, as they will be asked for."
         asked = [self._usable(batch) for batch in batches]
-        asked = [batch for batch in asked if batch]
+        asked, self._ahead = [batch for batch in asked if batch], {}
         if self._helpers is not None and len(asked) > 1:
             found = self._helpers.share(self, "answers_to", asked, 1)
             self._ahead = {_names(batch): answers for batch, answers in zip(asked, found, strict=True) if answers}
