@@ -26,6 +26,7 @@ PARTS: dict[str, list[str]] = {  # script -> its arguments in `make bench`
     "bench_round": ["3"],
     "bench_judge": ["2"],
     "bench_sweep": ["2"],
+    "bench_processes": ["1"],
 }
 LIMIT = 600  # seconds for one part
 

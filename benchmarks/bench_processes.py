@@ -2,7 +2,8 @@
 
 Run as `python benchmarks/bench_processes.py [repeats]` (three minutes). One thread in each process, turns in
 alternation, by two clocks: wall-clock seconds, which say something on a quiet machine only, and the CPU seconds of the
-busier process, which are what is left of the wall clock where both have a core to themselves. SegFormer-B0
+busier process, which are what is left of the wall clock where both have a core to themselves. The rows say how many
+others wanted a core meanwhile (the load of the last minute, less our own). SegFormer-B0
 (random weights) at 256 px is large enough that a step (seconds) hides the exchange of its 3.7 million weights and
 gradients (some 20 ms); `cnn-nano` is shown beside it as what is too small. What both find is compared first.
 """
@@ -75,6 +76,7 @@ def rows_of(make: Any, data: SegData, size: int, batch: int, repeats: int, goal:
         "pass 2": lambda: team.look(score_pool, images, None, {}),
     }
     seconds = take_turns(ways, repeats, clock=time.perf_counter)
+    others = max(0.0, os.getloadavg()[0] - 1.5)  # one way keeps one core busy, the other two
     work = {name: [busier(way) for _ in range(repeats)] for name, way in ways.items()}
     pair.stop()
     what = f"{model.name} at {size}, batches of {batch}"
@@ -84,7 +86,7 @@ def rows_of(make: Any, data: SegData, size: int, batch: int, repeats: int, goal:
         *(
             compare(f"{what}: {name}, two processes / one, {clock}", taken[f"{way} 2"], taken[f"{way} 1"], "s", goal)
             for way, name in (("train", f"{STEPS} steps"), ("pass", "a pass"))
-            for taken, clock in ((work, "CPU of the busier"), (seconds, "wall clock"))
+            for taken, clock in ((work, "CPU of the busier"), (seconds, f"wall clock, {others:.1f} others"))
         ),
     ]
 

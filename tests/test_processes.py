@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -20,21 +21,31 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_vlms
+
 from vlm_itl.core.checks import ConfigError, DataError, RunError
 from vlm_itl.core.processes import Processes, help_leader, launched_rank, processes_of_run, share_of, who
 from vlm_itl.data.masks import MaskStore, make_rows, raw_rows
 from vlm_itl.data.sources import SegData, load_data
 from vlm_itl.experiment import make_config, run_al
+from vlm_itl.experiment.judge_turn import Journal, ask_about, judge_masks
 from vlm_itl.model.predict import Inference, evaluate
 from vlm_itl.model.scoring import PoolScores, score_pool
-from vlm_itl.model.segmenter import Segmenter, load_model
+from vlm_itl.model.segmenter import Segmenter, load_model, save_model
 from vlm_itl.model.train import TrainSettings, fit
 from vlm_itl.proposals.partial import write_confident
+from vlm_itl.proposals.proposers import make_proposer
 from vlm_itl.sampler.gradient import GradientProbe
+from vlm_itl.sampler.helpers import Helpers
 from vlm_itl.sampler.region_choice import score_regions
 from vlm_itl.sampler.regions import Regions
 from vlm_itl.sampler.together import Together, merged_moments, put_together
 from vlm_itl.sampler.uncertainty import scoring_options
+from vlm_itl.vlm import free
+from vlm_itl.vlm.cache import bill
+from vlm_itl.vlm.handler import make_handler
+from vlm_itl.vlm.local import HFJudge
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 VIEW = Inference(image_size=48, batch_size=3)
@@ -132,6 +143,201 @@ def test_a_copied_network_sends_its_own_weights(scenes: SegData, pair: Processes
             weight.zero_()
     assert twin.processes is pair and twin.evaluate(scenes.test) == evaluate(twin.model, scenes.test, VIEW) != before
     assert team.evaluate(scenes.test) == before
+
+
+# --- judges and proposers that look -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(scenes: SegData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A tiny vision-language model, and a segmenter of somebody else's."""
+    root = tmp_path_factory.mktemp("models")
+    other = save_model(load_model("segformer-nano", scenes.labels, seed=3), root / "segmenter")
+    return {"vlm": str(tiny_vlms.build("llava", root / "vlm")), "segmenter": str(other)}
+
+
+@pytest.fixture(scope="module")
+def proposed(scenes: SegData, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, MaskStore]:
+    """Images, and masks of them."""
+    images = scenes.train.remove_columns("mask").select(range(9))
+    masks = MaskStore(tmp_path_factory.mktemp("masks"), scenes.labels)
+    score_pool(load_model("cnn-nano", scenes.labels), images, VIEW, masks=masks)
+    return images, masks
+
+
+JUDGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "hf": ("hf", {"model": "vlm", "batch_size": 2, "min_mass": 0.0}),
+    "second_opinion": ("second_opinion", {"model": "segmenter", "batch_size": 2, "image_size": 48}),
+    "tta": ("confidence", {"kind": "tta"}),
+    "margin": ("confidence", {"kind": "margin"}),
+}
+
+
+def make_judge(name: str, models: dict[str, str], scenes: SegData, helpers: Helpers | None, **more: Any) -> Any:
+    """A judge that looks, alone or with helpers."""
+    kind, options = JUDGES[name]
+    options = {key: models.get(value, value) for key, value in options.items()} | more
+    judge = make_handler(kind, **options)
+    judge.bind_segmenter(load_model("cnn-nano", scenes.labels), VIEW)
+    judge.bind_helpers(helpers)
+    return judge
+
+
+def told(judgements: list[Any]) -> list[Any]:
+    """Answers without their seconds."""
+    return [replace(judgement, latency_s=None) for judgement in judgements]
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_judges_answer_as_alone(
+    name: str, models: dict[str, str], scenes: SegData, proposed: Any, pair: Processes, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """To the last bit, with the same journal; the leader has looked at its share only, and again at nothing."""
+    alone, both = make_judge(name, models, scenes, None), make_judge(name, models, scenes, Helpers(pair))
+    wanted = judge_masks(alone, *proposed, "quality", Journal(tmp_path / "alone"))
+    looked = Looks(monkeypatch)
+    found = judge_masks(both, *proposed, "quality", Journal(tmp_path / "both"))
+    assert told(found) == told(wanted) and {j.verdict for j in found} <= {"yes", "no"}
+    journals = [Journal(tmp_path / who).known for who in ("alone", "both")]
+    assert list(journals[0]) == list(journals[1])
+    pictures = 9 * (5 if name == "tta" else 1)
+    assert 0 < looked.pictures <= pictures * 2 / 3
+    if name == "second_opinion":  # whose memory is the leader's
+        judge_masks(both, *proposed, "quality")
+        assert looked.pictures <= pictures * 2 / 3
+
+
+class Looks:
+    """Counts the pictures that judges look at in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.pictures = 0
+        plain, asked = free._looks, HFJudge.ask
+
+        def counted(model: Any, pictures: Any, view: Any) -> Any:
+            self.pictures += len(pictures)
+            return plain(model, pictures, view)
+
+        def ask(judge: HFJudge, pictures: Any, texts: Any) -> Any:
+            self.pictures += len(pictures)
+            return asked(judge, pictures, texts)
+
+        monkeypatch.setattr(free, "_looks", counted)
+        monkeypatch.setattr(HFJudge, "ask", ask)
+
+
+def test_judges_of_judges_answer_as_alone(
+    models: dict[str, str], scenes: SegData, proposed: Any, pair: Processes, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """A cache around two questions of a judge, and another judge beside it: the same answers, prices and cache."""
+
+    def make(who: str, helpers: Helpers | None) -> Any:
+        pairs = make_handler("both", judge=make_judge("hf", models, scenes, None, batch_size=4))
+        cached = make_handler("cached", judge=pairs, path=tmp_path / f"{who}.sqlite")
+        judge = make_handler("ensemble", judges=[cached, make_judge("second_opinion", models, scenes, None)])
+        judge.bind_helpers(helpers)
+        return judge
+
+    images, masks = proposed
+    known = make("both", None)  # which has answered some questions before, in the middle of batches
+    judge_masks(known, images.select([1, 4]), masks, "quality")
+    judge_masks(make("alone", None), images.select([1, 4]), masks, "quality")
+    wanted = judge_masks(make("alone", None), *proposed, "quality")
+    looked = Looks(monkeypatch)
+    both = make("both", Helpers(pair))
+    found = judge_masks(both, *proposed, "quality")
+    assert told(found) == told(wanted) and bill(found) == bill(wanted)
+    assert looked.pictures < 2 * 7 + 9
+    rows = [
+        sqlite3.connect(tmp_path / f"{who}.sqlite").execute("SELECT key, p_yes, verdict FROM judgements").fetchall()
+        for who in ("alone", "both")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) == 9
+    before = looked.pictures
+    assert told(judge_masks(both, *proposed, "quality")) == told(judge_masks(make("alone", None), *proposed, "quality"))
+    assert looked.pictures == before + 9  # the second segmenter of `alone`, made anew; a cache asks nobody
+
+
+def test_questions_about_one_picture_share_its_reading_as_alone(
+    models: dict[str, str], scenes: SegData, proposed: Any, pair: Processes
+):
+    """What a process has read before changes no digit: neither of the first nor of a later batch."""
+
+    def ask(helpers: Helpers | None) -> list[Any]:
+        judge = make_judge("hf", models, scenes, helpers, batch_size=4)
+        return ask_about(
+            judge, *proposed, "label", lambda query: [replace(query, class_ids=(c,)) for c in (1, 2, 3, 4)]
+        )
+
+    alone, both = ask(None), ask(Helpers(pair))
+    assert [told([j for _, j in row]) for row in alone] == [told([j for _, j in row]) for row in both]
+
+
+def test_a_pass_is_watched_in_all_processes(scenes: SegData, proposed: Any, pair: Processes, tmp_path: Path):
+    images, seen = proposed[0], []
+    for number, together in enumerate((False, True)):
+        model = load_model("cnn-nano", scenes.labels)
+        judge = make_handler("confidence")
+        judge.bind_segmenter(model, VIEW)
+        masks, watchers = MaskStore(tmp_path / str(number), scenes.labels), judge.watchers(by_class=True)
+        if together:
+            Together(model, VIEW, pair).look(score_pool, images, masks, {"watchers": watchers})
+        else:
+            score_pool(model, images, VIEW, masks=masks, watchers=watchers)
+        seen.append(judge._seen)
+    assert seen[0] == seen[1] and {name for name, _, _ in seen[0]} == set(images["id"])
+
+
+def test_a_promptable_proposer_draws_as_alone(
+    models: dict[str, str], proposed: Any, pair: Processes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    images, stores, made = proposed[0], list[MaskStore](), list[Any]()
+    for side in ("alone", "both"):  # each with a cache of its own
+        monkeypatch.setenv("VLM_ITL_CACHE", str(tmp_path / "cache" / side))
+        proposer = make_proposer("hf", model=models["segmenter"], batch_size=2, image_size=48)
+        proposer.bind_helpers(Helpers(pair) if side == "both" else None)
+        stores.append(MaskStore(tmp_path / side, proposed[1].labels))
+        made.append(proposer.propose(images, stores[-1]))
+    assert made[0] == made[1] and list(made[0]) == list(images["id"])
+    assert all(stores[0].path(i).read_bytes() == stores[1].path(i).read_bytes() for i in images["id"])
+    kept = [{p.name for p in (tmp_path / "cache" / side).rglob("*.json")} for side in ("alone", "both")]
+    assert kept[0] == kept[1] and len(kept[0]) == len(images)
+
+
+def test_a_picture_that_is_gone_is_told_as_alone(
+    models: dict[str, str], scenes: SegData, proposed: Any, pair: Processes
+):
+    images, masks = proposed
+    cells = [cell["path"] for cell in images.with_format(None)["image"]]
+    rows = make_rows(images["id"], [*cells[:-1], "/nowhere/at-all.png"])
+    rows = rows.with_transform(images.format["format_kwargs"]["transform"])
+    with pytest.raises(DataError, match="at-all.png: no such file"):
+        judge_masks(make_judge("hf", models, scenes, Helpers(pair)), rows, masks, "quality")
+
+
+def test_a_judge_whose_helper_is_killed_goes_on_where_it_was(
+    models: dict[str, str], scenes: SegData, proposed: Any, pair: Processes, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """One line; what was answered before is not asked again."""
+    monkeypatch.setattr("vlm_itl.experiment.judge_turn.JUDGE_CHUNK", 4)
+    wanted = judge_masks(make_judge("hf", models, scenes, None), *proposed, "quality")
+    pid, plain, calls = pair.call(who)[1][1], HFJudge.answers_to, iter(range(9))
+
+    def deadly(judge: HFJudge, batches: Any) -> Any:
+        if next(calls) == 1:
+            os.kill(pid, signal.SIGKILL)
+        return plain(judge, batches)
+
+    monkeypatch.setattr(HFJudge, "answers_to", deadly)
+    with pytest.raises(RunError, match=r"^process 2 of 2 was ended by SIGKILL\.$"):
+        judge_masks(make_judge("hf", models, scenes, Helpers(pair)), *proposed, "quality", Journal(tmp_path / "j"))
+    assert len(Journal(tmp_path / "j").known) == 4
+    looked = Looks(monkeypatch)
+    found = judge_masks(make_judge("hf", models, scenes, None), *proposed, "quality", Journal(tmp_path / "j"))
+    assert told(found) == told(wanted) and looked.pictures == 5
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -324,19 +530,40 @@ def agree(one: dict[str, Any], two: dict[str, Any]) -> None:
     assert one["test"] == pytest.approx(two["test"], abs=0.005) and one["val"] == pytest.approx(two["val"], abs=0.005)
 
 
-def test_a_run_is_the_same_whoever_computes_and_goes_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def judged(models: dict[str, str]) -> dict[str, Any]:
+    """Settings with a proposer and a judge that look with networks of their own."""
+    proposer = {"model": models["segmenter"], "batch_size": 2, "image_size": 48}
+    judge = {"model": models["vlm"], "batch_size": 2, "min_mass": 0.0}
+    named = {"proposer": "hf", "proposer_options": proposer, "judge": "hf", "judge_options": judge}
+    return {"mode": "vlm", "preflight": 0, "policy": "observe", **named}
+
+
+def answers(folder: Path) -> list[Any]:
+    """What the judge said in all rounds, without seconds, and about which masks."""
+    lines = [line for path in sorted(folder.glob("round_*/judgements.jsonl")) for line in path.read_text().splitlines()]
+    told = [{k: v for k, v in json.loads(line).items() if k != "latency_s"} for line in lines]
+    return [*told, (folder / "proposals" / "0_hf" / "index.jsonl").read_text().split("\n")]
+
+
+def test_a_run_is_the_same_whoever_computes_and_goes_on_alone(
+    models: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     """A run of two processes, one of which is killed in round 1, is finished by one; another was alone all the time."""
     folders = [tmp_path / name for name in ("alone", "together")]
-    list(run_al(make_config(settings(folders[0]))))
-    rounds = run_al(make_config(settings(folders[1], processes=2)))
+    with_judge = judged(models)
+    monkeypatch.setenv("VLM_ITL_CACHE", str(tmp_path / "cache alone"))
+    list(run_al(make_config(settings(folders[0], **with_judge))))
+    monkeypatch.setenv("VLM_ITL_CACHE", str(tmp_path / "cache together"))
+    rounds = run_al(make_config(settings(folders[1], processes=2, **with_judge)))
     next(rounds)
     children = subprocess.run(["pgrep", "-P", str(os.getpid())], capture_output=True, text=True).stdout.split()
     helpers = [int(c) for c in children if "help_leader" in Path(f"/proc/{c}/cmdline").read_text()]
     os.kill(helpers[-1], signal.SIGKILL)
     with pytest.raises(RunError, match=r"process 2 of 2 was ended by SIGKILL"):
         next(rounds)
-    list(run_al(make_config(settings(folders[1]))))
+    list(run_al(make_config(settings(folders[1], **with_judge))))
     agree(record(folders[0]), record(folders[1]))
+    assert answers(folders[0]) == answers(folders[1]) and len(answers(folders[0])) > 16
 
 
 LAUNCHED = """
@@ -348,21 +575,53 @@ print(len(list(run_al(config))), "rounds", flush=True)
 """
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
+
+
+def launch(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a launcher to its end."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
+
+
 @pytest.mark.slow
-def test_torchrun_runs_the_same(tmp_path: Path):
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_a_launcher_runs_the_same(launcher: list[str], tmp_path: Path):
     """Both processes run the same script: the first one yields all rounds, the other none."""
     script = tmp_path / "script.py"
     script.write_text(LAUNCHED)
     together, alone = tmp_path / "together", tmp_path / "alone"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(script), json.dumps(settings(together))], capture_output=True, text=True, env=env, timeout=300
-    )
+    done = launch(*launcher, str(script), json.dumps(settings(together)))
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(done.stdout.split("\n")[:2]) == ["0 rounds", "2 rounds"]
     list(run_al(make_config(settings(alone))))
     agree(record(alone), record(together))
+
+
+@pytest.mark.slow
+def test_a_notebook_is_run_by_several_processes(tmp_path: Path):
+    """By `vlm_itl_run`: the first process executes it, the other helps. By papermill all would, and that is refused."""
+    file, together, alone = tmp_path / "settings.yaml", tmp_path / "together", tmp_path / "alone"
+    file.write_text(json.dumps(settings(together)))
+    asked = [str(NOTEBOOKS / "run_al.ipynb"), str(tmp_path / "done.ipynb"), "-f", str(file)]
+    done = launch(*TORCHRUN, "-m", "papermill", *asked)
+    assert done.returncode != 0 and "RunError: this notebook runs in 2 processes of a launcher" in done.stderr
+    done = launch(*TORCHRUN, "--no-python", str(Path(sys.executable).with_name("vlm_itl_run")), *asked)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("executed notebook:") == 2  # of the first process: before and after
+    list(run_al(make_config(settings(alone))))
+    agree(record(alone), record(together))
+
+
+@pytest.mark.slow
+def test_a_command_without_a_run_lets_its_helpers_go():
+    started = time.monotonic()
+    done = launch(*TORCHRUN, "--no-python", str(Path(sys.executable).with_name("vlm_itl_run")), "list")
+    assert done.returncode == 0 and done.stdout.count("run_baseline") == 1
+    assert time.monotonic() - started < 120
 
 
 def test_what_a_helper_is_started_with_is_what_it_takes():

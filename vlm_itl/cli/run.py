@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 import psutil
@@ -33,7 +33,7 @@ import vlm_itl
 from ..core.checks import ConfigError, RunError, VlmItlError, closest, printable, show
 from ..core.files import environment, project_root, resolve_path, write_bytes
 from ..core.guards import refuse_secrets
-from ..core.processes import launched_rank, processes_of_run
+from ..core.processes import dismiss_launched, launched_rank, processes_of_run
 from ..core.reading import parse_yaml, unclear
 from ..core.runfolder import on_signals
 
@@ -472,19 +472,18 @@ def _tell(
     return 0 if result.error is None else 1
 
 # %% ../../nbs/cli/01_run.ipynb #run-command-all
-def _help_launched() -> int:
+def _help_launched() -> NoReturn:
     "As one of several processes of a launcher, but not the first: help with its runs, until its notebook is done."
     try:
         while True:
             processes_of_run(1).serve()  # type: ignore[union-attr]
     except RunError:  # the first one has ended, and tells itself why
-        return 0
+        sys.stdout.flush()
+        os._exit(0)  # threads of torch may still wait for the lost connection, and would end Python by a signal
 
 
 def _run_command(notebook: str | None, output: str | None, **options: Any) -> int:
     "What `vlm_itl_run` does with its arguments, which are papermill's."
-    if launched_rank():
-        return _help_launched()
     if notebook == "list":
         click.echo(describe_notebooks())
         return 0
@@ -555,10 +554,15 @@ def call(
 def main(
     arguments: Sequence[str] | None = None,  # None: those of the process
 ) -> int:  # 0, 1: the notebook failed, 2: bad usage, 75: waits for people, 85: told to by a scheduler, 130: interrupted
-    "The console script `vlm_itl_run`."
+    "The console script `vlm_itl_run`. Of the processes of a launcher the first one does it, the others help its runs."
+    if launched_rank():
+        _help_launched()
     given = list(sys.argv[1:] if arguments is None else arguments)
     asked, name = command, "vlm_itl_run"
     if given and given[0] in COMMANDS:
         word = given.pop(0)
         asked, name = getattr(import_module(COMMANDS[word]), word), f"vlm_itl_run {word}"
-    return call(asked, given, name)
+    try:
+        return call(asked, given, name)
+    finally:
+        dismiss_launched()

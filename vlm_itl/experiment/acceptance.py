@@ -5,21 +5,24 @@
 # %% auto #0
 __all__ = ['ANSWERS', 'COVERS', 'AUDIT_SHARE', 'proposal_images', 'kept_proposals', 'make_proposals', 'count_peeks',
            'refuse_truth', 'Offered', 'shown_masks', 'ChosenMasks', 'changes', 'earlier_answers', 'journal_of',
-           'pay_judge', 'images_to_judge', 'Told', 'ask_judge', 'find_empty', 'write_kept', 'check_validation',
-           'held_out', 'share_left', 'certify_round', 'JudgeTurn', 'Decision', 'decide', 'judge', 'judge_first']
+           'pay_judge', 'images_to_judge', 'Told', 'ask_judge', 'may_ask_early', 'asking_early', 'find_empty',
+           'write_kept', 'check_validation', 'held_out', 'share_left', 'certify_round', 'JudgeTurn', 'Decision',
+           'decide', 'judge', 'judge_first']
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-imports
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 
-from ..core.checks import ConfigError, LeakError
+from ..core.checks import ConfigError, JudgeError, LeakError
 from ..core.files import read_json, to_json, write_json, write_text
 from ..core.seeds import make_rng
 from ..data.labels import VOID, LabelSpace
@@ -31,6 +34,7 @@ from ..data.sources import SegData
 from .annotator import Oracle
 from .config import make_config
 from vlm_itl.experiment.judge_turn import (
+    JUDGE_CHUNK,
     Answered,
     Journal,
     accepts,
@@ -309,6 +313,86 @@ def ask_judge(
             if image_id not in best or told.p_yes > best[image_id].p_yes:
                 best[image_id] = told
     return {image_id: best[image_id] for image_id in ids if image_id in best}
+
+# %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-early
+def may_ask_early(
+    team: Team,
+    masks: MaskStore | None,  # that the model is about to draw
+) -> bool:
+    "Can the judge be asked before all masks are there, without this machine having to look?"
+    parts, handler = team.proposer.parts(), team.handler
+    if masks is None or handler is None or team.regions is not None or len(parts) > 1 or not isinstance(parts[0], Own):
+        return False
+    return handler.elsewhere and not handler.needs_truth and not changes(handler)
+
+
+class _EarlyAnswers:
+    "Asks about masks as they come, in a thread."
+
+    def __init__(self, team: Team, state: State, masks: MaskStore, chunk: int):
+        assert team.handler is not None
+        self.team, self.masks, self.chunk = team, masks, chunk
+        bind_payer(team.handler, state.folder.work_path(len(state.rounds)) / "payer")
+        self.journal = journal_of(team, state, "pool")
+        self.ids = images_to_judge(team, state)
+        self.images = team.annotator.images.select(team.annotator.rows(self.ids))
+        self.error: JudgeError | None = None
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._work, daemon=True)
+        self.thread.start()
+
+    def _drawn(self, count: int) -> bool:
+        "Are the first masks whole? They are when the next one is begun."
+        return count < len(self.ids) and self.ids[count] in self.masks
+
+    def _work(self) -> None:
+        "Chunk by chunk; the last one is left to whoever comes after the pass."
+        for start in range(0, len(self.ids), self.chunk):
+            while not self._drawn(start + self.chunk):
+                if self.over.wait(0.01):
+                    return
+            if self.over.is_set() or not self._ask(range(start, start + self.chunk)):
+                return
+
+    def _ask(self, places: range) -> bool:  # did it work?
+        "One chunk."
+        team, question = self.team, asked_question(self.team.config)
+        assert team.handler is not None
+        rows, asks = self.images.select(places), partial(_questions, team)
+        try:
+            ask_about(team.handler, rows, self.masks, question, asks, self.journal)
+            return True
+        except JudgeError as error:
+            self.error = error
+        except Exception:  # a broken file, say: whoever asks again will tell
+            pass
+        return False
+
+    def finish(self) -> None:
+        "Let what is being asked be answered."
+        self.over.set()
+        self.thread.join()
+
+
+@contextmanager
+def asking_early(
+    team: Team,
+    state: State,
+    masks: MaskStore | None,  # that the model draws inside; None: it draws none
+    chunk: int = JUDGE_CHUNK,  # masks that are asked about together
+) -> Iterator[None]:
+    "Inside, the model draws masks, in order; a judge on a server is asked about them. Its `JudgeError` comes last."
+    if not may_ask_early(team, masks):
+        yield
+        return
+    assert masks is not None
+    early = _EarlyAnswers(team, state, masks, chunk)
+    try:
+        yield
+    finally:
+        early.finish()
+    if early.error is not None:
+        raise early.error
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-empty
 COVERS = ("exhaustive", "list")  # questions that ask for what is missing

@@ -16,6 +16,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +160,21 @@ def ask_once(
         for query in (q for key, q in zip(keys, queries, strict=True) if key in known and key not in earlier):
             handler.truth(query.id)  # counted as when it was asked
     answers: dict[str, Judgement] = {}
-    for start in range(0, len(fresh), handler.batch_size):
-        answers |= _ask_batch(handler, dict(fresh[start : start + handler.batch_size]), journal)
+    size = handler.batch_size
+    batches = [dict(fresh[start : start + size]) for start in range(0, len(fresh), size)]
+    if handler.looks_ahead:
+        handler.look_ahead([list(batch.values()) for batch in batches])
+    for batch in batches:
+        answers |= _ask_batch(handler, batch, journal)
     return [(answers.get(key) or known[key]) for key in keys]
 
 # %% ../../nbs/experiment/05_judge_turn.ipynb #turns-judge-judge-masks
 JUDGE_CHUNK = 32  # masks in memory at once
+
+
+def _read(images: datasets.Dataset, row: int) -> Image.Image:
+    "A picture, when it is needed."
+    return images[row]["image"]
 
 
 def judge_masks(
@@ -199,10 +209,7 @@ def ask_about(
         for start in range(0, len(ids), JUDGE_CHUNK):
             queries = []
             for row, image_id in enumerate(ids[start : start + JUDGE_CHUNK], start):
-
-                def read(row: int = row) -> Image.Image:
-                    return images[row]["image"]
-
+                read = partial(_read, images, row)
                 more = (extra or {}).get(image_id, {})
                 query = JudgeQuery(image_id, read, masks[image_id], (), question, labels=masks.labels, extra=more)
                 queries.append(questions(query))

@@ -60,6 +60,7 @@ from ..reports.cards import write_model_card
 from ..reports.report import aubc
 from ..reports.run_figures import save_figures
 from ..reports.tracking import Tracker, make_tracker
+from ..sampler.helpers import Helpers
 from ..sampler.selects import sort_options
 from ..vlm.handler import VLMHandler, make_handler
 
@@ -350,7 +351,10 @@ class Loop:
         )
         plan(config, len(data.train))
         learner = make_learner(config, data.labels, len(data.train), processes)
-        return cls(config, data, learner, handler)
+        loop = cls(config, data, learner, handler)
+        if processes is not None:
+            loop.team.bind_helpers(Helpers(processes, config.plugins))
+        return loop
 
     @property
     def rounds(self) -> list[Round]:

@@ -31,6 +31,7 @@ from ..data.sources import SegData
 # %% ../../nbs/experiment/08_round.ipynb #round-imports-1
 from vlm_itl.experiment.acceptance import (
     JudgeTurn,
+    asking_early,
     check_validation,
     count_peeks,
     images_to_judge,
@@ -162,8 +163,6 @@ class LearnsTogether(Learner):
         return self.together.share
 
     def evaluate(self, rows: datasets.Dataset, desc: str, counts: list[np.ndarray] | None = None) -> dict[str, Any]:
-        if not self.together.worth_it(rows):
-            return super().evaluate(rows, desc, counts)
         return dict(self.together.evaluate(rows, desc, counts))
 
     def look(self, images: datasets.Dataset, masks: MaskStore | None = None, **options: Any) -> PoolScores:
@@ -440,7 +439,8 @@ def _look_and_judge(
     masks = MaskStore(here / "masks", team.data.labels) if _needs_masks(team) else None
     rest, turn = len(state.pool.unlabelled), JudgeTurn()
     wanted = masks is not None or ((team.sampler.needs or team.regions is not None) and not last)
-    scores = score(team, state, masks) if rest and wanted else None
+    with asking_early(team, state, masks if rest else None):
+        scores = score(team, state, masks) if rest and wanted else None
     clock.lap("score")
     if team.handler is not None and rest:
         turn = judge(team, state, here, masks)

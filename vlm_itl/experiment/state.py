@@ -35,6 +35,7 @@ from ..model.train import FitResult
 from ..people.requests import Waiting
 from ..proposals.correction import CorrectionCost
 from ..proposals.proposers import Proposer, make_proposer
+from ..sampler.helpers import Helpers
 from ..sampler.region_choice import CHOICE_OPTIONS, check_choice_options
 from ..sampler.regions import Regions, count_clicks, split_region
 from ..sampler.selects import StrategyOptions, sort_options
@@ -199,6 +200,15 @@ class Team:
         self.proposer = make_proposer(self.config.proposer, **self.config.proposer_options)
         self.proposer.bind_look(lambda *images, **options: self.learner.look(*images, **options))
         self.sampler = Sampler(parse_strategy(self.config.strategy), **self.options["select"])
+
+    def bind_helpers(
+        self,
+        helpers: Helpers,  # processes that take a share
+    ) -> None:
+        "Let judge and proposer share their looks."
+        self.proposer.bind_helpers(helpers)
+        if self.handler is not None:
+            self.handler.bind_helpers(helpers)
 
     @property
     def regions(self) -> Regions | None:

@@ -181,6 +181,7 @@ class OpenAIBatch(OpenAIHandler):
     "The judge `openai`, asked by files: half the price, and an answer within a day. One server; no votes."
 
     batches_matter = True  # all questions go in one file, the first ones too
+    elsewhere = False  # and a file is worth waiting for more of them
 
     def __init__(
         self,

@@ -18,6 +18,7 @@ import numpy as np
 from ..core.checks import ConfigError, DataError, RunError
 from ..core.seeds import make_rng
 from ..data.masks import raw_rows
+from .metrics import Metrics
 from .predict import Inference, evaluate
 from .segmenter import Segmenter
 
@@ -90,9 +91,10 @@ def held_out_loss(
     model: Segmenter,  # any
     rows: datasets.Dataset,  # columns id, image, mask: it has not learnt from them
     view: Inference,  # how they are shown
+    measure: Callable[..., Metrics] = evaluate,  # or another that takes (model, data, view, desc=...)
 ) -> float:  # in [0, 1]
     "The share of the valid pixels that a network gets wrong."
-    accuracy = evaluate(model, rows, view, desc="held out")["pixel_accuracy"]
+    accuracy = measure(model, rows, view, desc="held out")["pixel_accuracy"]
     if not np.isfinite(accuracy):
         raise DataError("steps='auto': the images that were held out have no valid pixel.")
     return 1 - accuracy

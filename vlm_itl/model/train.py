@@ -240,6 +240,9 @@ class Share(Protocol):
     def evaluate(self, model: Segmenter, data: datasets.Dataset, view: Inference, desc: str) -> Metrics:
         "Look at the validation images together."
 
+    def measure(self, model: Segmenter, data: datasets.Dataset, view: Inference, desc: str) -> Metrics:
+        "Look at images together, outside of a training."
+
 # %% ../../nbs/model/09_train.ipynb #train-trainer
 def _batch_loss(
     model: torch.nn.Module,  # a segmenter in training mode
@@ -609,7 +612,7 @@ def _grown(task: _Task, checkpoints: Path | None) -> Growth:
         desc = f"{task.desc}, a look at {steps} steps"
         how: dict[str, Any] = {"seed": task.seed, "desc": desc, "checkpoints": where, "share": task.share}
         fit(task.model, learn, settings, task.view, **how)
-        return held_out_loss(task.model, held, task.view)
+        return held_out_loss(task.model, held, task.view, evaluate if task.share is None else task.share.measure)
 
     growth = find_steps(task.labelled, task.seed, look)
     task.model.load_state_dict(start)
@@ -669,19 +672,23 @@ def learn_along(
     rank: int,  # of this process
 ) -> None:
     "As a helper: the gradients of its places in every batch, for as long as the leader trains."
-    task, batches = replace(task, model=model.to(task.device), share=share), None
+    task = replace(task, model=model.to(task.device), share=share)
+    batches: Iterator[dict[str, Any]] | None = None
     fixed = in_fixed_order(task.settings.deterministic, task.device)
     with _denormals_flushed(), fixed, worker_errors(), _generators_kept():
         seed_everything(task.seed, "train", rank)  # for dropout: the pictures are drawn by the number of the step
         while (told := share.next_step(model)) is not None:
             step, scale = told
-            batches = batches or iter(_batches_from(task, step))
-            inputs = {name: value.to(task.device) for name, value in next(batches).items() if name in _TENSORS}
+            if batches is None:
+                batches = iter(_batches_from(task, step))
+                drawn = next(batches)
+            inputs = {name: value.to(task.device) for name, value in drawn.items() if name in _TENSORS}
             freeze_batchnorm(model.train(), task.settings.batch_norm)
             loss, _ = _batch_loss(model, inputs, task.settings, share)
             (loss * scale).backward()
             share.add_gradients(model, loss.detach())
             model.zero_grad()
+            drawn = next(batches, {})  # drawn while the leader takes the step
 
 
 _TENSORS = ("pixel_values", "labels", "weight")

@@ -7,7 +7,7 @@ __all__ = ['Ask', 'query_maps', 'concept_map', 'class_table', 'paint', 'weights_
 
 # %% ../../nbs/proposals/02_promptable.ipynb #promptable-imports
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +270,14 @@ class HF(Proposer):
         self.batch_size = check_number("proposer 'hf': batch_size", batch_size, 1, 4096, integer=True)
         self.device = device
         self._asker: _Asker | None = None  # loaded when it is first needed
+        self._helpers: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        "What another process needs of it: it loads the checkpoint itself."
+        return {**vars(self), "_asker": None, "_helpers": None}
+
+    def bind_helpers(self, helpers: Any) -> None:
+        self._helpers = helpers
 
     @property
     def source(self) -> str:
@@ -291,18 +299,37 @@ class HF(Proposer):
 
     def propose(self, images: datasets.Dataset, masks: MaskStore) -> dict[str, Proposal]:
         "Write a mask for each image; those that the cache holds are not asked for again."
-        if self._asker is None or self._asker.labels != masks.labels:
-            self._asker = _Asker(self, masks.labels)
-        asker = self._asker
+        asker = self._asker_for(masks.labels)
         hashes = {i: content_hash(cell) for i, cell in zip(row_ids(images), file_cells(images, "image"), strict=True)}
         known = {i: found for i, picture in hashes.items() if (found := asker.kept.read(picture)) is not None}
         todo = [place for place, i in enumerate(hashes) if i not in known]
-        for image_id, mask, sure in asker.answers(images.select(todo)) if todo else ():
+        for image_id, mask, sure in self._answers(todo, images, masks.labels):
             asker.kept.write(hashes[image_id], mask, sure)
             known[image_id] = (mask, sure)
         for image_id in hashes:
             masks.write(image_id, known[image_id][0])
         return {i: self._proposal(i, known[i][1]) for i in hashes}
+
+    def _asker_for(self, labels: LabelSpace) -> "_Asker":
+        "The checkpoint, loaded."
+        if self._asker is None or self._asker.labels != labels:
+            self._asker = _Asker(self, labels)
+        return self._asker
+
+    def _answers(self, places: list[int], images: datasets.Dataset, labels: LabelSpace) -> Iterable[Any]:
+        "Of some rows: id, mask, class -> score; one after another, or by several processes at once."
+        if self._helpers is None:
+            return self._asker_for(labels).answers(images.select(places)) if places else ()
+        return self._helpers.share(self, "answers", places, self.batch_size, images, labels)
+
+    def answers(
+        self,
+        places: Sequence[int],  # rows
+        images: datasets.Dataset,  # columns id, image
+        labels: LabelSpace,  # ours
+    ) -> list[tuple[str, np.ndarray, dict[int, float]]]:  # id, mask uint8 (H, W), class -> score
+        "What the checkpoint says about some rows."
+        return list(self._asker_for(labels).answers(images.select(places))) if len(places) else []
 
     def _proposal(self, image_id: str, sure: dict[int, float]) -> Proposal:
         "What is known beside the mask."

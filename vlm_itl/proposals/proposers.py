@@ -69,6 +69,10 @@ class Proposer(ABC):
         "Give a proposer the round's model: `look(images, masks=store, desc=...)`. Fixed ones have no use for it."
         return None
 
+    def bind_helpers(self, helpers: Any) -> None:
+        "Give one that looks with a network of its own the `Helpers` of the run, which take a share."
+        return None
+
     def bind_truth(self, truth: Callable[[str], np.ndarray]) -> None:
         "Give a simulated proposer the truth it spoils, by id. Nobody else is given it."
         return None
@@ -385,6 +389,10 @@ class Several(Proposer):
     def bind_look(self, look: Callable[..., Any]) -> None:
         for part in self._parts:
             part.bind_look(look)
+
+    def bind_helpers(self, helpers: Any) -> None:
+        for part in self._parts:
+            part.bind_helpers(helpers)
 
     def propose(self, images: datasets.Dataset, masks: MaskStore) -> dict[str, Proposal]:
         proposals: dict[str, Proposal] = {}

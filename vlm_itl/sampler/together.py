@@ -34,7 +34,7 @@ from ..core.processes import Processes, share_of
 from ..data.masks import MaskStore, row_ids
 from ..model.metrics import Metrics, metrics_of_classes
 from ..model.predict import Inference, evaluate
-from ..model.scoring import PoolScores, score_pool
+from ..model.scoring import PoolScores, Watch, score_pool
 from ..model.segmenter import Segmenter
 from ..model.train import learn_along
 
@@ -90,9 +90,9 @@ def keep_network(
     "As a helper: have a network at hand."
     if processes.rank:
         load_plugins(plugins)
-        processes.kept = {_NETWORK: pickle.loads(packed)[0]}
+        processes.kept[_NETWORK] = pickle.loads(packed)[0]
     else:
-        processes.kept = {_NETWORK: name}
+        processes.kept[_NETWORK] = name
 
 # %% ../../nbs/sampler/08_together.ipynb #together-weights
 def weights_of(
@@ -124,7 +124,7 @@ def look_at_share(
     view: Inference,  # how they are shown
     masked: bool,  # are masks wanted?
     packed: bytes,  # how to look: a function that takes (model, images, view=, masks=, ...), and further arguments
-) -> tuple[Any, dict[str, bytes]]:  # what the look returns, without masks; id -> PNG
+) -> tuple[Any, dict[str, bytes], list[dict[Any, Any]]]:  # what the look returns, without masks; PNG by id; notes
     "As a helper: look at a share of the images."
     model, rows = kept_network(processes, weights), _own_rows(processes, images, view)
     look, options = pickle.loads(packed)
@@ -132,7 +132,8 @@ def look_at_share(
         store = MaskStore(folder, model.labels) if masked else None
         found = look(model, rows, view=view, masks=store, **options)
         files = {} if store is None else {name: store.path(name).read_bytes() for name in row_ids(rows)}
-    return (replace(found, masks=None) if isinstance(found, PoolScores) else found), files
+    notes = [watch.seen for watch in options.get("watchers", ())]
+    return (replace(found, masks=None) if isinstance(found, PoolScores) else found), files, notes
 
 # %% ../../nbs/sampler/08_together.ipynb #together-put
 def put_together(
@@ -282,6 +283,7 @@ class BatchShare:
     ):
         self.processes, self.prepare = processes, prepare
         self.task: Any = None  # in a helper: what it learns along
+        self._row = torch.empty(0)  # what is exchanged, in one row; made once, since fresh memory costs milliseconds
 
     def part(
         self,
@@ -306,9 +308,17 @@ class BatchShare:
         bare = replace(task, model=None, share=None)
         self.processes.call(learn_share, weights_of(task.model), bare, here=here)
 
+    def _in_a_row(self, head: torch.Tensor, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        "Up to three numbers, and tensors of the network, one after another."
+        size = 3 + sum(part.numel() for part in parts)
+        if len(self._row) != size or self._row.device != head.device:
+            self._row = torch.empty(size, device=head.device)
+        first = F.pad(head, (0, 3 - len(head)))
+        return torch.cat([first, *(part.detach().flatten() for part in parts)], out=self._row)
+
     def _tell(self, model: Segmenter, what: float, *numbers: float) -> None:
-        head = torch.tensor([what, *numbers, 0.0, 0.0][:3], device=model.mean.device)
-        self.processes.given(torch.cat([head, *(p.detach().flatten() for p in _learnt(model))]))
+        head = torch.tensor([what, *numbers], device=model.mean.device)
+        self.processes.given(self._in_a_row(head, _learnt(model)))
 
     def begin_step(
         self,
@@ -326,8 +336,8 @@ class BatchShare:
         "In a helper: wait for a step."
         while True:
             weights = _learnt(model)
-            room = torch.empty(3 + sum(p.numel() for p in weights), device=model.mean.device)
-            (what, step, scale), *values = self.processes.given(room).split([3, *(p.numel() for p in weights)])
+            row = self.processes.given(self._in_a_row(model.mean.new_zeros(3), weights))
+            (what, step, scale), *values = row.split([3, *(p.numel() for p in weights)])
             with torch.no_grad():
                 for weight, value in zip(weights, values, strict=True):
                     weight.copy_(value.view_as(weight))
@@ -351,13 +361,13 @@ class BatchShare:
         "Put the parts together."
         weights = _learnt(model)
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-        summed = self.processes.total_here(torch.cat([loss.reshape(1), *(part.flatten() for part in parts)]))
+        summed = self.processes.total_here(self._in_a_row(loss.detach().reshape(1), parts))
         if self.processes.rank == 0:
-            whole, *values = summed.split([1, *(p.numel() for p in weights)])
+            (whole, _, _), *values = summed.split([3, *(p.numel() for p in weights)])
             for weight, value in zip(weights, values, strict=True):
                 if weight.grad is not None:
                     weight.grad.copy_(value.view_as(weight))
-            return whole[0]
+            return whole.clone()
         return loss
 
     def evaluate(
@@ -371,6 +381,24 @@ class BatchShare:
         self._tell(model, _LOOK)
         self.processes.said(weights_of(model))
         return _as_metrics(self.processes.gathered(_counts_of(self.processes, model, data, view, desc)), model, None)
+
+    def measure(
+        self,
+        model: Segmenter,  # the leader's
+        data: datasets.Dataset,  # columns id, image, mask
+        view: Inference,  # how images are shown
+        desc: str = "evaluating",  # for the progress bar
+        counts: list[np.ndarray] | None = None,  # gets the `class_counts` (3, C) of every image
+    ) -> Metrics:
+        "In the leader, outside of a training: all look at some images. What is one batch is looked at here."
+        if len(data) <= view.batch_size:
+            return evaluate(model, data, view, desc=desc, counts=counts)
+        self.prepare()
+
+        def here() -> list[np.ndarray]:
+            return _counts_of(self.processes, model, data, view, desc)
+
+        return _as_metrics(self.processes.call(count_share, weights_of(model), data, view, here=here), model, counts)
 
     def _look_along(self, model: Segmenter) -> None:
         "In a helper."
@@ -431,21 +459,27 @@ class Together:
         masks: MaskStore | None,  # where predicted masks go
         options: dict[str, Any],  # further arguments
     ) -> list[Any]:  # what each share gave, in order
-        "Look at images together. A judge that watches a pass sees the leader's share, and looks itself at the rest."
+        "Look at images together. A watcher that is no `Watch` sees the leader's share only."
         self.prepare()
+        watches = [watch for watch in options.get("watchers", ()) if isinstance(watch, Watch)]
 
-        def here() -> tuple[Any, dict[str, bytes]]:
+        def here() -> tuple[Any, dict[str, bytes], list[dict[Any, Any]]]:
             rows = _own_rows(self.processes, images, self.view)
-            return look(self.model, rows, view=self.view, masks=masks, **options), {}
+            return look(self.model, rows, view=self.view, masks=masks, **options), {}, []
 
-        shared = {name: value for name, value in options.items() if name != "watchers"}  # they listen here only
+        shared = {**options, **({"watchers": [replace(watch, seen={}) for watch in watches]} if watches else {})}
+        if not watches:
+            shared.pop("watchers", None)
         sent = (weights_of(self.model), images, self.view, masks is not None, pack(look, shared))
         parts = self.processes.call(look_at_share, *sent, here=here)
-        for name, data in ((name, data) for _, files in parts for name, data in files.items()):
+        for name, data in ((name, data) for _, files, _ in parts for name, data in files.items()):
             assert masks is not None
             masks.folder.mkdir(parents=True, exist_ok=True)
             write_bytes(masks.path(name), data)
-        return [found for found, _ in parts]
+        for _, _, notes in parts[1:]:
+            for watch, seen in zip(watches, notes, strict=True):
+                watch.seen.update(seen)
+        return [found for found, _, _ in parts]
 
     def evaluate(
         self,
@@ -454,10 +488,4 @@ class Together:
         counts: list[np.ndarray] | None = None,  # gets the `class_counts` (3, C) of every image
     ) -> Metrics:
         "Evaluate together."
-        self.prepare()
-
-        def here() -> list[np.ndarray]:
-            return _counts_of(self.processes, self.model, data, self.view, desc)
-
-        parts = self.processes.call(count_share, weights_of(self.model), data, self.view, here=here)
-        return _as_metrics(parts, self.model, counts)
+        return self.share.measure(self.model, data, self.view, desc, counts)

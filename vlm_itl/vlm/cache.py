@@ -425,6 +425,7 @@ class CachedHandler(VLMHandler):
         self.hits = 0  # questions so far whose answer was there
         self._paid_judge = PaidJudge(self.judge_handler, self.cache, self.spending)
         self._told: set[str] = set()  # keys whose payment was handed out
+        self._keys: dict[int, tuple[JudgeQuery, str]] = {}  # of what was looked ahead to, by the place in memory
 
     @property
     def calls(self) -> int:
@@ -454,6 +455,25 @@ class CachedHandler(VLMHandler):
         super().close()
         self.cache.close()
 
+    def look_ahead(self, batches: Sequence[Sequence[JudgeQuery]]) -> None:
+        "What the judge will be asked of it: that which is not known."
+        self._keys, missing, known = {}, list[list[JudgeQuery]](), set[str]()
+        for batch in batches:
+            keys = query_keys(batch, self.judge_handler)
+            self._keys |= {id(q): (q, k) for q, k in zip(batch, keys, strict=True) if not k.startswith(_UNUSABLE)}
+            known |= self.cache.get(keys).keys()
+            waiting = {key: query for key, query in reversed(list(zip(keys, batch, strict=True))) if key not in known}
+            missing += [list(waiting.values())[::-1]] if waiting else []
+            known |= waiting.keys()
+        self.judge_handler.look_ahead(missing)
+
+    def _keys_of(self, queries: Sequence[JudgeQuery]) -> list[str]:
+        "Their keys, which are costly: each picture is drawn for its key."
+        noted = [self._keys.get(id(query)) for query in queries]
+        if all(note is not None for note in noted):
+            return [note[1] for note in noted if note is not None]
+        return query_keys(queries, self.judge_handler)
+
     def judge(self, queries: Iterable[JudgeQuery]) -> list[Judgement]:
         "As every judge does; the one behind the cache sees all that is to come, of which it may be spared some."
         asked = list(queries)
@@ -464,7 +484,7 @@ class CachedHandler(VLMHandler):
         return self._judge_batch([query])[0]
 
     def _judge_batch(self, queries: list[JudgeQuery]) -> list[Judgement]:
-        keys = query_keys(queries, self.judge_handler)
+        keys = self._keys_of(queries)
         answers = self.cache.get(keys)
         waiting: dict[str, JudgeQuery] = {}
         for key, query in zip(keys, queries, strict=True):

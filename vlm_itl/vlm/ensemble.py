@@ -120,8 +120,15 @@ class BothHandler(VLMHandler):
         own = {"questions": self.questions, "combine": self.combine, "threshold": self.threshold}
         return {"judge": handler_identity(self.judge_handler), **own}
 
+    def _all_questions(self, queries: Sequence[JudgeQuery]) -> list[JudgeQuery]:
+        return [replace(query, question=question) for query in queries for question in self.questions]
+
+    def look_ahead(self, batches: Sequence[Sequence[JudgeQuery]]) -> None:
+        "What the judge will be asked."
+        self.judge_handler.look_ahead([self._all_questions(batch) for batch in batches])
+
     def _judge_batch(self, queries: list[JudgeQuery]) -> list[Judgement]:
-        asked = [replace(query, question=question) for query in queries for question in self.questions]
+        asked = self._all_questions(queries)
         try:
             answers = dict(enumerate(self.judge_handler.judge(asked)))
         except JudgeStopped as stop:

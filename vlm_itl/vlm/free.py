@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CONFIDENCE_KINDS', 'softmin', 'mask_confidence', 'native_logits', 'native_masks', 'mask_agreement', 'tta_agreement',
-           'mask_hash', 'ConfidenceHandler', 'checkpoint_classes', 'class_table', 'MaskMemory', 'SecondOpinionHandler',
-           'write_verdicts', 'read_verdicts', 'HumanHandler']
+           'mask_hash', 'MaskWatch', 'ConfidenceHandler', 'checkpoint_classes', 'class_table', 'MaskMemory',
+           'SecondOpinionHandler', 'write_verdicts', 'read_verdicts', 'HumanHandler']
 
 # %% ../../nbs/vlm/11_free.ipynb #baselines-imports
 import csv
@@ -15,7 +15,7 @@ import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from ..data.transforms import EvalTransform, collate, predicted_classes, unpad_o
 from ..model.metrics import class_iou, count_pairs, mean_iou_of
 from ..model.predict import Inference, autocast, pick_device
 from ..model.pretrained import OWN_CODE
+from ..model.scoring import Watch
 from ..model.segmenter import Segmenter, load_model
 from .handler import VERDICTS, Judgement, JudgeQuery, VLMHandler, abstain, background_of, register_handler
 from .local_model import fingerprint
@@ -177,6 +178,31 @@ def _asked_part(mask: np.ndarray, alone: Sequence[int]) -> np.ndarray:  # (H, W)
     return np.where(np.isin(mask, alone), mask, VOID).astype(np.uint8) if len(alone) else mask
 
 
+@dataclass
+class MaskWatch(Watch):
+    "Scores each mask, or each class of it, while the segmenter draws it."
+
+    kind: str  # of `mask_confidence`
+    temperature: float  # of softmin
+    by_class: bool  # will the questions be about single classes?
+    background: int | None  # class about which nobody asks
+
+    def __call__(self, image_id: str, logits: torch.Tensor, mask: np.ndarray) -> None:
+        for alone in self._asked(mask):
+            score = mask_confidence(logits, _asked_part(mask, alone), self.kind, self.temperature)
+            self.seen[image_id, mask_hash(mask), alone] = score
+
+    def _asked(self, mask: np.ndarray) -> list[tuple[int, ...]]:
+        "The classes of each question to come; none: about the whole mask."
+        if not self.by_class:
+            return [()]
+        return [
+            (c,)
+            for c in np.flatnonzero(np.bincount(mask.ravel(), minlength=VOID)[:VOID]).tolist()
+            if c != self.background
+        ]
+
+
 @register_handler("confidence")
 class ConfidenceHandler(VLMHandler):
     "Asks the segmenter how much it believes in the mask."
@@ -202,26 +228,25 @@ class ConfidenceHandler(VLMHandler):
         self.model = f"confidence({kind})"
         self._weights: str | None = None
         self._seen: dict[tuple[str, str, tuple[int, ...]], float] = {}  # id, mask, classes alone -> score
+        self.bound = 0  # networks so far
+
+    def __getstate__(self) -> dict[str, Any]:
+        "What another process needs of it."
+        return {**super().__getstate__(), "_seen": {}}
 
     def bind_segmenter(self, model: Any, view: Any) -> None:
         "Look at this network from now on; call it again after each training."
         super().bind_segmenter(model, view)
         self._weights = None
         self._seen.clear()
+        self.bound += 1
 
     def watchers(self, by_class: bool = False) -> list[Callable[[str, Any, np.ndarray], None]]:
         "Score each mask while the segmenter draws it; `tta` needs further views, and looks for itself."
-        return [] if self.kind == "tta" else [self._watch_classes if by_class else self._watch_mask]
-
-    def _watch_mask(self, image_id: str, logits: torch.Tensor, mask: np.ndarray, alone: tuple[int, ...] = ()) -> None:
-        score = mask_confidence(logits, _asked_part(mask, alone), self.kind, self.temperature)
-        self._seen[image_id, mask_hash(mask), alone] = score
-
-    def _watch_classes(self, image_id: str, logits: torch.Tensor, mask: np.ndarray) -> None:
+        if self.kind == "tta":
+            return []
         background = background_of(self.segmenter()[0].labels)
-        for label in np.flatnonzero(np.bincount(mask.ravel(), minlength=VOID)[:VOID]).tolist():
-            if label != background:
-                self._watch_mask(image_id, logits, mask, (label,))
+        return [MaskWatch(self.kind, self.temperature, by_class, background, seen=self._seen)]
 
     def identity(self) -> dict[str, Any]:  # for the cache
         "The options, the weights of the network, and how it sees."
@@ -233,8 +258,19 @@ class ConfidenceHandler(VLMHandler):
         return {**own, **more.get(self.kind, {})}
 
     def _scores(self, pictures: list[Image.Image], masks: list[np.ndarray]) -> list[float]:
-        "One score per picture and mask."
+        "One score per picture and mask, by all processes."
+        pairs = list(zip(pictures, masks, strict=True))
+        if self._helpers is None:
+            return self.scores_of(pairs)
+        return self._helpers.share(self, "scores_of", pairs, self.segmenter()[1].batch_size)
+
+    def scores_of(
+        self,
+        pairs: Sequence[tuple[Image.Image, np.ndarray]],  # picture, mask uint8 (H, W)
+    ) -> list[float]:
+        "One score per pair."
         model, view = self.segmenter()
+        pictures, masks = [picture for picture, _ in pairs], [mask for _, mask in pairs]
         if self.kind == "tta":
             return tta_agreement(model, pictures, masks, view, self.scales)
         looks = zip(native_logits(model, pictures, view), masks, strict=True)
@@ -340,6 +376,13 @@ class MaskMemory:
         "The number of masks."
         return len(self._packed)
 
+    def __contains__(
+        self,
+        key: bytes,  # of `keep`
+    ) -> bool:
+        "Is there a mask?"
+        return key in self._packed
+
     def recall(
         self,
         key: bytes,  # of `keep`
@@ -401,6 +444,14 @@ def _compared(
     return _scored(agreement, threshold)
 
 # %% ../../nbs/vlm/11_free.ipynb #baselines-opinion
+def _drawn_or_none(net: Segmenter, pictures: Sequence[Image.Image], view: Inference) -> list[np.ndarray]:
+    "The masks of a batch."
+    try:
+        return list(native_masks(net, pictures, view))
+    except DataError:
+        return []
+
+
 @register_handler("second_opinion")
 class SecondOpinionHandler(VLMHandler):
     "Compares the mask with that of another segmenter: p_yes is their mean IoU, a score to be calibrated."
@@ -440,6 +491,38 @@ class SecondOpinionHandler(VLMHandler):
         view = {"image_size": self._view.image_size, "resize": self._view.resize, "precision": self._view.precision}
         own = {"model": self.model, "classes": self.classes, "partial": self.partial, "threshold": self.threshold}
         return {**own, **view, "weights": self._weights}
+
+    def __getstate__(self) -> dict[str, Any]:
+        "What another process needs of it."
+        return {**super().__getstate__(), "_masks": MaskMemory(self._masks.size)}
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self._helpers is not None and self._masks.size > 0
+
+    def look_ahead(self, batches: Sequence[Sequence[JudgeQuery]]) -> None:
+        "Have masks drawn of all pictures that are new, batch by batch as they will be asked for."
+        fresh: list[dict[bytes, Image.Image]] = []
+        for batch in batches:
+            known = {key for pictures in fresh for key in pictures}
+            shown = {stable_hash(np.asarray(picture)): picture for picture in _pictures(batch)[0].values()}
+            fresh.append({key: shown[key] for key in shown if key not in self._masks and key not in known})
+        fresh = [pictures for pictures in fresh if pictures]
+        if self._helpers is not None and len(fresh) > 1:
+            drawn = self._helpers.share(self, "draw", [list(pictures.values()) for pictures in fresh], 1)
+            for key, mask in (
+                (k, m)
+                for pictures, masks in zip(fresh, drawn, strict=True)
+                for k, m in zip(pictures, masks, strict=False)
+            ):
+                self._masks.keep(key, mask)
+
+    def draw(
+        self,
+        batches: Sequence[Sequence[Image.Image]],  # each is looked at together
+    ) -> list[list[np.ndarray]]:  # uint8 (H, W) of each; none of a batch that fails, which is asked again and told
+        "Its own masks."
+        return [_drawn_or_none(self._net, batch, self._view) for batch in batches]
 
     def masks_of(
         self,

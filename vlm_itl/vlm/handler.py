@@ -309,6 +309,11 @@ class Equipped:
     _segmenter: tuple[Any, Any] | None = None
     _payer: str = ""
     _pool: Shown | None = None
+    _helpers: Any = None  # `vlm_itl.sampler.helpers.Helpers`
+
+    def __getstate__(self) -> dict[str, Any]:
+        "What another process needs of it: not the other processes."
+        return {name: value for name, value in vars(self).items() if name != "_helpers"}
 
     def inner(self) -> Sequence["VLMHandler"]:
         "The judges that this one asks in turn; what is bound to it is bound to them."
@@ -363,6 +368,33 @@ class Equipped:
         "Let a judge learn from images whose truth was paid for; a segmenter that comes along was not trained on them."
         for judge in self.inner():
             judge.bind_labelled(shown, part)
+
+    def bind_helpers(
+        self,
+        helpers: Any,  # `Helpers`: processes that take a share of what is looked at; None: this one does everything
+    ) -> None:
+        "Let a judge that looks with a network on this machine share its looks."
+        self._helpers = helpers
+        for judge in self.inner():
+            judge.bind_helpers(helpers)
+
+    @property
+    def elsewhere(self) -> bool:
+        "Is it answered by another machine, so that this one can do something else meanwhile?"
+        return bool(self.inner()) and all(judge.elsewhere for judge in self.inner())
+
+    @property
+    def looks_ahead(self) -> bool:
+        "Is anything gained by telling it what it will be asked next?"
+        return any(judge.looks_ahead for judge in self.inner())
+
+    def look_ahead(
+        self,
+        batches: Sequence[Sequence["JudgeQuery"]],  # in order, of `batch_size` at most
+    ) -> None:
+        "See what will be asked next, so that several processes can look at once. Nobody is answered by it."
+        for judge in self.inner():
+            judge.look_ahead(batches)
 
     def foresee(
         self,

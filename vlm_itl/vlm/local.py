@@ -9,10 +9,12 @@ __all__ = ['same_answers', 'try_vlm', 'positions_of_first', 'inputs_once', 'shar
 
 # %% ../../nbs/vlm/05_local.ipynb #hf-imports
 import copy
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from string import Formatter
 from typing import Any
 
@@ -25,7 +27,7 @@ from transformers.utils import ModelOutput
 from ..core.checks import ConfigError, check_choice, check_number
 from ..core.seeds import stable_hash
 from ..data.masks import short_error
-from .handler import Judgement, JudgeQuery, abstain, register_handler
+from .handler import Judgement, JudgeQuery, abstain, check_query, register_handler
 from vlm_itl.vlm.local_model import (
     DTYPES,
     LoadedVLM,
@@ -214,7 +216,8 @@ def share_image_features(
         if not row_by_row and len(first) == 1:  # one image gives one row even where all of a batch lie in one (Pixtral)
             out = original(*args, **kwargs)
             row_by_row.append(isinstance(out, ModelOutput) and _row_by_row(out, size))
-            return out
+            if row_by_row == [False]:
+                return out
         out = original(*_rows(args, size, first), **{key: _rows(v, size, first) for key, v in kwargs.items()})
         row_by_row[:] = [isinstance(out, ModelOutput) and _row_by_row(out, len(first))]
         if row_by_row == [False]:
@@ -401,6 +404,7 @@ class SharedPrefix:
         if torch.isfinite(plain).all():
             if same_answers(self.vlm, shared, plain):
                 self._seen.add(cut.kind())
+                return shared  # as from now on: an answer does not depend on what was asked before
             else:
                 self.off = f"its logits would change by {float((shared - plain).abs().max()):.2g}"
         return plain
@@ -477,6 +481,22 @@ def _drawn(
             failed[index] = abstain(f"{type(error).__name__}: {error}", attempts=0)
     return drawn, failed
 
+
+def _names(queries: Sequence[JudgeQuery]) -> tuple[str, ...]:
+    "By what a batch is recognised."
+    return tuple(stable_hash(q.id, q.question, q.mask, tuple(q.class_ids)).hex() for q in queries)
+
+
+def _answered(judge: "HFJudge", queries: list[JudgeQuery]) -> list[Judgement]:
+    "A batch, with the seconds that each answer took; nothing where it fails."
+    began = time.perf_counter()
+    try:
+        answers = judge._look(queries)
+    except Exception:  # whoever asks it again will be told
+        return []
+    seconds = (time.perf_counter() - began) / len(queries)
+    return [replace(answer, latency_s=seconds) for answer in answers]
+
 # %% ../../nbs/vlm/05_local.ipynb #hf-handler-hfjudge
 @register_handler("hf")
 class HFJudge(PictureJudge):
@@ -500,6 +520,7 @@ class HFJudge(PictureJudge):
         model_options: dict[str, Any] | None = None,  # for from_pretrained, e.g. quantization_config
         processor_options: dict[str, Any] | None = None,  # for the processor
     ):
+        self._made_with = {n: v for n, v in locals().items() if n not in ("self", "__class__")}
         self.draw_as(style, max_side)
         check_choice("judge 'hf': dtype", dtype, DTYPES)
         self.batch_size = int(check_number("judge 'hf': batch_size", batch_size, 1, integer=True))
@@ -513,7 +534,37 @@ class HFJudge(PictureJudge):
         if share_images:
             share_image_features(self.vlm.net)
         self._fingerprint = ""
+        self._ahead: dict[tuple[str, ...], list[Judgement]] = {}  # answers to batches that were looked ahead to
         self.model = f"{model}@{revision}" if revision else model
+
+    def __reduce__(self) -> Any:
+        "Another process loads the model anew."
+        return partial(type(self), **self._made_with), ()
+
+    @property
+    def looks_ahead(self) -> bool:
+        return self._helpers is not None
+
+    def look_ahead(self, batches: Sequence[Sequence[JudgeQuery]]) -> None:
+        "Answer batches by several processes, as they will be asked for."
+        asked = [self._usable(batch) for batch in batches]
+        asked, self._ahead = [batch for batch in asked if batch], {}
+        if self._helpers is not None and len(asked) > 1:
+            found = self._helpers.share(self, "answers_to", asked, 1)
+            self._ahead = {_names(batch): answers for batch, answers in zip(asked, found, strict=True) if answers}
+
+    def _usable(self, queries: Sequence[JudgeQuery]) -> list[JudgeQuery]:
+        "What it is asked of a batch, in the order in which it asks itself."
+        order = brought_together([str(getattr(query, "id", "")) for query in queries])
+        some = [queries[index] for index in order]
+        return [query for query in some if check_query(query) is None and self._unfit(query) is None]
+
+    def answers_to(
+        self,
+        batches: Sequence[list[JudgeQuery]],  # each is asked together
+    ) -> list[list[Judgement]]:  # none to a batch that fails, which is asked again and told
+        "Answers, with the seconds that each took."
+        return [_answered(self, batch) for batch in batches]
 
     @property
     def sharing(self) -> str:
@@ -560,6 +611,10 @@ class HFJudge(PictureJudge):
         return [graded(*row, self.min_mass) for row in rows]
 
     def _judge_batch(self, queries: list[JudgeQuery]) -> list[Judgement]:
+        known = self._ahead.pop(_names(queries), None) if self._ahead else None
+        return self._look(queries) if known is None else known
+
+    def _look(self, queries: list[JudgeQuery]) -> list[Judgement]:
         drawn, answers = _drawn(self, queries)
         if drawn:
             answers.update(zip(drawn, self.ask(*zip(*drawn.values(), strict=True)), strict=True))

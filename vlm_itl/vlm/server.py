@@ -651,6 +651,7 @@ class OpenAIHandler(PictureJudge):
 
     batch_size = 10**9  # the workers see to it that little is held at a time
     batches_matter = False  # each question is a request of its own
+    elsewhere = True
 
     def __init__(
         self,
