@@ -10,12 +10,12 @@ import csv
 import json
 import multiprocessing
 import os
-import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -170,23 +170,59 @@ def test_a_killed_worker_and_a_dead_kernel_lose_nothing(home: Path) -> None:
     assert [record.attempts for point in sweep.points if (record := sweep.record(point))] == [2, 2]
 
 
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[Path, str], None]]:
+    """Mounts a disk of a size at a folder, or gives one that is mounted another size; gone after the test."""
+    mounted: list[Path] = []
+
+    def mount(folder: Path, size: str) -> None:
+        options = f"size={size}" + (",remount" if folder in mounted else "")
+        folder.mkdir(exist_ok=True)
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+
+    yield mount
+    for folder in dict.fromkeys(mounted):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.mark.slow
-def test_a_full_disk_on_one_point(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no `mount` here")
+def test_a_full_disk_on_one_point(home: Path, small_disk: Callable[[Path, str], None]) -> None:
     """It fails in one line, the others end, and with more room the same command ends all."""
     sweep = open_sweep(grid("grid: {fill: [0, 4000000, 1]}"), "s")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    small_disk(sweep.run_folder(sweep.points[1]), "256k")
     told: dict[int, Record] = {}
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))  # as a disk with a megabyte left
-    try:
-        Crew(sweep, jobs=1, memory_gb=0.1, tell=told.__setitem__).run(sweep.left())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    if told[1].state == "done":
-        pytest.skip("the server that forks had been started without the limit")
+    assert Crew(sweep, jobs=1, memory_gb=0.1, tell=told.__setitem__).run(sweep.left()) == 0
     assert [told[number].state for number in range(3)] == ["done", "failed", "done"]
-    assert "File too large" in str(told[1].error)
+    assert "No space left on device" in str(told[1].error) and "\n" not in str(told[1].error)
+    small_disk(sweep.run_folder(sweep.points[1]), "16m")
     assert Crew(sweep, jobs=1, memory_gb=0.1).run(sweep.left()) == 0
-    assert sweep.left() == []
+    assert sweep.left() == [] and _attempts(sweep) == [1, 2, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no `mount` here")
+def test_one_point_fills_the_disk_of_all(
+    home: Path, small_disk: Callable[[Path, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even records can be written any more; what was done before stays done, and the command says what it is."""
+    small_disk(home / "s", "1m")
+    assert main([grid("grid: {fill: [0, 4000000, 1]}"), "--out", "s", "--jobs", "1"]) in (1, 2)
+    said = "".join(capsys.readouterr())
+    assert "No space left on device" in said and "Traceback" not in said
+    assert Sweep("s").left() == [1, 2]
+    small_disk(home / "s", "16m")
+    assert main(["s"]) == 0
+    assert Sweep("s").left() == [] and _attempts(Sweep("s"))[0] == 1
+
+
+def _attempts(sweep: Sweep) -> list[int]:
+    """How often each point was started."""
+    return [record.attempts for point in sweep.points if (record := sweep.record(point)) is not None]
 
 
 def test_where_not_even_the_record_can_be_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,15 +299,30 @@ def test_memory_decides_how_many(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(record.peak_gb > 0.01 for point in sweep.points if (record := sweep.record(point)))
 
 
-def test_one_wandb_run_a_round_across_requeues(home: Path) -> None:
-    """The ids hang on the run folder, not on the process or the machine."""
-    from vlm_itl.reports.tracking import _wandb_id
+SMALL = "data_options: {n_train: 24, n_test: 8}, initial: 6, increment: 6, max_labelled: 12, image_size: 48"
 
-    first = _wandb_id(home / "run", "project", "seed=0", "seed=0-round-000")
-    code = "from pathlib import Path; from vlm_itl.reports.tracking import _wandb_id as i; "
-    code += "print(i(Path('run'), 'project', 'seed=0', 'seed=0-round-000'))"
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert first == again
+
+@pytest.mark.slow
+def test_one_wandb_run_a_round_across_requeues(home: Path) -> None:
+    """Stopped by a scheduler in its second round, and run again: each round is told under one id, and so is the end."""
+    settings = f"settings: {{{SMALL}, batch_size: 4, gallery: 0, steps: 200, save_every: 20, log_with: wandb}}"
+    Path("grid.yaml").write_text(f"notebook: run_al\n{settings}\nseeds: 1\n")
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    words = [*COMMAND, "grid.yaml", "--out", "s"]
+    process = subprocess.Popen(words, env=environment)
+    wait_for(lambda: list((home / "s/seed=0").glob(".round_001.work/**/checkpoint-*")), 240)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=120) == 85
+    before = _wandb_ids(home / "s/seed=0")
+    assert len(before) == 1  # the first round
+    assert subprocess.run(words, env=environment, check=False).returncode == 0
+    after = _wandb_ids(home / "s/seed=0")
+    assert after[:1] == before and len(set(after)) == 3  # two rounds and the summary
+
+
+def _wandb_ids(run: Path) -> list[str]:
+    """The ids under which a run was told, in the order of time."""
+    return [path.name.rpartition("-")[2] for path in sorted(run.glob("wandb/**/offline-run-*"))]
 
 
 def _look(folder: str, log: str) -> None:

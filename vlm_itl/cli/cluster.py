@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -321,13 +322,17 @@ class SlurmCrew:
                     continue
                 if record.state == RUNNING or not record.error:
                     record.state, record.error = LOST, f"job {job} ended without a word. {self._last_words(job)}"
+                    with suppress(RunError):  # the disk is full: it is told all the same
+                        self.sweep.write(point, record)
                 self.tell(number, record)
         return again
 
     def _last_words(self, job: str) -> str:
-        "The last line of a job's log."
+        "The last line of a job's log that is not about the job itself."
         log = self.sweep.path / "log" / f"{job}_0_log.out"
-        lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+        said = log.read_text(errors="replace").splitlines() if log.is_file() else []
+        lines = [line for line in said if line.strip() and not line.startswith(("srun:", "slurmstepd", "submitit "))]
+        lines = lines or said
         if not lines:
             return f"There is no log ({log}): do the nodes see this folder?"
         hint = " Its Python lacks a package that this one has." if "ModuleNotFoundError" in lines[-1] else ""

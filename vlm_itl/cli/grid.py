@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_POINTS', 'DONE', 'FAILED', 'STOPPED', 'LOST', 'WAITS', 'RUNNING', 'combine', 'Point', 'make_points', 'Record',
-           'Sweep', 'hold', 'open_sweep', 'table_rows', 'table_csv', 'table_text', 'write_table']
+           'Sweep', 'hold', 'open_sweep', 'result_text', 'table_rows', 'table_csv', 'table_text', 'write_table']
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-imports
-import ast
 import csv
 import io
 import itertools
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from papermill import inspect_notebook
 
-from .run import check_parameters, find_notebook, notebook_parameters, read_yaml_file
+from .run import check_parameters, find_notebook, notebook_defaults, notebook_parameters, read_yaml_file
 from ..core.checks import ConfigError, RunError, check_number, one_line, show
 from ..core.files import project_root, read_json, resolve_path, to_json, write_json, write_text
 from ..core.runfolder import FREE_SETTINGS
@@ -111,7 +109,7 @@ def make_points(
     kinds = notebook_parameters(notebook)
     if "output_dir" not in kinds:
         raise ConfigError(f"{notebook.name} has no parameter output_dir, so its points would share a run folder.")
-    usual = {n: ast.literal_eval(p["default"]) for n, p in inspect_notebook(str(notebook)).items()}
+    usual = notebook_defaults(notebook)
     combined, names = combine(told)
     points: list[Point] = []
     taken = set(known.values())
@@ -172,6 +170,10 @@ class Sweep:
     def executed(self, point: Point) -> Path:
         "The executed notebook of a point."
         return self.path / f"{point.name}.ipynb"
+
+    def rounds(self, point: Point) -> int:
+        "The rounds of a run that are on disk; 0 also for a notebook that has none."
+        return sum(path.is_dir() for path in self.run_folder(point).glob("round_*"))
 
     def record(self, point: Point) -> Record | None:
         "How the last attempt ended; None: never tried."
@@ -255,6 +257,19 @@ _TOLD = {  # column -> where it stands in summary.json
     "human_seconds": ("budget", "human_seconds"),
     "judge_usd": ("budget", "judge_usd"),
 }
+
+
+def result_text(
+    sweep: Sweep,  # at any time
+    point: Point,  # that is done
+) -> str:  # empty: nothing was measured
+    "The figure of a point that one asks for first."
+    path = sweep.run_folder(point) / "summary.json"
+    summary = read_json(path, dict) if path.is_file() else {}
+    for name, what in (("test_mean_iou", "test"), ("val_mean_iou", "validation")):
+        if (value := _number(summary, *_TOLD[name])) is not None:
+            return f"mean IoU {value:.3f} ({what})"
+    return ""
 
 
 def table_rows(

@@ -30,11 +30,13 @@ _APART_S = 0.1  # between two starts on one machine
 
 
 def take_turn() -> None:
-    "Wait until it is this process's turn to start a kernel; where no turns can be taken, do not wait."
-    place = Path(tempfile.gettempdir()) / f"vlm_itl_{getpass.getuser()}.start"
+    "Wait until the last start of a kernel is a moment ago; where no turns can be taken, do not wait."
     try:
-        with filelock.FileLock(place).acquire(timeout=60):
-            time.sleep(_APART_S)
+        last = Path(tempfile.gettempdir()) / f"vlm_itl_{getpass.getuser()}.start"
+        with filelock.FileLock(last.with_suffix(".lock")).acquire(timeout=60):
+            since = time.time() - last.stat().st_mtime if last.exists() else _APART_S
+            time.sleep(min(max(0.0, _APART_S - since), _APART_S))
+            last.touch()
     except (filelock.Timeout, NotImplementedError, OSError, KeyError):
         pass
 
