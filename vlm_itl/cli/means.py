@@ -26,8 +26,10 @@ def mean_interval(
     "Student's t interval of a mean (Student 1908)."
     if len(values) < 2:
         return None
+    if min(values) == max(values):
+        return values[0], values[0]
     low, high = stats.t.interval(level, len(values) - 1, loc=np.mean(values), scale=stats.sem(values))
-    return (float(low), float(high)) if np.isfinite([low, high]).all() else (values[0], values[0])  # all alike
+    return float(low), float(high)
 
 # %% ../../nbs/cli/08_means.ipynb #means-rows
 MEASURES = {"test_mean_iou": "mean IoU on the test images", "val_mean_iou": "mean IoU on the validation images"}
