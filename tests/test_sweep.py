@@ -25,13 +25,16 @@ import psutil
 import pytest
 import torch
 
-from vlm_itl.cli import local, run
+from vlm_itl.cli import cluster, local, run
 from vlm_itl.cli.cluster import SlurmCrew, read_cluster, run_dask
 from vlm_itl.cli.grid import MOST_POINTS, Record, Sweep, make_points, open_sweep
 from vlm_itl.cli.local import Crew
 from vlm_itl.cli.points import work_on
 from vlm_itl.cli.sweep import main
 from vlm_itl.core.checks import ConfigError, RunError
+from vlm_itl.data.sources import toy_images
+from vlm_itl.model.predict import Inference
+from vlm_itl.probe.features import FeatureCache, look_once
 
 COMMAND = [sys.executable, "-c", "import sys; from vlm_itl.cli.sweep import main; sys.exit(main())"]
 PARAMETERS = """\
@@ -257,8 +260,6 @@ def test_a_signal_ends_in_good_order(home: Path, number: int, code: int) -> None
     assert process.wait(timeout=60) == code
     assert (home / "s/seed=0/checkpoint").is_file() and not (home / "s/seed=1").exists()
     assert json.loads((home / "s/seed=0.json").read_text())["state"] == "stopped"
-    if number == signal.SIGUSR2:
-        assert main(["s", "--jobs", "2"]) == 0
 
 
 @pytest.mark.slow
@@ -327,9 +328,6 @@ def _wandb_ids(run: Path) -> list[str]:
 
 def _look(folder: str, log: str) -> None:
     """A process that wants the features of the toy's images."""
-    from vlm_itl.data.sources import toy_images
-    from vlm_itl.model.predict import Inference
-    from vlm_itl.probe.features import FeatureCache, look_once
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         with open(log, "a") as file:
@@ -360,6 +358,7 @@ def test_without_slurm_or_dask_there_is_one_line(home: Path, monkeypatch: pytest
     with pytest.raises(ConfigError, match="there is no Slurm here"):
         SlurmCrew(sweep, read_cluster(None), lambda number, record: None).submit([0])
     pytest.importorskip("distributed", reason="dask is not installed")
+    monkeypatch.setattr(cluster, "_CONNECT_S", 0.5)
     with pytest.raises(ConfigError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
         run_dask(sweep, [["seed=0"]], "tcp://127.0.0.1:9", lambda number, record: None)
 
@@ -370,11 +369,11 @@ def test_dask(home: Path) -> None:
     distributed = pytest.importorskip("distributed", reason="dask is not installed (pip install 'vlm_itl[dask]')")
     sweep = open_sweep(grid("cases: [{labelled: 9}, {labelled: 1}, {seconds: 60}]"), "s")
     told: dict[str, Record] = {}
-    with distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as workers:
         helper = multiprocessing.get_context("fork").Process(target=_kill_worker, args=(str(home / "s/seconds=60.0"),))
         helper.start()
         names = [[point.name] for point in sweep.points]
-        run_dask(sweep, names, cluster.scheduler_address, lambda n, r: told.__setitem__(sweep.points[n].name, r))
+        run_dask(sweep, names, workers.scheduler_address, lambda n, r: told.__setitem__(sweep.points[n].name, r))
         helper.join()
     assert {name: record.state for name, record in told.items()} == {
         "labelled=9": "failed", "labelled=1": "done", "seconds=60.0": "done"

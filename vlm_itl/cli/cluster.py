@@ -81,7 +81,7 @@ def read_cluster(
     path: str | Path | None,  # a YAML file; None: the defaults
 ) -> Cluster:
     "The settings of a cluster file; `ConfigError` for unknown ones."
-    told = {} if path is None else read_yaml_file(path)
+    told = {} if path is None else read_yaml_file(path, "cluster file")
     known = [f.name for f in fields(Cluster)]
     if unknown := [name for name in told if name not in known]:
         raise ConfigError(f"{path} has {unknown[0]!r}.{closest(unknown[0], known)} Known: {', '.join(known)}.")
@@ -144,6 +144,7 @@ def batch_script(
             'only=(); for name in ${points[$SLURM_ARRAY_TASK_ID]}; do only+=(--only "$name"); done',
             f'srun --unbuffered {call} "${{only[@]}}"',
             f'code=$?; if [ $code -eq {GO_ON} ]; then scontrol requeue "$SLURM_JOB_ID"; fi; exit $code',
+            f"# when all have ended: vlm_itl_sweep {shlex.quote(str(sweep.path))} writes the table",
             "",
         ]
     )
@@ -353,6 +354,9 @@ def _question(folder: str) -> Callable[[], str]:
     return missing
 
 
+_CONNECT_S = 20.0  # that a scheduler may take to answer
+
+
 def _connect(address: str) -> Any:
     "A client of the cluster; `ConfigError` where none answers."
     try:
@@ -360,7 +364,7 @@ def _connect(address: str) -> Any:
     except ImportError:
         raise ConfigError("--engine dask needs dask: pip install 'vlm_itl[dask]'.") from None
     try:
-        return Client(address, timeout=20, set_as_default=False)
+        return Client(address, timeout=_CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Dask scheduler answers at {address}: {one_line(str(error), 200)}.") from None
 

@@ -206,13 +206,14 @@ def read_yaml(
 # %% ../../nbs/cli/01_run.ipynb #run-yaml-file
 def read_yaml_file(
     path: str | Path,  # from the current folder, from the project, or one that came with the package
+    what: str = "parameter file",  # for the message
 ) -> dict[str, Any]:  # parameter name -> value
     "Read a parameter file; `ConfigError` if it is missing or no YAML."
     try:
         given = resolve_path(path)
         return read_yaml((given if given.exists() else shipped() / path).read_bytes(), str(path))
     except OSError as error:
-        raise ConfigError(f"cannot read the parameter file {path}: {error.strerror}.") from error
+        raise ConfigError(f"cannot read the {what} {path}: {error.strerror}.") from error
 
 # %% ../../nbs/cli/01_run.ipynb #run-check
 def check_parameters(

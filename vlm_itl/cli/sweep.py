@@ -17,11 +17,24 @@ from typing import Any
 import click
 from tqdm.auto import tqdm
 
-from .cluster import SlurmCrew, batch_script, group_points, read_cluster, run_dask, work_on_names
-from .grid import DONE, STOPPED, WAITS, Record, Sweep, hold, open_sweep, result_text, table_text, write_table
+from .cluster import SlurmCrew, batch_script, group_points, read_cluster, run_dask
+from vlm_itl.cli.grid import (
+    DONE,
+    LOST,
+    STOPPED,
+    WAITS,
+    Record,
+    Sweep,
+    hold,
+    open_sweep,
+    result_text,
+    table_text,
+    write_table,
+)
 from .local import Crew
+from .points import work_through
 from .run import GO_ON, RESTS, SCHEDULER, call, shown
-from ..core.checks import ConfigError, closest
+from ..core.checks import ConfigError, check_number, closest
 from ..core.files import progress, resolve_path
 
 # %% ../../nbs/cli/09_sweep.ipynb #sweep-tell
@@ -74,7 +87,16 @@ def _tell_settings(sweep: Sweep) -> str:  # where more is to be seen
     return "".join(f", {name}" for name in names)
 
 
-def _close(sweep: Sweep, stopped: int) -> int:  # exit code: 0: all done, 1: not all, 75: only people are waited for
+def _code(states: set[str], stopped: int) -> int:  # exit code: 0: all done, 1: not all, 75: only people are waited for
+    "How it ended, for scripts; and for people, what to do next."
+    if stopped or states - {DONE, WAITS}:
+        click.echo("vlm_itl_sweep: not all points are done; nothing is lost: the same command goes on.", err=True)
+    if stopped:
+        return GO_ON if stopped in SCHEDULER else 130
+    return 0 if states == {DONE} else RESTS if states <= {DONE, WAITS} else 1
+
+
+def _close(sweep: Sweep, stopped: int) -> int:  # exit code
     "Write the table, show it, and say what to do next."
     rows = write_table(sweep)
     few = rows if len(rows) <= _ROWS else [row for row in rows if row["state"] != DONE][:_ROWS]
@@ -84,11 +106,7 @@ def _close(sweep: Sweep, stopped: int) -> int:  # exit code: 0: all done, 1: not
     states = Counter(row["state"] for row in rows)
     told = ", ".join(f"{count} {state}" for state, count in states.most_common())
     click.echo(f"{told}. table: {shown(sweep.path / 'table.csv')}{pictures}")
-    if stopped or set(states) - {DONE, WAITS}:
-        click.echo("vlm_itl_sweep: not all points are done; nothing is lost: the same command goes on.", err=True)
-    if stopped:
-        return GO_ON if stopped in SCHEDULER else 130
-    return 0 if set(states) == {DONE} else RESTS if set(states) <= {DONE, WAITS} else 1
+    return _code(set(states), stopped)
 
 # %% ../../nbs/cli/09_sweep.ipynb #sweep-engines
 def _choose(sweep: Sweep, only: Sequence[str]) -> list[int]:
@@ -98,6 +116,15 @@ def _choose(sweep: Sweep, only: Sequence[str]) -> list[int]:
         listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
         raise ConfigError(f"the sweep has no point {unknown[0]!r}.{closest(unknown[0], names)} It has: {listed}.")
     return [names.index(name) for name in only]
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    "The options, with what the cluster file says; `ConfigError` before anything is written."
+    check_number("--jobs", options["jobs"], low=0, high=1000, integer=True)
+    check_number("--memory", options["memory"], low=0, high=1e5)
+    if options["engine"] == "dask" and not options["address"]:
+        raise ConfigError("--engine dask needs the --address of a scheduler, such as tcp://10.0.0.1:8786.")
+    return {**options, "cluster": read_cluster(options["cluster"])}
 
 
 def _on_slurm(sweep: Sweep, left: Sequence[int], cluster: Any, tell: Any) -> int:
@@ -119,12 +146,10 @@ def _work(
     sweep: Sweep, left: Sequence[int], options: dict[str, Any], tell: _Teller
 ) -> int:  # the signal that stopped it; 0: none
     "Let the engine bring all points as far as they go."
-    cluster = read_cluster(options["cluster"])
+    cluster = options["cluster"]
     if options["engine"] == "slurm":
         return _on_slurm(sweep, left, cluster, tell)
     if options["engine"] == "dask":
-        if not options["address"]:
-            raise ConfigError("--engine dask needs the --address of a scheduler, such as tcp://10.0.0.1:8786.")
         run_dask(sweep, group_points(sweep, left, cluster.group), options["address"], tell)
         return 0
     crew = Crew(sweep, options["jobs"], options["memory"], tell, tell.watch)
@@ -144,17 +169,21 @@ def _work(
 @click.option("--print", "script", is_flag=True, help="Print a job array for sbatch and submit nothing.")
 def sweep(grid: str, out: str | None, only: tuple[str, ...], script: bool, **options: Any) -> int:
     "Run a notebook at every point of GRID (a YAML file, or the folder of a sweep), and write one table."
-    folder = resolve_path(grid)
+    options, folder = _checked(options), resolve_path(grid)
     here = Sweep(folder) if folder.is_dir() else open_sweep(grid, out)
     left = _choose(here, only) or here.left()
     if script:
-        cluster = read_cluster(options["cluster"])
+        if not left:
+            raise ConfigError("all points are done: there is nothing to submit.")
+        cluster = options["cluster"]
         (here.path / "log").mkdir(exist_ok=True)
         click.echo(batch_script(here, group_points(here, left, cluster.group), cluster), nl=False)
         return 0
     click.echo(f"{len(here.points)} points of {here.notebook.stem}, {len(left)} to do, in {shown(here.path)}")
-    if only:
-        return _close(here, work_on_names(str(here.path), only))
+    if only:  # as a job of many does: what all have come to, is not its business
+        with closing(_Teller(here, len(left))) as tell:
+            stopped = work_through(here, left, tell)
+        return _code({(here.record(here.points[number]) or Record(LOST)).state for number in left}, stopped)
     lock = hold(here.path / ".lock", f"the sweep {here.path}")
     try:
         with closing(_Teller(here, len(left))) as tell:
