@@ -140,6 +140,9 @@ class SmallSlurm:
                 is_ours = told.get("SLURM_CONF") == self.environment["SLURM_CONF"]
                 if is_ours and ("SLURM_JOB_ID" in told or process.name() in ("slurmd", "slurmstepd")):
                     ours.append(process)
+        for process in ours:  # at once: whoever is left for a moment would tell of the others
+            with suppress(psutil.Error):
+                process.suspend()
         for process in ours:
             with suppress(psutil.Error):
                 process.kill()

@@ -92,8 +92,10 @@ class OnSlurm:
         return json.loads(path.read_text()) if path.is_file() else {}
 
     def trains(self, seed: int = 0) -> bool:
-        """Is it at work, beyond its imports?"""
-        return bool(list((self.out / f"seed={seed}").glob(".round_*.work/**/checkpoint-*")))
+        """Has this attempt written a checkpoint?"""
+        began = self.out / f"seed={seed}.json"
+        written = (self.out / f"seed={seed}").glob(".round_*.work/**/checkpoint-*")
+        return began.is_file() and any(path.stat().st_mtime > began.stat().st_mtime for path in written)
 
     def jobs(self) -> list[str]:
         """Ids in the queue."""
@@ -162,14 +164,14 @@ def test_a_time_limit_shorter_than_the_run(slurm: SmallSlurm, tmp_path: Path, un
 
 def test_requeued_by_hand_three_times(slurm: SmallSlurm, tmp_path: Path, undisturbed: Undisturbed) -> None:
     """An administrator requeues the job in its training; nothing but time is lost."""
-    sweep = OnSlurm(slurm, tmp_path, time=30)
+    sweep = OnSlurm(slurm, tmp_path, time=30, steps=1200)
     process = sweep.start()
     for attempt in range(1, 4):
         wait_for(lambda n=attempt: sweep.record().get("attempts") == n and sweep.trains(), 120, "it trains")
         slurm.ask("scontrol", "requeue", sweep.jobs()[0])
     said = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and sweep.record()["attempts"] >= 4, said
-    assert content(sweep.out / "seed=0") == undisturbed(60)
+    assert content(sweep.out / "seed=0") == undisturbed(1200)
 
 
 def test_cancelled_and_started_again(slurm: SmallSlurm, tmp_path: Path, undisturbed: Undisturbed) -> None:

@@ -7,6 +7,7 @@ __all__ = ['TRIES', 'take_turn', 'work_on', 'point_process', 'work_through']
 
 # %% ../../nbs/cli/05_points.ipynb #points-imports
 import getpass
+import logging
 import multiprocessing
 import os
 import signal
@@ -109,6 +110,7 @@ def point_process(
         os.setsid()
     os.environ.clear()  # the server's is as old as the server
     os.environ.update(surroundings)
+    logging.getLogger("papermill").addHandler(logging.NullHandler())  # what it says of a dead kernel is in the record
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         said.send(work_on(Sweep(folder), number))
