@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -97,8 +98,9 @@ def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
     [
         ("grid: {labeled: [1]}", "no parameter 'labeled'. Did you mean 'labelled'?"),
         ("grid: {labelled: [two]}", "the notebook wants labelled: int"),
-        ("grid: {labelled: []}", "grid: labelled must be a list of values, and not empty"),
-        ("grid: {labelled: 3}", "grid: labelled must be a list of values"),
+        ("grid: {labelled: []}", "grid: labelled must be a list of values, not empty"),
+        ("grid: {labelled: 3}", "grid: labelled must be a list of values, such as [3]"),
+        ("seeds: three", "seeds must be how many, or a list of whole numbers"),
         ("grid: {labelled: [1, 2, 1]}", "grid: labelled has 1 twice"),
         ("cases: [{labelled: 2}, {seed: 0}]", "points 1 and 2 of the grid compute the same"),
         ("grid: {device: [cpu, cuda]}", "device changes nothing of what comes out"),
@@ -122,9 +124,43 @@ def test_a_bad_grid_is_one_line_and_starts_nothing(
 def test_an_oversized_grid_is_counted_not_built(home: Path) -> None:
     axes = {name: list(range(500)) for name in ("labelled", "seed", "fill", "seconds")}
     started = time.process_time()
-    with pytest.raises(ConfigError, match=rf"62,500,000,000 points, and a sweep has at most {MOST_POINTS:,}"):
+    with pytest.raises(
+        ConfigError, match=rf"62,500,000,000 points \(500 labelled x .*, a sweep at most {MOST_POINTS:,}"
+    ):
         make_points({"grid": axes}, home / "run_toy.ipynb", {})
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["grid.yaml", "--jobs", "-1"], "--jobs must be a whole number >= 0"),
+        (["grid.yaml", "--memory", "-3"], "--memory must be a number >= 0"),
+        (["grid.yaml", "--engine", "dask"], "--engine dask needs the --address"),
+        (["grid.yaml", "--engine", "slurm", "--cluster", "none.yaml"], "cannot read the cluster file none.yaml"),
+        (["grid.yml"], "cannot read the grid file grid.yml"),
+        (["empty.yaml"], "empty.yaml is empty"),
+        (["folder"], "folder holds no sweep"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_starts_nothing(
+    home: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    grid("seeds: 1")
+    Path("empty.yaml").touch()
+    Path("folder").mkdir()
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+    assert not (home / "runs").exists()
+
+
+def test_nothing_is_left_to_print(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = open_sweep(grid("seeds: 1"), "s")
+    sweep.run_folder(sweep.points[0]).mkdir()
+    sweep.write(sweep.points[0], Record("done"))
+    assert main(["s", "--print"]) == 2
+    assert "all points are done" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -288,6 +324,20 @@ def test_two_commands_at_once(home: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
+def test_points_by_name_tell_what_they_come_to(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the jobs of an array do; the table of all is made by whoever asks for all."""
+    path = grid("grid: {labelled: [3, 9]}\nseeds: 2")
+    assert main([path, "--out", "s", "--only", "labelled=3,seed=0", "--only", "labelled=3,seed=1"]) == 0
+    said = capsys.readouterr().out
+    assert "done    labelled=3,seed=0" in said and "mean IoU 0.510 (test)" in said
+    assert not Path("s/table.csv").exists()
+    assert main(["s", "--only", "labelled=9,seed=0"]) == 1
+    assert main(["s"]) == 1
+    assert "3  2 of 2          0.505  0.4415  0.5685" in capsys.readouterr().out
+    assert Path("s/settings.png").is_file()
+
+
+@pytest.mark.slow
 def test_memory_decides_how_many(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one, one runs at a time; nothing waits for ever."""
     monkeypatch.setattr(local, "free_gb", lambda: 0.5)
@@ -378,6 +428,31 @@ def test_dask(home: Path) -> None:
     assert {name: record.state for name, record in told.items()} == {
         "labelled=9": "failed", "labelled=1": "done", "seconds=60.0": "done"
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_dask_scheduler_that_disappears(home: Path) -> None:
+    """One line; what its workers had begun ends in good order, and the same sweep goes on elsewhere."""
+    pytest.importorskip("distributed", reason="dask is not installed (pip install 'vlm_itl[dask]')")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    words = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard", "--host", address]
+    scheduler = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    words = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+    worker = subprocess.Popen([*words, "--death-timeout", "20"], stderr=subprocess.DEVNULL)
+    try:
+        words = [*COMMAND, grid("settings: {seconds: 20}\nseeds: 2"), "--out", "s", "--engine", "dask"]
+        process = subprocess.Popen([*words, "--address", address], text=True, stderr=subprocess.PIPE)
+        wait_for((home / "s/seed=0/start0").is_file)
+        scheduler.kill()
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 2 and f"the Dask scheduler at {address} is gone" in said, said
+    finally:
+        for process in (scheduler, worker):
+            process.terminate()
+            process.wait(timeout=60)
+    assert main(["s"]) == 0
 
 
 def _kill_worker(folder: str) -> None:
