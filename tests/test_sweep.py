@@ -26,7 +26,7 @@ import psutil
 import pytest
 import torch
 
-from vlm_itl.cli import cluster, local, run
+from vlm_itl.cli import cluster, local, points, run
 from vlm_itl.cli.cluster import SlurmCrew, read_cluster, run_dask
 from vlm_itl.cli.grid import MOST_POINTS, Record, Sweep, make_points, open_sweep
 from vlm_itl.cli.local import Crew
@@ -300,15 +300,23 @@ def test_a_signal_ends_in_good_order(home: Path, number: int, code: int) -> None
 
 @pytest.mark.slow
 def test_a_killed_command_takes_its_points_along(home: Path) -> None:
-    """They notice, stop in good order, and the next command finds nobody in its way."""
+    """They notice, and stop in good order; the next command, which comes at once, waits for them."""
     process = subprocess.Popen([*COMMAND, grid("settings: {seconds: 60}\nseeds: 1"), "--out", "s"])
     wait_for((home / "s/seed=0/start0").is_file)
     time.sleep(0.2)
     process.kill()
     process.wait()
-    wait_for((home / "s/seed=0/checkpoint").is_file)
-    wait_for(lambda: json.loads((home / "s/seed=0.json").read_text())["state"] == "stopped")
     assert main(["s"]) == 0
+    assert (home / "s/seed=0/checkpoint").is_file() and _attempts(Sweep("s")) == [2]
+
+
+def test_a_signal_before_the_notebook(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a point waits for its turn it can be stopped, too; nothing is computed, and the record says so."""
+    sweep = open_sweep(grid("seeds: 1"), "s")
+    monkeypatch.setattr(points, "take_turn", lambda: signal.raise_signal(signal.SIGUSR1))
+    record = work_on(sweep, 0)
+    assert (record.state, record.signal) == ("stopped", signal.SIGUSR1) and sweep.record(sweep.points[0]) == record
+    assert not sweep.run_folder(sweep.points[0]).exists()
 
 
 @pytest.mark.slow

@@ -200,11 +200,12 @@ class Sweep:
 def hold(
     path: Path,  # of a lock file
     said: str,  # what is in use, for the message
+    patience: float = 0.0,  # seconds to wait for it
 ) -> filelock.BaseFileLock | None:  # to be released; None: a file system without locks
-    "Take a lock at once; `RunError` if another process has it."
+    "Take a lock; `RunError` if another process has it."
     lock = filelock.FileLock(path, thread_local=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except filelock.Timeout:
         raise RunError(f"{said} is in use by another process: wait for it, or stop it.") from None
     except NotImplementedError:

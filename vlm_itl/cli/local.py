@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from .grid import LOST, Record, Sweep
+from .grid import LOST, RUNNING, Record, Sweep
 from .points import TRIES, point_process
 from .run import SCHEDULER
 from ..core.checks import RunError, check_number
@@ -198,14 +198,14 @@ class Crew:
         "Those that have ended, with the most memory they held."
         ended = [job for job in self.running if job.said.poll() or not job.process.is_alive()]
         self.running = [job for job in self.running if job not in ended]
-        return [(job.number, record) for job in ended if (record := self._noted(job)) is not None]
+        return [(job.number, self._noted(job)) for job in ended]
 
-    def _noted(self, job: _Running) -> Record | None:
-        "The record of a point that ended; None: another process is at it."
+    def _noted(self, job: _Running) -> Record:
+        "The record of a point that ended, or that another process is at."
         result, point = job.result(), self.sweep.points[job.number]
         job.process.join()
         if isinstance(result, str):
-            return None
+            return Record(RUNNING, result)
         known = self.sweep.record(point) or result
         record = result if result.state != LOST else Record(**{**vars(known), "state": LOST, "error": result.error})
         if result.state == LOST and result.host:
