@@ -133,13 +133,12 @@ class SmallSlurm:
 
     def die(self) -> None:
         """The node's power fails: what runs there is gone in one moment, and nobody has been told."""
-        ours = []
+        ours = [psutil.Process(self.daemons["slurmd"].pid)]
         for process in psutil.process_iter():
             with suppress(psutil.Error):
                 told = process.environ()
-                is_ours = told.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-                if is_ours and ("SLURM_JOB_ID" in told or process.name() in ("slurmd", "slurmstepd")):
-                    ours.append(process)
+                if told.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "SLURM_JOB_ID" in told:
+                    ours += [process, *(parent for parent in process.parents() if parent.name() == "slurmstepd")]
         for process in ours:  # at once: whoever is left for a moment would tell of the others
             with suppress(psutil.Error):
                 process.suspend()

@@ -428,13 +428,13 @@ def test_dask(home: Path) -> None:
     sweep = open_sweep(grid("cases: [{labelled: 9}, {labelled: 1}, {seconds: 60}]"), "s")
     told: dict[str, Record] = {}
     with distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as workers:
-        helper = multiprocessing.get_context("fork").Process(target=_kill_worker, args=(str(home / "s/seconds=60.0"),))
+        helper = multiprocessing.get_context("fork").Process(target=_kill_worker, args=(str(home / "s/seconds=60"),))
         helper.start()
         names = [[point.name] for point in sweep.points]
         run_dask(sweep, names, workers.scheduler_address, lambda n, r: told.__setitem__(sweep.points[n].name, r))
         helper.join()
     assert {name: record.state for name, record in told.items()} == {
-        "labelled=9": "failed", "labelled=1": "done", "seconds=60.0": "done"
+        "labelled=9": "failed", "labelled=1": "done", "seconds=60": "done"
     }  # fmt: skip
 
 

@@ -386,7 +386,7 @@ def run_dask(
             worker, said = next(iter(missing.items()))
             raise ConfigError(f"the Dask worker {worker} {said} (of {len(missing)} workers): nothing was started.")
         tasks = {client.submit(work_on_names, str(sweep.path), list(g), pure=False, retries=2): g for g in groups}
-        for task in as_completed(tasks):
+        for task in as_completed(tasks, loop=client.loop):
             for name in tasks[task]:
                 record = sweep.record(sweep.points[places[name]])
                 if task.status == "error" and (record is None or record.state == RUNNING):
