@@ -28,7 +28,14 @@ os.environ.setdefault("WANDB_MODE", "disabled")
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import SegformerConfig, SegformerForSemanticSegmentation, get_polynomial_decay_schedule_with_warmup
+from transformers import (
+    MobileNetV2Config,
+    MobileNetV2ForSemanticSegmentation,
+    MobileNetV2Model,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    get_polynomial_decay_schedule_with_warmup,
+)
 
 from vlm_itl.core.seeds import seed_everything
 from vlm_itl.data.sources import SegData, load_data
@@ -37,6 +44,7 @@ from vlm_itl.model.predict import Inference, autocast, predict_batches
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import Segmenter, freeze_batchnorm, load_model, parameter_groups
 from vlm_itl.model.train import TrainSettings, fit, learning_rates, pixel_loss, train_transform
+from vlm_itl.probe.probe_training import fit_probe
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"  # build tiny vision-language models
 GPU = torch.cuda.is_available()
@@ -60,11 +68,17 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
+NAMES = {"b0": "SegFormer-b0", "b4": "SegFormer-b4", "mobilenet": "MobileNetV2 (DeepLabV3)"}
+
+
 def network(data: SegData, size: str) -> Segmenter:
-    "SegFormer-B0 or -B4 with random weights; nano on a CPU."
+    "SegFormer-B0, -B4 or DeepLabV3 on MobileNetV2 with random weights; nano on a CPU."
     torch.manual_seed(0)
     if not GPU:
         return load_model("segformer-nano", data.labels)
+    if size == "mobilenet":
+        net = MobileNetV2ForSemanticSegmentation(MobileNetV2Config(num_labels=len(data.labels), output_stride=16))
+        return Segmenter(net, data.labels)
     config = SegformerConfig(num_labels=len(data.labels), **(B4 if size == "b4" else {}))
     return Segmenter(SegformerForSemanticSegmentation(config), data.labels)
 
@@ -137,7 +151,7 @@ def training(data: SegData, size: str, side: int, batch: int, lengths: tuple[int
     for name, seconds in taken.items():
         speed[name] = batch * (many - few) / (median(seconds[many]) - median(seconds[few]))
     ratio = speed["ours"] / speed["bare"]
-    what = f"training, SegFormer-{size if GPU else 'nano'} at {side}, batch {batch}, {precision}"
+    what = f"training, {NAMES[size] if GPU else 'SegFormer-nano'} at {side}, batch {batch}, {precision}"
     row(what, round(speed["ours"], 1), round(speed["bare"], 1), "images/s", round(ratio, 3), ">= .97", ratio >= 0.97)
     if GPU:
         share = memory["ours"] / memory["bare"]
@@ -156,6 +170,7 @@ def busy(data: SegData, size: str, side: int, batch: int, steps: int) -> None:
     "Which share of the time the card computes, and what it waits for."
     if not GPU:
         return
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     fit(network(data, size), data.train, settings(2, batch, "bf16"), Inference(side, device=DEVICE))
@@ -165,14 +180,42 @@ def busy(data: SegData, size: str, side: int, batch: int, steps: int) -> None:
         wait()
         wall = time.perf_counter() - start
     events = watch.key_averages()
-    computing = sum(e.self_device_time_total for e in events) / 1e6
-    row(f"card computing, SegFormer-{size} at {side}, batch {batch}, start of fit included", round(computing, 2),
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA]  # not the calls that launched them as well
+    computing = sum(e.self_device_time_total for e in kernels) / 1e6
+    row(f"card computing, {NAMES[size]} at {side}, batch {batch}, start of fit included", round(computing, 2),
         round(wall, 2), "s", round(computing / wall, 3), "none", True)  # fmt: skip
     waits = {e.key: round(e.cpu_time_total / 1e6, 2) for e in events if "Sync" in e.key or "next" in e.key.lower()}
-    top = sorted(events, key=lambda e: -e.self_device_time_total)[:6]
+    top = sorted(kernels, key=lambda e: -e.self_device_time_total)[:6]
     print(
         json.dumps({"waits_s": waits, "kernels_s": {e.key[:60]: round(e.self_device_time_total / 1e6, 2) for e in top}})
     )
+
+
+def probe_round(data: SegData, work: Path) -> None:
+    "A round of a probe: encode the pool once, train the head, look at the pool; and the same training again."
+    os.environ["VLM_ITL_CACHE"] = str(work / "cache")
+    torch.manual_seed(0)
+    MobileNetV2Model(MobileNetV2Config()).save_pretrained(work / "encoder")
+    view = Inference(256 if GPU else 64, batch_size=16, precision="bf16" if GPU else "fp32", device=DEVICE)
+    how = TrainSettings(steps=150 if GPU else 5, batch_size=8, precision=view.precision, device=DEVICE)
+    labelled = data.train.select(range(min(80, len(data.train))))
+    found, seconds = [], []
+    for _ in range(3):
+        model = load_model(f"probe:{work / 'encoder'}", data.labels)
+        start = time.perf_counter()
+        fit_probe(model, labelled, how, view, seed=3)
+        wait()
+        middle = time.perf_counter()
+        score_pool(model, data.train.remove_columns("mask"), view)
+        wait()
+        seconds.append((middle - start, time.perf_counter() - middle))
+        found.append({k: v.detach().clone() for k, v in model.net.head.state_dict().items()})
+    apart = max(difference(found[0], other) for other in found[1:])
+    row("trainings of one seed, probe of MobileNetV2: largest difference of a weight", apart, 0.0, "", apart, "0",
+        apart == 0)  # fmt: skip
+    for number, when in ((0, "features not yet kept"), (-1, "features kept")):
+        what = f"a probe's round, {how.steps} steps and a look at {len(data.train)} images, {when}"
+        row(what, round(sum(seconds[number]), 2), None, "s", None, "none", True)
 
 
 # --- reproducible? ----------------------------------------------------------------------------------------------------
@@ -296,7 +339,7 @@ def scoring(data: SegData, size: str, side: int, turns: int) -> None:
     speed = {name: len(blind) / median(seconds[1:]) for name, seconds in taken.items()}
     ratio = speed["ours"] / speed["bare"]
     row(
-        f"scoring, SegFormer-{size if GPU else 'nano'} at {side}",
+        f"scoring, {NAMES[size] if GPU else 'SegFormer-nano'} at {side}",
         round(speed["ours"], 1),
         round(speed["bare"], 1),
         "images/s",
@@ -407,7 +450,10 @@ def parts(data: SegData, work: Path) -> Iterator[tuple[str, Callable[[], None]]]
     yield "training b0", lambda: training(data, "b0", side, 16 if GPU else 2, (few, many), 2)
     yield "training b4", lambda: training(data, "b4", side, 8 if GPU else 2, (few // 2, many // 2), 2 if GPU else 1)
     yield "scoring", lambda: scoring(data, "b0", side, 2)
-    yield "busy", lambda: busy(data, "b0", side, 16, 60)
+    yield "training mobilenet", lambda: training(data, "mobilenet", side // 2, 32 if GPU else 2, (few, many), 2)
+    yield "probe", lambda: probe_round(data, work)
+    for size, edge, batch in (("b0", side, 16), ("b4", side, 8), ("mobilenet", side // 2, 32)):
+        yield f"busy {size}", lambda s=size, e=edge, b=batch: busy(data, s, e, b, 40)  # type: ignore[misc]
 
 
 def main() -> None:

@@ -133,7 +133,15 @@ def run_one(row: str, masks: int, seed: int, work: Path, steps: int = BASE["step
         "label_miou": asked.get("accepted_label_miou"),
         "kept_pixels": asked.get("kept_pixels"),
         "cpu_seconds": round(time.process_time() - start, 1),
+        "device": _device(),
     }
+
+
+def _device() -> str:
+    "Where the network ran."
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _run_key(key: tuple[str, int, int, Path, int]) -> dict[str, Any]:
@@ -161,6 +169,7 @@ FIELDS = (
     "label_miou",
     "kept_pixels",
     "cpu_seconds",
+    "device",
 )
 ENOUGH = 5  # seeds for a point of a curve
 RAW, SUMMARY = ROOT / "results/judge_pays.csv", ROOT / "results/judge_pays.json"
@@ -170,7 +179,7 @@ def read_raw(path: Path) -> pd.DataFrame:
     "What was measured so far, one line per run; the last of equal ones."
     lines = path.read_text().splitlines() if path.is_file() else []
     kept = [found for found in map(json.loads, lines) if "error" not in found]
-    table = pd.DataFrame(kept, columns=list(FIELDS))
+    table = pd.DataFrame(kept, columns=list(FIELDS)).fillna({"device": "cpu"})
     return table.drop_duplicates(["row", "masks", "seed"], keep="last").sort_values(["row", "masks", "seed"])
 
 
@@ -214,11 +223,15 @@ def summarise(raw: pd.DataFrame) -> pd.DataFrame:
 def seconds_to(raw: pd.DataFrame, row: str, share: float = 0.9) -> list[float]:
     "For each seed, the human seconds at which a row reaches a share of full supervision, read between its points."
     full = raw[raw["row"] == "all masks"].set_index("seed")["miou7"]
-    found = []
-    for seed, group in raw[raw["row"] == row].groupby("seed"):
+    found, mine = [], raw[raw["row"] == row]
+    fewest = mine["masks"].min()
+    for seed, group in mine.groupby("seed"):
         if seed not in full.index:
             continue
         points = group.sort_values("masks")
+        first = points.iloc[0]
+        if first["masks"] > fewest and first["miou7"] >= share * full[seed]:
+            continue  # it was there before its first point, and others were measured with fewer masks
         seconds, best = points["human_seconds"].to_numpy(), np.maximum.accumulate(points["miou7"].to_numpy())
         ends = (np.append(seconds, 104_748.9), np.append(best, max(best[-1], full[seed])))
         found.append(float(np.interp(share * full[seed], ends[1], ends[0])))

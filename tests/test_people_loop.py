@@ -19,10 +19,20 @@ from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.export import export_run, run_masks
 from vlm_itl.experiment.loop import Loop, run_al
 from vlm_itl.formats import read_masks
-from vlm_itl.people.account import people_account
+from vlm_itl.people.account import LEAST_TIMED, WorkCosts, measured_costs, people_account
 from vlm_itl.people.desk import Desk, Photographs
-from vlm_itl.people.requests import Annotator, Answer, Waiting, make_annotator, register_annotator
+from vlm_itl.people.requests import (
+    Annotator,
+    Answer,
+    AnswerStore,
+    Asked,
+    Request,
+    Waiting,
+    make_annotator,
+    register_annotator,
+)
 from vlm_itl.people.robot import Robot, work
+from vlm_itl.proposals.correction import CorrectionCost
 from vlm_itl.reports.cards import model_card
 from vlm_itl.reports.report import round_table
 from vlm_itl.reports.run_figures import people_rows, plot_judge, plot_learning_curve, save_figures
@@ -124,6 +134,26 @@ def test_the_judge_is_measured_on_what_people_answer(tmp_path: Path) -> None:
     found = [json.loads(line)["judge"] for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]
     assert [one["n"] for one in found] == [0, 0, 0] and found[0]["images"] == 3
     assert "answered" not in found[0] and found[1]["answered"]["n"] == 1 and found[1]["answered"]["round"] == 0
+
+
+def test_a_plan_reckons_with_what_people_took_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlm_itl.people.account.LEAST_TIMED", 2)
+    more = {"goal": "dataset", "initial": 1, "max_labelled": 2, "mask_seconds": 239.7}
+    _, asked = to_the_end(tmp_path, {}, one_by_one=True, **more)
+    card = json.loads((tmp_path / "labels/labels.json").read_text())
+    before = [one for turn in asked[:-1] for one in turn[:1]]
+    drawn = {name for name, kind in before if kind == "draw"} - set(card_of_plan(tmp_path))
+    assert card["work"]["mask"] == 10.0 and card["work"]["timed"] == {"draw": len(drawn)}  # not those of the plan
+    assert card["work"]["check"] == 9.0  # nobody was timed while looking
+    list(toy_loop(settings(tmp_path / "simulated", **more)).run())
+    simulated = json.loads((tmp_path / "simulated/labels/labels.json").read_text())
+    assert (simulated["work"]["mask"], simulated["work"]["timed"]) == (239.7, {})
+
+
+def card_of_plan(folder: Path) -> list[str]:
+    """The images that a plan had people draw."""
+    lines = [json.loads(line) for line in (folder / "labels/provenance.jsonl").read_text().splitlines()]
+    return [line["id"] for line in lines if line["human_seconds"] is not None]
 
 
 def test_what_people_find_bad_trains_nobody(tmp_path: Path) -> None:
@@ -450,3 +480,18 @@ def test_what_people_found_bad_is_not_exported(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.setattr("vlm_itl.experiment.export.data_of_run", lambda config: toy_images())
     assert "toy-1" not in {row.id for row in run_masks(tmp_path)}
+
+
+def test_corrections_that_took_twice_as_long_cost_twice_as_much(tmp_path: Path) -> None:
+    truth, proposal = TRUTH["toy-1"], TRUTH["toy-2"]
+    asked, store = Asked(tmp_path / "people", TOY.labels), AnswerStore(tmp_path / "answers", TOY.labels)
+    picture = Photographs(tmp_path / "photographs", TOY.train)["toy-1"]
+    assumed = WorkCosts(100.0, 9.0, CorrectionCost())
+    drawing, looking = assumed.cost.parts(assumed.cost.share(proposal, truth, TOY.labels), 100.0)
+    for number in range(LEAST_TIMED):
+        assert measured_costs(tmp_path, TOY.labels, assumed) == assumed  # too few
+        asked.add([Request(f"p{number}", "fix", picture, proposal)])
+        store.take(Answer(f"p{number}", "fix", "fixed", truth, 2 * (drawing * 100 + looking)))
+    found = measured_costs(tmp_path, TOY.labels, assumed)
+    assert found.timed == {"fix": LEAST_TIMED} and (found.mask, found.check) == (100.0, 9.0)
+    assert found.cost.look_seconds == pytest.approx(18) and found.cost.rate == pytest.approx(2)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['APART', 'LABELS', 'sample_start', 'ask_about_start', 'known_sample', 'join_samples', 'Asked', 'ask_for_labels',
-           'carry_out', 'drawn_before', 'measure_labels', 'promise', 'label_pool']
+           'costs_of_work', 'carry_out', 'drawn_before', 'measure_labels', 'promise', 'label_pool']
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-imports
 import shutil
@@ -47,7 +47,9 @@ from vlm_itl.judging.label_plan import (
     plan_labels,
     seconds_spent,
 )
+from ..judging.measures import CHECK_SECONDS
 from ..model.metrics import image_iou
+from ..people.account import WorkCosts, measured_costs
 from ..people.desk import Desk, question_id
 from ..proposals.correction import CorrectionCost
 from ..proposals.proposers import Own
@@ -189,6 +191,21 @@ def ask_for_labels(
     if not sample.there.any():
         raise ConfigError(f"goal='dataset': no image with a human mask has a proposal of {team.proposer.source}.")
     return Asked(left, told, sample)
+
+# %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-costs
+def costs_of_work(
+    team: Team,
+    state: State,
+    work: Path,  # the folder that the turn can go on from
+) -> WorkCosts:
+    "What a plan reckons with."
+    assumed, path = WorkCosts(team.config.mask_seconds, CHECK_SECONDS, state.cost), work / "costs.json"
+    if team.annotator.desk is None:
+        return assumed
+    if not path.is_file():
+        write_json(path, asdict(measured_costs(state.folder.path, team.data.labels, assumed)))
+    kept = read_json(path, dict)
+    return WorkCosts(**{**kept, "cost": CorrectionCost(**kept["cost"])})
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-act
 def _accepted(desk: Desk, image_id: str, mask: np.ndarray) -> bool:
@@ -336,14 +353,14 @@ def label_pool(
         return read_json(path / "labels.json", dict)
     work, before = state.folder.work_path(len(state.rounds)), state.ledger.human_seconds
     work.mkdir(exist_ok=True)
-    done = len(state.pool.human) / len(state.pool.ids)
+    done, costs = len(state.pool.human) / len(state.pool.ids), costs_of_work(team, state, work)
     with _aside(path) as here:
         masks = MaskStore(here / "masks", team.data.labels)
         lines = list(drawn_before(team, state, masks))
         asked, plan = ask_for_labels(team, state, work), None
         if asked.left:
-            p_yes, price = _scores(asked.told, asked.left), team.config.mask_seconds
-            plan = plan_labels(asked.sample, p_yes, goal, state.cost, price, done, seed=team.config.seed)
+            p_yes, (mask, check, fix) = _scores(asked.told, asked.left), (costs.mask, costs.check, costs.cost)
+            plan = plan_labels(asked.sample, p_yes, goal, fix, mask, done, seed=team.config.seed, check_seconds=check)
             lines += carry_out(team, state, asked, plan["actions"], masks)
         write_text(here / "provenance.jsonl", "".join(to_json(line) + "\n" for line in lines))
         card = {
@@ -351,6 +368,7 @@ def label_pool(
             "promise": "every mask was drawn or corrected before." if plan is None else promise(goal, plan, done),
             "price": plan and plan["price"],
             "sample": len(asked.sample.iou),
+            "work": asdict(costs),
             "images": len(lines),
             "by": dict(Counter(line["by"] for line in lines)),
             "human_seconds": {"before": before, "labels": round(state.ledger.human_seconds - before, 3)},

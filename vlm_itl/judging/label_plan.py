@@ -120,12 +120,13 @@ def action_prices(
     believed: Beliefs,
     cost: CorrectionCost,  # of a correction
     mask_seconds: float = FULL_MASK_SECONDS,  # T: human seconds for a whole mask
+    check_seconds: float = CHECK_SECONDS,  # of a look at a mask and a yes or no
 ) -> tuple[np.ndarray, np.ndarray]:  # human seconds, loss left: (N, 4) each, in the order of `ACTIONS`
     "What to expect of each action."
     anew = np.full(len(believed.good), float(mask_seconds))
     after_no = np.minimum(anew, cost.rate * believed.share_bad * mask_seconds)
     fix = np.minimum(anew, cost.look_seconds + cost.rate * believed.share * mask_seconds)
-    seconds = np.stack([0 * anew, CHECK_SECONDS + (1 - believed.good) * after_no, fix, anew], axis=1)
+    seconds = np.stack([0 * anew, check_seconds + (1 - believed.good) * after_no, fix, anew], axis=1)
     passed = np.minimum(believed.loss, believed.good * believed.passed)
     return seconds, np.stack([believed.loss, passed, 0 * anew, 0 * anew], axis=1)
 
@@ -157,11 +158,12 @@ def seconds_spent(
     goal: LabelGoal,  # how good the labels have to be
     cost: CorrectionCost,
     mask_seconds: float = FULL_MASK_SECONDS,
+    check_seconds: float = CHECK_SECONDS,
 ) -> np.ndarray:  # (n,) human seconds
     "What the actions cost."
     anew = np.full(len(iou), float(mask_seconds))
     drawn = np.minimum(anew, cost.rate * np.nan_to_num(share, nan=1.0) * mask_seconds)
-    verify = CHECK_SECONDS + np.where(np.nan_to_num(iou) >= goal.tau, 0.0, drawn)
+    verify = check_seconds + np.where(np.nan_to_num(iou) >= goal.tau, 0.0, drawn)
     spent = np.choose(actions, [0 * anew, verify, np.minimum(anew, cost.look_seconds + drawn), anew])
     return np.where(np.isnan(iou), anew, spent)
 
@@ -181,6 +183,7 @@ def _sample_prices(
     goal: LabelGoal,  # how good the labels have to be
     cost: CorrectionCost,
     mask_seconds: float,
+    check_seconds: float,
     folds: int,
 ) -> tuple[np.ndarray, np.ndarray]:  # (n, 4) each
     "Prices of the actions for the sample's images, each by what the other folds know."
@@ -190,7 +193,7 @@ def _sample_prices(
         mine, others = np.flatnonzero(fold == number), sample.take(fold != number)
         if len(mine) and others.there.any():
             believed = believe(others, sample.p_yes[mine], goal)
-            seconds[mine], loss[mine] = action_prices(believed, cost, mask_seconds)
+            seconds[mine], loss[mine] = action_prices(believed, cost, mask_seconds, check_seconds)
     return seconds, loss
 
 # %% ../../nbs/judging/08_label_plan.ipynb #label-plan-plan
@@ -223,12 +226,16 @@ def plan_labels(
     done: float = 0.0,  # share of all images that has a human mask already, in [0, 1)
     folds: int = 10,  # parts of the sample
     seed: int = 0,  # of the images' own prices
+    check_seconds: float = CHECK_SECONDS,  # of a look at a mask and a yes or no
 ) -> LabelPlan:
     "The plan with the fewest seconds that keeps the promise."
     cost, n = cost or CorrectionCost(), len(sample.iou)
     limit = goal.limit / (1 - check_number("done", done, low=0, high=1 - 1e-9))
-    mine, scores = _sample_prices(sample, goal, cost, mask_seconds, folds), np.asarray(p_yes, dtype=float)
-    seconds, loss = action_prices(believe(sample, scores, goal), cost, mask_seconds)
+    mine, scores = (
+        _sample_prices(sample, goal, cost, mask_seconds, check_seconds, folds),
+        np.asarray(p_yes, dtype=float),
+    )
+    seconds, loss = action_prices(believe(sample, scores, goal), cost, mask_seconds, check_seconds)
     own, others = _own_factors(n, seed, "sample"), _own_factors(len(scores), seed, "pool")
 
     def bound_at(place: int) -> float:

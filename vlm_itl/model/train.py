@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scheduler', 'SCHEDULERS', 'AUGMENT', 'TrainSettings', 'total_steps', 'learning_rates', 'crop_px', 'train_transform',
-           'pixel_loss', 'Share', 'FitResult', 'fit', 'learn_along', 'try_once']
+           'pixel_loss', 'Share', 'in_fixed_order', 'FitResult', 'fit', 'learn_along', 'try_once']
 
 # %% ../../nbs/model/09_train.ipynb #train-imports
 import gc
@@ -429,10 +429,13 @@ def _arguments(task: _Task, folder: str, resumable: bool) -> TrainingArguments:
 
 # %% ../../nbs/model/09_train.ipynb #train-fit-in-fixed-order
 @contextmanager
-def _in_fixed_order(on: bool, device: torch.device) -> Iterator[None]:
+def in_fixed_order(
+    on: bool,  # the setting `deterministic`
+    device: torch.device,  # where the network runs; nothing happens but on a GPU
+) -> Iterator[None]:
     """On a GPU, sums in a fixed order (torch's deterministic algorithms); afterwards as it was set before.
 
-    A network with an operation that has no such form is refused in one line.
+    `ConfigError` for a network with an operation that has no such form.
     """
     if not on or device.type != "cuda":
         yield
@@ -540,7 +543,7 @@ def _run(task: _Task, folder: str, watch: Checkpoints | None) -> FitResult:
     "The training itself, from the start or from the last checkpoint in a folder."
     started = time.perf_counter()
     task.model.to(task.device)
-    fixed = _in_fixed_order(task.settings.deterministic, task.device)
+    fixed = in_fixed_order(task.settings.deterministic, task.device)
     with (
         warnings.catch_warnings(),
         _old_objects_frozen(),
@@ -667,7 +670,7 @@ def learn_along(
 ) -> None:
     "As a helper: the gradients of its places in every batch, for as long as the leader trains."
     task, batches = replace(task, model=model.to(task.device), share=share), None
-    fixed = _in_fixed_order(task.settings.deterministic, task.device)
+    fixed = in_fixed_order(task.settings.deterministic, task.device)
     with _denormals_flushed(), fixed, worker_errors(), _generators_kept():
         seed_everything(task.seed, "train", rank)  # for dropout: the pictures are drawn by the number of the step
         while (told := share.next_step(model)) is not None:

@@ -88,7 +88,8 @@ def agreement_loss(
     "Cross-entropy of the student's views against what the teacher is sure of."
     trust, target = taught.max(1)
     target = torch.where(inside & (trust >= sure), target, VOID)
-    each = [F.cross_entropy(view.float(), target, ignore_index=VOID, reduction="sum") for view in views]
+    # summed outside: the sum inside cross_entropy has no fixed order on a GPU
+    each = [F.cross_entropy(view.float(), target, ignore_index=VOID, reduction="none").sum() for view in views]
     return torch.stack(each).sum() / (len(each) * inside.sum().clamp(min=1))
 
 # %% ../../nbs/probe/04_consistency.ipynb #consistency-class

@@ -30,7 +30,7 @@ from ..model.convergence import find_steps, held_out_loss
 from ..model.mixture import draws_of, read_mixture
 from ..model.predict import Inference, autocast, evaluate, pick_device
 from ..model.scoring import valid_cells
-from ..model.train import FitResult, TrainSettings, pixel_loss, total_steps
+from ..model.train import FitResult, TrainSettings, in_fixed_order, pixel_loss, total_steps
 from .features import unpack
 from .probe import Probe, ProbeHead, SeenImages, enlarge
 
@@ -181,7 +181,7 @@ def fit_probe(
     draws = draws_of(rows, probe.labels, read_mixture(settings.mixture), steps, settings.batch_size, seed)
     order = _epochs(len(rows), steps * settings.batch_size, seed) if draws.order is None else draws.order
     batches = _Batches(rows, seen, view, seed, draws.weights)
-    with seeded(seed, "train"):
+    with seeded(seed, "train"), in_fixed_order(settings.deterministic, device):
         drawn = order.reshape(steps, settings.batch_size)
         result = _learn(probe, batches, drawn, settings, view, validation, desc, extra)
     probe.eval()
