@@ -278,14 +278,9 @@ def test_where_not_even_the_record_can_be_written(home: Path, monkeypatch: pytes
     assert work_on(sweep, 0).state == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR1, 85, marks=pytest.mark.slow),
-        (signal.SIGUSR2, 85),
-    ],
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGUSR1, 85), (signal.SIGUSR2, 85)]
 )
 def test_a_signal_ends_in_good_order(home: Path, number: int, code: int) -> None:
     """Each point is told once and writes its checkpoint; the exit code says who asked."""
