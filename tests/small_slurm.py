@@ -9,8 +9,11 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel")
 CONF = """\
@@ -81,6 +84,7 @@ class SmallSlurm:
 
     def __init__(self, folder: Path, cpus: int = 2):
         self.folder, self.daemons = folder, dict[str, subprocess.Popen[bytes]]()
+        self.words: dict[str, tuple[str, ...]] = {}  # with which each daemon was started
         self.name = socket.gethostname().split(".")[0]
         for part in ("state", "spool"):
             (folder / part).mkdir(parents=True)
@@ -108,6 +112,7 @@ class SmallSlurm:
 
     def daemon(self, name: str, *options: str) -> None:
         """Start one in the foreground."""
+        self.words[name] = (name, *options)
         with open(self.folder / f"{name}.said", "ab") as said:
             self.daemons[name] = subprocess.Popen(
                 [name, *options], stdout=said, stderr=said, env={**os.environ, **self.environment}
@@ -121,6 +126,26 @@ class SmallSlurm:
         except subprocess.TimeoutExpired:
             self.daemons[name].kill()
             self.daemons[name].wait()
+
+    def again(self, name: str) -> None:
+        """Start one that has ended, as it was."""
+        self.daemon(*self.words[name])
+
+    def die(self) -> None:
+        """The node's power fails: what runs there is gone in one moment, and nobody has been told."""
+        ours = [psutil.Process(self.daemons["slurmd"].pid)]
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                told = process.environ()
+                if told.get("SLURM_CONF") == self.environment["SLURM_CONF"] and "SLURM_JOB_ID" in told:
+                    ours += [process, *(parent for parent in process.parents() if parent.name() == "slurmstepd")]
+        for process in ours:  # at once: whoever is left for a moment would tell of the others
+            with suppress(psutil.Error):
+                process.suspend()
+        for process in ours:
+            with suppress(psutil.Error):
+                process.kill()
+        self.daemons["slurmd"].wait()
 
     def ask(self, *command: str) -> str:
         """What a command of Slurm's says."""

@@ -10,12 +10,13 @@ import csv
 import json
 import multiprocessing
 import os
-import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ import psutil
 import pytest
 import torch
 
-from vlm_itl.cli import local, run
+from vlm_itl.cli import cluster, local, points, run
 from vlm_itl.cli.cluster import SlurmCrew, read_cluster, run_dask
 from vlm_itl.cli.grid import MOST_POINTS, Record, Sweep, make_points, open_sweep
 from vlm_itl.cli.local import Crew
 from vlm_itl.cli.points import work_on
 from vlm_itl.cli.sweep import main
 from vlm_itl.core.checks import ConfigError, RunError
+from vlm_itl.data.sources import toy_images
+from vlm_itl.model.predict import Inference
+from vlm_itl.probe.features import FeatureCache, look_once
 
 COMMAND = [sys.executable, "-c", "import sys; from vlm_itl.cli.sweep import main; sys.exit(main())"]
 PARAMETERS = """\
@@ -94,8 +98,9 @@ def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
     [
         ("grid: {labeled: [1]}", "no parameter 'labeled'. Did you mean 'labelled'?"),
         ("grid: {labelled: [two]}", "the notebook wants labelled: int"),
-        ("grid: {labelled: []}", "grid: labelled must be a list of values, and not empty"),
-        ("grid: {labelled: 3}", "grid: labelled must be a list of values"),
+        ("grid: {labelled: []}", "grid: labelled must be a list of values, not empty"),
+        ("grid: {labelled: 3}", "grid: labelled must be a list of values, such as [3]"),
+        ("seeds: three", "seeds must be how many, or a list of whole numbers"),
         ("grid: {labelled: [1, 2, 1]}", "grid: labelled has 1 twice"),
         ("cases: [{labelled: 2}, {seed: 0}]", "points 1 and 2 of the grid compute the same"),
         ("grid: {device: [cpu, cuda]}", "device changes nothing of what comes out"),
@@ -119,9 +124,43 @@ def test_a_bad_grid_is_one_line_and_starts_nothing(
 def test_an_oversized_grid_is_counted_not_built(home: Path) -> None:
     axes = {name: list(range(500)) for name in ("labelled", "seed", "fill", "seconds")}
     started = time.process_time()
-    with pytest.raises(ConfigError, match=rf"62,500,000,000 points, and a sweep has at most {MOST_POINTS:,}"):
+    with pytest.raises(
+        ConfigError, match=rf"62,500,000,000 points \(500 labelled x .*, a sweep at most {MOST_POINTS:,}"
+    ):
         make_points({"grid": axes}, home / "run_toy.ipynb", {})
     assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["grid.yaml", "--jobs", "-1"], "--jobs must be a whole number >= 0"),
+        (["grid.yaml", "--memory", "-3"], "--memory must be a number >= 0"),
+        (["grid.yaml", "--engine", "dask"], "--engine dask needs the --address"),
+        (["grid.yaml", "--engine", "slurm", "--cluster", "none.yaml"], "cannot read the cluster file none.yaml"),
+        (["grid.yml"], "cannot read the grid file grid.yml"),
+        (["empty.yaml"], "empty.yaml is empty"),
+        (["folder"], "folder holds no sweep"),
+    ],
+)
+def test_a_bad_option_is_one_line_and_starts_nothing(
+    home: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    grid("seeds: 1")
+    Path("empty.yaml").touch()
+    Path("folder").mkdir()
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and said in err
+    assert not (home / "runs").exists()
+
+
+def test_nothing_is_left_to_print(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sweep = open_sweep(grid("seeds: 1"), "s")
+    sweep.run_folder(sweep.points[0]).mkdir()
+    sweep.write(sweep.points[0], Record("done"))
+    assert main(["s", "--print"]) == 2
+    assert "all points are done" in capsys.readouterr().err
 
 
 def test_a_folder_of_something_else_is_left_alone(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,23 +209,59 @@ def test_a_killed_worker_and_a_dead_kernel_lose_nothing(home: Path) -> None:
     assert [record.attempts for point in sweep.points if (record := sweep.record(point))] == [2, 2]
 
 
+@pytest.fixture
+def small_disk() -> Iterator[Callable[[Path, str], None]]:
+    """Mounts a disk of a size at a folder, or gives one that is mounted another size; gone after the test."""
+    mounted: list[Path] = []
+
+    def mount(folder: Path, size: str) -> None:
+        options = f"size={size}" + (",remount" if folder in mounted else "")
+        folder.mkdir(exist_ok=True)
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+
+    yield mount
+    for folder in dict.fromkeys(mounted):
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 @pytest.mark.slow
-def test_a_full_disk_on_one_point(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no `mount` here")
+def test_a_full_disk_on_one_point(home: Path, small_disk: Callable[[Path, str], None]) -> None:
     """It fails in one line, the others end, and with more room the same command ends all."""
     sweep = open_sweep(grid("grid: {fill: [0, 4000000, 1]}"), "s")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    small_disk(sweep.run_folder(sweep.points[1]), "256k")
     told: dict[int, Record] = {}
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limit[1]))  # as a disk with a megabyte left
-    try:
-        Crew(sweep, jobs=1, memory_gb=0.1, tell=told.__setitem__).run(sweep.left())
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    if told[1].state == "done":
-        pytest.skip("the server that forks had been started without the limit")
+    assert Crew(sweep, jobs=1, memory_gb=0.1, tell=told.__setitem__).run(sweep.left()) == 0
     assert [told[number].state for number in range(3)] == ["done", "failed", "done"]
-    assert "File too large" in str(told[1].error)
+    assert "No space left on device" in str(told[1].error) and "\n" not in str(told[1].error)
+    small_disk(sweep.run_folder(sweep.points[1]), "16m")
     assert Crew(sweep, jobs=1, memory_gb=0.1).run(sweep.left()) == 0
-    assert sweep.left() == []
+    assert sweep.left() == [] and _attempts(sweep) == [1, 2, 1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("mount") is None, reason="no `mount` here")
+def test_one_point_fills_the_disk_of_all(
+    home: Path, small_disk: Callable[[Path, str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even records can be written any more; what was done before stays done, and the command says what it is."""
+    small_disk(home / "s", "1m")
+    assert main([grid("grid: {fill: [0, 4000000, 1]}"), "--out", "s", "--jobs", "1"]) in (1, 2)
+    said = "".join(capsys.readouterr())
+    assert "No space left on device" in said and "Traceback" not in said
+    assert Sweep("s").left() == [1, 2]
+    small_disk(home / "s", "16m")
+    assert main(["s"]) == 0
+    assert Sweep("s").left() == [] and _attempts(Sweep("s"))[0] == 1
+
+
+def _attempts(sweep: Sweep) -> list[int]:
+    """How often each point was started."""
+    return [record.attempts for point in sweep.points if (record := sweep.record(point)) is not None]
 
 
 def test_where_not_even_the_record_can_be_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,14 +278,9 @@ def test_where_not_even_the_record_can_be_written(home: Path, monkeypatch: pytes
     assert work_on(sweep, 0).state == "done"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 130, marks=pytest.mark.slow),
-        pytest.param(signal.SIGUSR1, 85, marks=pytest.mark.slow),
-        (signal.SIGUSR2, 85),
-    ],
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGUSR1, 85), (signal.SIGUSR2, 85)]
 )
 def test_a_signal_ends_in_good_order(home: Path, number: int, code: int) -> None:
     """Each point is told once and writes its checkpoint; the exit code says who asked."""
@@ -221,21 +291,27 @@ def test_a_signal_ends_in_good_order(home: Path, number: int, code: int) -> None
     assert process.wait(timeout=60) == code
     assert (home / "s/seed=0/checkpoint").is_file() and not (home / "s/seed=1").exists()
     assert json.loads((home / "s/seed=0.json").read_text())["state"] == "stopped"
-    if number == signal.SIGUSR2:
-        assert main(["s", "--jobs", "2"]) == 0
 
 
 @pytest.mark.slow
 def test_a_killed_command_takes_its_points_along(home: Path) -> None:
-    """They notice, stop in good order, and the next command finds nobody in its way."""
+    """They notice, and stop in good order; the next command, which comes at once, waits for them."""
     process = subprocess.Popen([*COMMAND, grid("settings: {seconds: 60}\nseeds: 1"), "--out", "s"])
     wait_for((home / "s/seed=0/start0").is_file)
     time.sleep(0.2)
     process.kill()
     process.wait()
-    wait_for((home / "s/seed=0/checkpoint").is_file)
-    wait_for(lambda: json.loads((home / "s/seed=0.json").read_text())["state"] == "stopped")
     assert main(["s"]) == 0
+    assert (home / "s/seed=0/checkpoint").is_file() and _attempts(Sweep("s")) == [2]
+
+
+def test_a_signal_before_the_notebook(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a point waits for its turn it can be stopped, too; nothing is computed, and the record says so."""
+    sweep = open_sweep(grid("seeds: 1"), "s")
+    monkeypatch.setattr(points, "take_turn", lambda: signal.raise_signal(signal.SIGUSR1))
+    record = work_on(sweep, 0)
+    assert (record.state, record.signal) == ("stopped", signal.SIGUSR1) and sweep.record(sweep.points[0]) == record
+    assert not sweep.run_folder(sweep.points[0]).exists()
 
 
 @pytest.mark.slow
@@ -251,6 +327,20 @@ def test_two_commands_at_once(home: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.slow
+def test_points_by_name_tell_what_they_come_to(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the jobs of an array do; the table of all is made by whoever asks for all."""
+    path = grid("grid: {labelled: [3, 9]}\nseeds: 2")
+    assert main([path, "--out", "s", "--only", "labelled=3,seed=0", "--only", "labelled=3,seed=1"]) == 0
+    said = capsys.readouterr().out
+    assert "done    labelled=3,seed=0" in said and "mean IoU 0.510 (test)" in said
+    assert not Path("s/table.csv").exists()
+    assert main(["s", "--only", "labelled=9,seed=0"]) == 1
+    assert main(["s"]) == 1
+    assert "3  2 of 2          0.505  0.4415  0.5685" in capsys.readouterr().out
+    assert Path("s/settings.png").is_file()
+
+
+@pytest.mark.slow
 def test_memory_decides_how_many(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one, one runs at a time; nothing waits for ever."""
     monkeypatch.setattr(local, "free_gb", lambda: 0.5)
@@ -263,22 +353,34 @@ def test_memory_decides_how_many(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert all(record.peak_gb > 0.01 for point in sweep.points if (record := sweep.record(point)))
 
 
-def test_one_wandb_run_a_round_across_requeues(home: Path) -> None:
-    """The ids hang on the run folder, not on the process or the machine."""
-    from vlm_itl.reports.tracking import _wandb_id
+SMALL = "data_options: {n_train: 24, n_test: 8}, initial: 6, increment: 6, max_labelled: 12, image_size: 48"
 
-    first = _wandb_id(home / "run", "project", "seed=0", "seed=0-round-000")
-    code = "from pathlib import Path; from vlm_itl.reports.tracking import _wandb_id as i; "
-    code += "print(i(Path('run'), 'project', 'seed=0', 'seed=0-round-000'))"
-    again = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert first == again
+
+@pytest.mark.slow
+def test_one_wandb_run_a_round_across_requeues(home: Path) -> None:
+    """Stopped by a scheduler in its second round, and run again: each round is told under one id, and so is the end."""
+    settings = f"settings: {{{SMALL}, batch_size: 4, gallery: 0, steps: 200, save_every: 20, log_with: wandb}}"
+    Path("grid.yaml").write_text(f"notebook: run_al\n{settings}\nseeds: 1\n")
+    environment = {**os.environ, "WANDB_MODE": "offline"}
+    words = [*COMMAND, "grid.yaml", "--out", "s"]
+    process = subprocess.Popen(words, env=environment)
+    wait_for(lambda: list((home / "s/seed=0").glob(".round_001.work/**/checkpoint-*")), 240)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=120) == 85
+    before = _wandb_ids(home / "s/seed=0")
+    assert len(before) == 1  # the first round
+    assert subprocess.run(words, env=environment, check=False).returncode == 0
+    after = _wandb_ids(home / "s/seed=0")
+    assert after[:1] == before and len(set(after)) == 3  # two rounds and the summary
+
+
+def _wandb_ids(run: Path) -> list[str]:
+    """The ids under which a run was told, in the order of time."""
+    return [path.name.rpartition("-")[2] for path in sorted(run.glob("wandb/**/offline-run-*"))]
 
 
 def _look(folder: str, log: str) -> None:
     """A process that wants the features of the toy's images."""
-    from vlm_itl.data.sources import toy_images
-    from vlm_itl.model.predict import Inference
-    from vlm_itl.probe.features import FeatureCache, look_once
 
     def encode(pixels: torch.Tensor) -> torch.Tensor:
         with open(log, "a") as file:
@@ -309,6 +411,7 @@ def test_without_slurm_or_dask_there_is_one_line(home: Path, monkeypatch: pytest
     with pytest.raises(ConfigError, match="there is no Slurm here"):
         SlurmCrew(sweep, read_cluster(None), lambda number, record: None).submit([0])
     pytest.importorskip("distributed", reason="dask is not installed")
+    monkeypatch.setattr(cluster, "_CONNECT_S", 0.5)
     with pytest.raises(ConfigError, match="no Dask scheduler answers at tcp://127.0.0.1:9"):
         run_dask(sweep, [["seed=0"]], "tcp://127.0.0.1:9", lambda number, record: None)
 
@@ -319,15 +422,40 @@ def test_dask(home: Path) -> None:
     distributed = pytest.importorskip("distributed", reason="dask is not installed (pip install 'vlm_itl[dask]')")
     sweep = open_sweep(grid("cases: [{labelled: 9}, {labelled: 1}, {seconds: 60}]"), "s")
     told: dict[str, Record] = {}
-    with distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        helper = multiprocessing.get_context("fork").Process(target=_kill_worker, args=(str(home / "s/seconds=60.0"),))
+    with distributed.LocalCluster(2, threads_per_worker=1, processes=True, dashboard_address=None) as workers:
+        helper = multiprocessing.get_context("fork").Process(target=_kill_worker, args=(str(home / "s/seconds=60"),))
         helper.start()
         names = [[point.name] for point in sweep.points]
-        run_dask(sweep, names, cluster.scheduler_address, lambda n, r: told.__setitem__(sweep.points[n].name, r))
+        run_dask(sweep, names, workers.scheduler_address, lambda n, r: told.__setitem__(sweep.points[n].name, r))
         helper.join()
     assert {name: record.state for name, record in told.items()} == {
-        "labelled=9": "failed", "labelled=1": "done", "seconds=60.0": "done"
+        "labelled=9": "failed", "labelled=1": "done", "seconds=60": "done"
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_dask_scheduler_that_disappears(home: Path) -> None:
+    """One line; what its workers had begun ends in good order, and the same sweep goes on elsewhere."""
+    pytest.importorskip("distributed", reason="dask is not installed (pip install 'vlm_itl[dask]')")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    words = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--no-dashboard", "--host", address]
+    scheduler = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    words = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-dashboard"]
+    worker = subprocess.Popen([*words, "--death-timeout", "20"], stderr=subprocess.DEVNULL)
+    try:
+        words = [*COMMAND, grid("settings: {seconds: 20}\nseeds: 2"), "--out", "s", "--engine", "dask"]
+        process = subprocess.Popen([*words, "--address", address], text=True, stderr=subprocess.PIPE)
+        wait_for((home / "s/seed=0/start0").is_file)
+        scheduler.kill()
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 2 and f"the Dask scheduler at {address} is gone" in said, said
+    finally:
+        for process in (scheduler, worker):
+            process.terminate()
+            process.wait(timeout=60)
+    assert main(["s"]) == 0
 
 
 def _kill_worker(folder: str) -> None:

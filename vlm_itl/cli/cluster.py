@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import median
@@ -80,7 +81,7 @@ def read_cluster(
     path: str | Path | None,  # a YAML file; None: the defaults
 ) -> Cluster:
     "The settings of a cluster file; `ConfigError` for unknown ones."
-    told = {} if path is None else read_yaml_file(path)
+    told = {} if path is None else read_yaml_file(path, "cluster file")
     known = [f.name for f in fields(Cluster)]
     if unknown := [name for name in told if name not in known]:
         raise ConfigError(f"{path} has {unknown[0]!r}.{closest(unknown[0], known)} Known: {', '.join(known)}.")
@@ -143,6 +144,7 @@ def batch_script(
             'only=(); for name in ${points[$SLURM_ARRAY_TASK_ID]}; do only+=(--only "$name"); done',
             f'srun --unbuffered {call} "${{only[@]}}"',
             f'code=$?; if [ $code -eq {GO_ON} ]; then scontrol requeue "$SLURM_JOB_ID"; fi; exit $code',
+            f"# when all have ended: vlm_itl_sweep {shlex.quote(str(sweep.path))} writes the table",
             "",
         ]
     )
@@ -321,13 +323,17 @@ class SlurmCrew:
                     continue
                 if record.state == RUNNING or not record.error:
                     record.state, record.error = LOST, f"job {job} ended without a word. {self._last_words(job)}"
+                    with suppress(RunError):  # the disk is full: it is told all the same
+                        self.sweep.write(point, record)
                 self.tell(number, record)
         return again
 
     def _last_words(self, job: str) -> str:
-        "The last line of a job's log."
+        "The last line of a job's log that is not about the job itself."
         log = self.sweep.path / "log" / f"{job}_0_log.out"
-        lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+        said = log.read_text(errors="replace").splitlines() if log.is_file() else []
+        lines = [line for line in said if line.strip() and not line.startswith(("srun:", "slurmstepd", "submitit "))]
+        lines = lines or said
         if not lines:
             return f"There is no log ({log}): do the nodes see this folder?"
         hint = " Its Python lacks a package that this one has." if "ModuleNotFoundError" in lines[-1] else ""
@@ -348,6 +354,9 @@ def _question(folder: str) -> Callable[[], str]:
     return missing
 
 
+_CONNECT_S = 20.0  # that a scheduler may take to answer
+
+
 def _connect(address: str) -> Any:
     "A client of the cluster; `ConfigError` where none answers."
     try:
@@ -355,7 +364,7 @@ def _connect(address: str) -> Any:
     except ImportError:
         raise ConfigError("--engine dask needs dask: pip install 'vlm_itl[dask]'.") from None
     try:
-        return Client(address, timeout=20, set_as_default=False)
+        return Client(address, timeout=_CONNECT_S, set_as_default=False)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no Dask scheduler answers at {address}: {one_line(str(error), 200)}.") from None
 
@@ -377,7 +386,7 @@ def run_dask(
             worker, said = next(iter(missing.items()))
             raise ConfigError(f"the Dask worker {worker} {said} (of {len(missing)} workers): nothing was started.")
         tasks = {client.submit(work_on_names, str(sweep.path), list(g), pure=False, retries=2): g for g in groups}
-        for task in as_completed(tasks):
+        for task in as_completed(tasks, loop=client.loop):
             for name in tasks[task]:
                 record = sweep.record(sweep.points[places[name]])
                 if task.status == "error" and (record is None or record.state == RUNNING):

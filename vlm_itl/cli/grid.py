@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_POINTS', 'DONE', 'FAILED', 'STOPPED', 'LOST', 'WAITS', 'RUNNING', 'combine', 'Point', 'make_points', 'Record',
-           'Sweep', 'hold', 'open_sweep', 'table_rows', 'table_csv', 'table_text', 'write_table']
+           'Sweep', 'hold', 'open_sweep', 'result_text', 'table_rows', 'table_csv', 'table_text', 'write_table']
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-imports
-import ast
 import csv
 import io
 import itertools
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-from papermill import inspect_notebook
 
-from .run import check_parameters, find_notebook, notebook_parameters, read_yaml_file
+from .run import check_parameters, find_notebook, notebook_defaults, notebook_parameters, read_yaml_file
 from ..core.checks import ConfigError, RunError, check_number, one_line, show
 from ..core.files import project_root, read_json, resolve_path, to_json, write_json, write_text
 from ..core.runfolder import FREE_SETTINGS
@@ -36,10 +34,9 @@ MOST_POINTS = 10_000  # of a sweep
 def _lists(name: str, value: Any, kind: type) -> list[Any]:
     "A list whose items are of a kind; `ConfigError` for anything else, and for an item that stands there twice."
     if not isinstance(value, list) or not value or not all(isinstance(item, kind) for item in value):
-        wanted = {dict: "a list of 'name: value' blocks", int: "a number or a list of numbers"}
-        raise ConfigError(
-            f"{name} must be {wanted.get(kind, 'a list of values')}, and not empty, not {show(value, 100)}."
-        )
+        usual = f"a list of values, such as [{value}]" if isinstance(value, (str, int, float)) else "a list of values"
+        wanted = {dict: "a list of 'name: value' blocks", int: "how many, or a list of whole numbers"}.get(kind, usual)
+        raise ConfigError(f"{name} must be {wanted}, not {'empty' if value == [] else show(value, 100)}.")
     texts = [to_json(item) for item in value]
     twice = [text for place, text in enumerate(texts) if text in texts[:place]]
     if twice:
@@ -48,17 +45,17 @@ def _lists(name: str, value: Any, kind: type) -> list[Any]:
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-combine
 def combine(
-    told: Mapping[str, Any],  # the content of a grid file
+    given: Mapping[str, Any],  # the content of a grid file
 ) -> tuple[list[dict[str, Any]], list[str]]:  # settings of each point, the last axis fastest; names of what varies
     "Multiply a grid out; `ConfigError` for unknown words, a setting in two places, and too many points."
-    if unknown := [word for word in told if word not in _WORDS]:
+    if unknown := [word for word in given if word not in _WORDS]:
         raise ConfigError(f"a grid file has no {show(unknown[0], 80)}. It may have: {', '.join(_WORDS)}.")
-    settings, grid = told.get("settings") or {}, told.get("grid") or {}
+    settings, grid = given.get("settings") or {}, given.get("grid") or {}
     for name, part in {"settings": settings, "grid": grid}.items():
         if not isinstance(part, dict):
             raise ConfigError(f"{name} must hold lines like 'name: value', not {show(part, 100)}.")
-    cases = _lists("cases", told.get("cases") or [{}], dict)
-    seeds = told.get("seeds", [])
+    cases = _lists("cases", given.get("cases") or [{}], dict)
+    seeds = given.get("seeds", [])
     if isinstance(seeds, int):
         seeds = list(range(check_number("seeds", seeds, low=1, high=MOST_POINTS, integer=True)))
     axes = {str(name): _lists(f"grid: {name}", values, object) for name, values in grid.items()}
@@ -69,9 +66,9 @@ def combine(
         raise ConfigError(f"{twice[0]} is set in two places of the grid file (settings, cases, grid, seeds): keep one.")
     count = len(cases) * math.prod(len(values) for values in axes.values())
     if count > MOST_POINTS:
-        raise ConfigError(
-            f"the grid has {count:,} points, and a sweep has at most {MOST_POINTS:,}: drop values or axes."
-        )
+        sizes = {"cases": len(cases), **{name: len(values) for name, values in axes.items()}}
+        told = " x ".join(f"{size:,} {name}" for name, size in sizes.items() if size > 1)
+        raise ConfigError(f"the grid has {count:,} points ({told}), a sweep at most {MOST_POINTS:,}: drop some.")
     points = [
         {**settings, **case, **dict(zip(axes, values, strict=True))}
         for case in cases
@@ -111,7 +108,7 @@ def make_points(
     kinds = notebook_parameters(notebook)
     if "output_dir" not in kinds:
         raise ConfigError(f"{notebook.name} has no parameter output_dir, so its points would share a run folder.")
-    usual = {n: ast.literal_eval(p["default"]) for n, p in inspect_notebook(str(notebook)).items()}
+    usual = notebook_defaults(notebook)
     combined, names = combine(told)
     points: list[Point] = []
     taken = set(known.values())
@@ -161,6 +158,8 @@ class Sweep:
         folder: str | Path,  # with a sweep.json
     ):
         self.path = Path(folder).absolute()
+        if not (self.path / "sweep.json").exists():
+            raise ConfigError(f"{folder} holds no sweep (no sweep.json): name a grid file, or a folder of runs/sweeps.")
         told = read_json(self.path / "sweep.json", dict)
         self.notebook, self.cwd = Path(told["notebook"]), Path(told["cwd"])
         self.points = [Point(**point) for point in told["points"]]
@@ -172,6 +171,10 @@ class Sweep:
     def executed(self, point: Point) -> Path:
         "The executed notebook of a point."
         return self.path / f"{point.name}.ipynb"
+
+    def rounds(self, point: Point) -> int:
+        "The rounds of a run that are on disk; 0 also for a notebook that has none."
+        return sum(path.is_dir() for path in self.run_folder(point).glob("round_*"))
 
     def record(self, point: Point) -> Record | None:
         "How the last attempt ended; None: never tried."
@@ -197,11 +200,12 @@ class Sweep:
 def hold(
     path: Path,  # of a lock file
     said: str,  # what is in use, for the message
+    patience: float = 0.0,  # seconds to wait for it
 ) -> filelock.BaseFileLock | None:  # to be released; None: a file system without locks
-    "Take a lock at once; `RunError` if another process has it."
+    "Take a lock; `RunError` if another process has it."
     lock = filelock.FileLock(path, thread_local=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except filelock.Timeout:
         raise RunError(f"{said} is in use by another process: wait for it, or stop it.") from None
     except NotImplementedError:
@@ -216,7 +220,9 @@ def open_sweep(
     out: str | Path | None = None,  # the folder; None: runs/sweeps/NAME, after the file
 ) -> Sweep:
     "Make a sweep's folder, or bring it up to date with its file: what is done stays. `ConfigError` for a bad file."
-    told = dict(grid) if isinstance(grid, Mapping) else read_yaml_file(grid)
+    told = dict(grid) if isinstance(grid, Mapping) else read_yaml_file(grid, "grid file")
+    if not told:
+        raise ConfigError(f"{'the grid' if isinstance(grid, Mapping) else grid} is empty: say at least which notebook.")
     notebook = find_notebook(str(told.get("notebook") or "run_al"))
     name = "unnamed" if isinstance(grid, Mapping) else Path(grid).stem
     folder = resolve_path(out) if out else project_root() / "runs" / "sweeps" / name
@@ -255,6 +261,19 @@ _TOLD = {  # column -> where it stands in summary.json
     "human_seconds": ("budget", "human_seconds"),
     "judge_usd": ("budget", "judge_usd"),
 }
+
+
+def result_text(
+    sweep: Sweep,  # at any time
+    point: Point,  # that is done
+) -> str:  # empty: nothing was measured
+    "The figure of a point that one asks for first."
+    path = sweep.run_folder(point) / "summary.json"
+    summary = read_json(path, dict) if path.is_file() else {}
+    for name, what in (("test_mean_iou", "test"), ("val_mean_iou", "validation")):
+        if (value := _number(summary, *_TOLD[name])) is not None:
+            return f"mean IoU {value:.3f} ({what})"
+    return ""
 
 
 def table_rows(

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from .grid import LOST, Record, Sweep
+from .grid import LOST, RUNNING, Record, Sweep
 from .points import TRIES, point_process
 from .run import SCHEDULER
 from ..core.checks import RunError, check_number
@@ -127,8 +127,10 @@ class Crew:
         jobs: int = 0,  # at once; 0: see `slots`
         memory_gb: float = 0.0,  # of a point; 0: as those that ended took
         tell: Callable[[int, Record], None] | None = None,  # called after each point
+        watch: Callable[[Sequence[int], int], None] | None = None,  # each second: who is at work, the signal that came
     ):
         self.sweep, self.memory, self.tell = sweep, check_number("--memory", memory_gb, low=0, high=1e5), tell
+        self.watch = watch
         self.slots = slots(jobs)
         self.running: list[_Running] = []
         self.stopped = 0  # the signal that ended all
@@ -156,7 +158,8 @@ class Crew:
                     self._start(waiting.popleft())
                 if again and not (waiting or self.running or self.stopped):
                     self._start(again.popleft())
-                self._rest()
+                if self.running:
+                    self._rest()
         return self.stopped
 
     def _stop(self, number: int, frame: Any) -> None:
@@ -188,19 +191,21 @@ class Crew:
             self._looked = time.monotonic()
             for job in self.running:
                 job.look()
+            if self.watch is not None:
+                self.watch([job.number for job in self.running], self.stopped)
 
     def _take_in(self) -> list[tuple[int, Record]]:
         "Those that have ended, with the most memory they held."
         ended = [job for job in self.running if job.said.poll() or not job.process.is_alive()]
         self.running = [job for job in self.running if job not in ended]
-        return [(job.number, record) for job in ended if (record := self._noted(job)) is not None]
+        return [(job.number, self._noted(job)) for job in ended]
 
-    def _noted(self, job: _Running) -> Record | None:
-        "The record of a point that ended; None: another process is at it."
+    def _noted(self, job: _Running) -> Record:
+        "The record of a point that ended, or that another process is at."
         result, point = job.result(), self.sweep.points[job.number]
         job.process.join()
         if isinstance(result, str):
-            return None
+            return Record(RUNNING, result)
         known = self.sweep.record(point) or result
         record = result if result.state != LOST else Record(**{**vars(known), "state": LOST, "error": result.error})
         if result.state == LOST and result.host:

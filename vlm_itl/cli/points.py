@@ -7,6 +7,7 @@ __all__ = ['TRIES', 'take_turn', 'work_on', 'point_process', 'work_through']
 
 # %% ../../nbs/cli/05_points.ipynb #points-imports
 import getpass
+import logging
 import multiprocessing
 import os
 import signal
@@ -18,23 +19,27 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import filelock
 
 from .grid import DONE, FAILED, LOST, RUNNING, STOPPED, WAITS, Point, Record, Sweep, hold
-from .run import NotebookRun, run_notebook
+from .run import SCHEDULER, NotebookRun, run_notebook
 from ..core.checks import RunError, VlmItlError
+from ..core.runfolder import on_signals
 
 # %% ../../nbs/cli/05_points.ipynb #points-turn
 _APART_S = 0.1  # between two starts on one machine
 
 
 def take_turn() -> None:
-    "Wait until it is this process's turn to start a kernel; where no turns can be taken, do not wait."
-    place = Path(tempfile.gettempdir()) / f"vlm_itl_{getpass.getuser()}.start"
+    "Wait until the last start of a kernel is a moment ago; where no turns can be taken, do not wait."
     try:
-        with filelock.FileLock(place).acquire(timeout=60):
-            time.sleep(_APART_S)
+        last = Path(tempfile.gettempdir()) / f"vlm_itl_{getpass.getuser()}.start"
+        with filelock.FileLock(last.with_suffix(".lock")).acquire(timeout=60):
+            since = time.time() - last.stat().st_mtime if last.exists() else _APART_S
+            time.sleep(min(max(0.0, _APART_S - since), _APART_S))
+            last.touch()
     except (filelock.Timeout, NotImplementedError, OSError, KeyError):
         pass
 
@@ -61,25 +66,45 @@ def _attempt(sweep: Sweep, point: Point) -> tuple[str, str | None, int]:  # stat
         return FAILED, str(error), 0
     return *_ended(result), result.stopped
 
+# %% ../../nbs/cli/05_points.ipynb #points-one-work
+class _Early:
+    "Ends what comes before the notebook, which knows by itself how to end, and remembers the signal."
+
+    number = 0
+
+    def __call__(self, number: int, frame: Any) -> None:
+        self.number = number
+        raise KeyboardInterrupt
+
+
+def _try(sweep: Sweep, point: Point, record: Record) -> None:
+    "One attempt, from the record that says so to the record that says how it ended."
+    started, early = time.monotonic(), _Early()
+    try:
+        with on_signals(early, (signal.SIGINT, signal.SIGTERM, *SCHEDULER)):
+            sweep.write(point, record)
+            record.state, record.error, record.signal = _attempt(sweep, point)
+    except KeyboardInterrupt:
+        record.state, record.error, record.signal = STOPPED, "stopped before the notebook ran", early.number
+    record.seconds += time.monotonic() - started
+    sweep.write(point, record)
+
 
 def work_on(
     sweep: Sweep,  # whose folder this process can write
     number: int,  # of the point, from 0
+    patience: float = 0.0,  # seconds to wait for another process that is at it
 ) -> Record:  # also on disk, if there is room
     "Bring one point as far as it goes; one that is done is left alone. `RunError` if another process is at it."
     point = sweep.points[number]
-    record = sweep.record(point) or Record(RUNNING)
-    if sweep.is_done(point):
-        return record
-    lock = hold(sweep.path / f".{point.name}.lock", f"point {point.name}")
-    started = time.monotonic()
-    record = Record(RUNNING, None, record.attempts + 1, record.seconds, socket.gethostname(), 0, record.peak_gb)
+    lock = hold(sweep.path / f".{point.name}.lock", f"point {point.name}", patience)
     try:
-        sweep.write(point, record)
-        record.state, record.error, record.signal = _attempt(sweep, point)
-        record.seconds += time.monotonic() - started
-        sweep.write(point, record)
-    except RunError as error:
+        record = sweep.record(point) or Record(RUNNING)
+        if sweep.is_done(point):
+            return record
+        record = Record(RUNNING, None, record.attempts + 1, record.seconds, socket.gethostname(), 0, record.peak_gb)
+        _try(sweep, point, record)
+    except RunError as error:  # the disk is full
         if record.state != DONE:
             record.state, record.error = FAILED, record.error or str(error)
     finally:
@@ -88,6 +113,9 @@ def work_on(
     return record
 
 # %% ../../nbs/cli/05_points.ipynb #points-process
+_PATIENCE_S = 60.0  # with the points of a command that was killed, which write their checkpoints
+
+
 def _stop_with_parent() -> None:
     "When the command is gone, nobody waits for this point: end it in good order."
     parent = multiprocessing.parent_process()
@@ -107,9 +135,10 @@ def point_process(
         os.setsid()
     os.environ.clear()  # the server's is as old as the server
     os.environ.update(surroundings)
+    logging.getLogger("papermill").addHandler(logging.NullHandler())  # what it says of a dead kernel is in the record
     threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
-        said.send(work_on(Sweep(folder), number))
+        said.send(work_on(Sweep(folder), number, _PATIENCE_S))
     except RunError as error:
         said.send(str(error))
 
