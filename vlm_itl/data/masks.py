@@ -167,22 +167,22 @@ def _stamp(path: str | Path) -> tuple[int, ...]:
 
 # %% ../../nbs/data/02_masks.ipynb #masks-small
 class _Small:
-    "What small files held that were decoded lately."
+    "What small masks held that were decoded lately."
 
     def __init__(
         self,
-        each: int = 2**17,  # bytes, decoded: larger pictures are not kept
-        together: int = 2**26,  # bytes of all that is kept; what nobody has asked for longest goes first
+        each: int = 2**15,  # pixels: larger masks are not kept
+        together: int = 2**24,  # pixels of all that is kept; what nobody has asked for longest goes first
     ) -> None:
-        self.each, self.together, self.bytes = each, together, 0
-        self.lock, self.kept = threading.Lock(), OrderedDict[Any, tuple[tuple[int, ...], Any, int]]()
+        self.each, self.together, self.pixels = each, together, 0
+        self.lock, self.kept = threading.Lock(), OrderedDict[Any, tuple[tuple[int, ...], np.ndarray]]()
 
     def read(
         self,
         how: Any,  # what it is decoded to
         cell: Any,  # {"path", "bytes"}, a path, or anything else, which is not kept
-        decode: Callable[[], Any],  # a picture or an array, from the file
-    ) -> Any:  # the same, or a copy
+        decode: Callable[[], np.ndarray],  # (H, W) uint8, from the file
+    ) -> np.ndarray:  # the same, or a copy
         "What was decoded before, if the file is as it was; else decode it."
         path = cell.get("path") if isinstance(cell, Mapping) and cell.get("bytes") is None else cell
         stamp = _stamp(path) if isinstance(path, (str, Path)) else ()
@@ -192,27 +192,19 @@ class _Small:
             found = self.kept.get((how, str(path)))
             if found is not None and found[0] == stamp:
                 self.kept.move_to_end((how, str(path)))
-                return _copy(found[1])
-        value = decode()
-        size = value.nbytes if isinstance(value, np.ndarray) else 3 * value.width * value.height
-        if size <= self.each and time.time_ns() - max(stamp[:2]) > _JUST_NOW:
-            self._keep((how, str(path)), (stamp, _copy(value), size))
-        return value
+                return found[1].copy()
+        mask = decode()
+        if mask.size <= self.each and time.time_ns() - max(stamp[:2]) > _JUST_NOW:
+            self._keep((how, str(path)), stamp, mask.copy())
+        return mask
 
-    def _keep(self, key: tuple[Any, str], entry: tuple[tuple[int, ...], Any, int]) -> None:
+    def _keep(self, key: tuple[Any, str], stamp: tuple[int, ...], mask: np.ndarray) -> None:
         with self.lock:
-            self.bytes += entry[2] - self.kept.pop(key, ((), None, 0))[2]
-            self.kept[key] = entry
-            while self.bytes > self.together:
-                self.bytes -= self.kept.popitem(last=False)[1][2]
-
-# %% ../../nbs/data/02_masks.ipynb #masks-small-copy
-def _copy(value: Any) -> Any:
-    "One's own, which may be changed; a picture still says what kind of file it was."
-    copied = value.copy()
-    if isinstance(value, Image.Image):
-        copied.format = value.format
-    return copied
+            before = self.kept.pop(key, None)
+            self.kept[key] = stamp, mask
+            self.pixels += mask.size - (0 if before is None else before[1].size)
+            while self.pixels > self.together:
+                self.pixels -= self.kept.popitem(last=False)[1][1].size
 
 
 _SMALL = _Small()
@@ -262,11 +254,6 @@ def read_image(
     name: str = "",  # the row's id, for messages
 ) -> Image.Image:  # RGB, upright
     "Decode an image. 16-bit grey keeps its upper byte, transparency is dropped. Broken or exotic files: `DataError`."
-    return _SMALL.read("image", cell, lambda: _decode_image(cell, name))
-
-
-def _decode_image(cell: Any, name: str) -> Image.Image:
-    "What `read_image` gives, from the file."
     where = _where(cell, name)
     image = _load(open_image(cell, name), where)
     if image.mode == "RGB":

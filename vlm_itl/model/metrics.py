@@ -34,13 +34,16 @@ def _as_int_tensor(
 ) -> torch.Tensor:  # uint8 where all values fit, else int64
     "Wrap class indices as a tensor, a uint8 array without copying; `DataError` for anything but whole numbers."
     if isinstance(values, torch.Tensor):
-        tensor, whole = values.detach(), not (values.is_floating_point() or values.is_complex())
+        whole = not (values.is_floating_point() or values.is_complex())
     else:
-        array = np.ascontiguousarray(values)
-        whole = array.dtype.kind in "iub"
-        tensor = torch.from_numpy(array if array.flags.writeable else array.copy()) if whole else array
+        values = np.ascontiguousarray(values)
+        whole = values.dtype.kind in "iub"
     if not whole:
-        raise DataError(f"{what} must hold class indices (whole numbers), not {tensor.dtype}; take argmax of logits.")
+        raise DataError(f"{what} must hold class indices (whole numbers), not {values.dtype}; take argmax of logits.")
+    if isinstance(values, torch.Tensor):
+        tensor = values.detach()
+    else:
+        tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
     if tensor.dtype != torch.uint8:
         tensor = _as_bytes(tensor)
     return tensor if device is None else tensor.to(device)
