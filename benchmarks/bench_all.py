@@ -20,10 +20,10 @@ RESULTS = HERE.parent / "results"
 PARTS: dict[str, list[str]] = {  # script -> its arguments in `make bench`
     "bench_preprocess": ["5"],
     "bench_metrics": ["5"],
-    "bench_startup": ["5"],
+    "bench_startup": ["3"],
     "bench_step": ["3"],
-    "bench_bald": ["3"],
-    "bench_round": ["3"],
+    "bench_bald": ["2"],
+    "bench_round": ["1"],
     "bench_judge": ["2"],
     "bench_sweep": ["2"],
     "bench_processes": ["1"],

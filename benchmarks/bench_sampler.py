@@ -2,14 +2,13 @@
 
 Run as `python benchmarks/bench_sampler.py` (six minutes, 3 GB) in an environment that holds the peers, as settings.ini
 says beside `extra_peers`; rows of absent peers say so. One thread, CPU time, medians of turns taken in one process;
-memory is the peak over what was there before, each measured in a process of its own. One JSON row a line with the keys
-{part, ours, peer, unit, ratio, goal, holds}, all of them also in results/bench_sampler.json.
+memory is the peak over what was there before, each measured in a process of its own. Rows as in table.py, also in
+results/bench_sampler.json.
 """
 
 import gc
 import importlib.util
 import json
-import math
 import os
 import resource
 import subprocess
@@ -17,9 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch read it
@@ -27,9 +24,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before numpy and torch read it
 import numpy as np
 import torch
 from PIL import Image
+from table import Row, compare, publish, take_turns
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
-from vlm_itl.core.files import project_root, write_json
+from vlm_itl.core.files import project_root
 from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows
@@ -45,40 +43,20 @@ T = 10  # looks
 IMAGES = 32  # of BALD, 256 x 256
 BATCH = 8
 PEERS = {"baal": "pip install baal==2.1.0", "skmatter": "pip install --no-deps skmatter==0.4.1"}
-ROWS: list[dict[str, Any]] = []
 
 
-def show(row: dict[str, Any]) -> None:
-    "Print one line and keep it."
-    ROWS.append(row)
-    print(json.dumps(row), flush=True)
-
-
-def row(part: str, ours: float, peer: float, unit: str, ratio: float, goal: str, holds: bool) -> None:
-    "One comparison."
-    numbers = {"ours": round(ours, 2), "peer": round(peer, 2), "unit": unit, "ratio": float(f"{ratio:.3g}")}
-    show({"part": part, **numbers, "goal": goal, "holds": bool(holds)})
-
-
-def missing(name: str, *parts: str) -> bool:
-    "Is a peer absent? Then its rows say so."
+def missing(name: str) -> bool:
+    "Is a peer absent? Then that is said, and its rows are left out."
     if importlib.util.find_spec(name):
         return False
-    for part in parts:
-        show({"part": part, "holds": None, "missing": PEERS[name]})
+    print(f"{name} is not installed ({PEERS[name]}): its rows are left out", flush=True)
     return True
 
 
-def turns(functions: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, float]:
-    "Median CPU milliseconds of each, one after the other in every round, after one round to warm up."
-    found: dict[str, list[float]] = {name: [] for name in functions}
-    for number in range(repeats + 1):
-        for name, function in functions.items():
-            start = time.process_time()
-            function()
-            if number:
-                found[name].append(1e3 * (time.process_time() - start))
-    return {name: median(values) for name, values in found.items()}
+def turns(functions: dict[str, Callable[[], Any]], repeats: int = 5) -> dict[str, list[float]]:
+    "CPU milliseconds of each turn, after one to warm up."
+    taken = take_turns(functions, repeats, clock=time.process_time)
+    return {name: [1000 * seconds for seconds in found] for name, found in taken.items()}
 
 
 # ---- memory, and what is measured in a process of its own
@@ -213,7 +191,7 @@ def alone(name: str, argument: str) -> dict[str, float]:
 # ---- the parts
 
 
-def score_rows() -> None:
+def score_rows() -> list[Row]:
     "Fused scores and BALD against forward passes."
     model = small_model()
     pixels = torch.randint(0, 256, (2, 3, 256, 256), dtype=torch.uint8)
@@ -230,48 +208,38 @@ def score_rows() -> None:
                 "bald": lambda: look(model, pixels, valid),
             }
         )
-    forward = cost["forward"]
-    ratio = cost["fused"] / forward
-    row("three fused scores at 1/4 size / forward pass", cost["fused"], forward, "ms", ratio, "<= 0.03", ratio <= 0.03)
-    ratio = cost["full"] / forward
-    row("three fused scores at full size / forward pass", cost["full"], forward, "ms", ratio, "<= 0.35", ratio <= 0.35)
-    ratio = cost["bald"] / (T * forward)
-    part = f"BALD T = {T} / T forward passes (last layer's dropout: encoded once)"
-    row(part, cost["bald"], T * forward, "ms", ratio, "<= 1.1", ratio <= 1.1)
     inside = next(m for m in model.encoder.modules() if isinstance(m, torch.nn.Dropout))
     inside.p = 0.1  # one more active layer, at the start: T whole passes
     with torch.inference_mode():
-        cost = turns({"forward": lambda: model(pixels), "bald": lambda: look(model, pixels, valid)}, repeats=3)
-    ratio = cost["bald"] / (T * cost["forward"])
-    part = f"BALD T = {T} / T forward passes (dropout in the encoder too: T whole passes)"
-    row(part, cost["bald"], T * cost["forward"], "ms", ratio, "<= 1.1", ratio <= 1.1)
+        whole = turns({"forward": lambda: model(pixels), "bald": lambda: look(model, pixels, valid)}, repeats=3)
+    once, each = ([T * forward for forward in found["forward"]] for found in (cost, whole))
+    bald = f"BALD T = {T} / T forward passes"
+    forward = cost["forward"]
+    return [
+        compare("three fused scores at 1/4 size / forward pass", cost["fused"], forward, "ms", "<= 0.03"),
+        compare("three fused scores at full size / forward pass", cost["full"], forward, "ms", "<= 0.35"),
+        compare(f"{bald} (last layer's dropout: encoded once)", cost["bald"], once, "ms", "<= 1.1"),
+        compare(f"{bald} (dropout in the encoder too: T whole passes)", whole["bald"], each, "ms", "<= 1.1"),
+    ]
 
 
-def baal_rows() -> None:
+def baal_rows() -> list[Row]:
     "BALD against baal's three ways."
+    if missing("baal"):
+        return []
     ways = {
         "array": "array (its default)",
         "generator": "generator",
         "lean": "generator with replicate_in_memory=False (its leanest)",
     }
-    head = f"BALD T = {T}, {IMAGES} images 256 x 256, 1/4 size, {BATCH} at once"
-    if missing("baal", *[f"{head}: {what} / baal's {way}" for way in ways.values() for what in ("CPU time", "memory")]):
-        return
+    head, rows = f"BALD T = {T}, {IMAGES} images 256 x 256, 1/4 size, {BATCH} at once", list[Row]()
     ours = alone("bald", "ours")
     for way, words in ways.items():
         theirs = alone("bald", way)
-        ratio = ours["seconds"] / theirs["seconds"]
-        row(
-            f"{head}: CPU time / baal's {words}",
-            ours["seconds"],
-            theirs["seconds"],
-            "s",
-            ratio,
-            "<= 0.333",
-            ratio <= 1 / 3,
-        )
-        ratio = ours["mb"] / theirs["mb"]
-        row(f"{head}: extra memory / baal's {words}", ours["mb"], theirs["mb"], "MB", ratio, "<= 0.5", ratio <= 0.5)
+        time_row = f"{head}: CPU time / baal's {words}", [ours["seconds"]], [theirs["seconds"]]
+        memory_row = f"{head}: extra memory / baal's {words}", [ours["mb"]], [theirs["mb"]]
+        rows += [compare(*time_row, "s", "<= 0.333"), compare(*memory_row, "MB", "<= 0.5")]
+    return rows
 
 
 def full_matrix(points: np.ndarray, k: int) -> list[int]:
@@ -286,18 +254,16 @@ def full_matrix(points: np.ndarray, k: int) -> list[int]:
     return picks
 
 
-def coreset_rows(n: int = 10_000, k: int = 500) -> None:
+def coreset_rows(n: int = 10_000, k: int = 500) -> list[Row]:
     "Core-set against the full matrix and skmatter."
     points = make_rng(0, "bench", "coreset").normal(size=(n, 256)).astype(np.float32)
     right = kcenter_greedy(points, None, k)[0]
     size = f"N = {n}, k = {k}, d = 256"
     assert full_matrix(points, k) == right
     cost = turns({"ours": lambda: kcenter_greedy(points, None, k), "full": lambda: full_matrix(points, k)}, repeats=1)
-    ratio = cost["full"] / cost["ours"]
-    row(f"full-matrix core-set / ours, {size}", cost["ours"], cost["full"], "ms", ratio, ">= 30", ratio >= 30)
-    part = f"core-set / skmatter's FPS, same picks, {size}"
-    if missing("skmatter", part):
-        return
+    rows = [compare(f"full-matrix core-set / ours, {size}", cost["ours"], cost["full"], "ms", ">= 30")]
+    if missing("skmatter"):
+        return rows
     from skmatter.sample_selection import FPS
 
     def peer() -> Any:
@@ -305,42 +271,32 @@ def coreset_rows(n: int = 10_000, k: int = 500) -> None:
 
     assert peer().selected_idx_.tolist() == right
     cost = turns({"ours": lambda: kcenter_greedy(points, None, k), "peer": peer}, repeats=3)
-    ratio = cost["ours"] / cost["peer"]
-    row(part, cost["ours"], cost["peer"], "ms", ratio, "<= 1", ratio <= 1)
+    part = f"core-set / skmatter's FPS, same picks, {size}"
+    return [*rows, compare(part, cost["ours"], cost["peer"], "ms", "<= 1")]
 
 
-def memory_rows(large: int = 50_000) -> None:
+def memory_rows(large: int = 50_000) -> list[Row]:
     "What must not grow."
-    few, many = (median(alone("scoring", count)["mb"] for _ in range(3)) for count in ("200", "2000"))
-    part = "memory of scoring, 2000 images / 200 images"
-    row(part, many, few, "MB", many / few, "0.9 to 1.1", 0.9 <= many / few <= 1.1)
+    few, many = ([alone("scoring", count)["mb"] for _ in range(3)] for count in ("200", "2000"))
+    rows = [compare("memory of scoring, 2000 images / 200 images", many, few, "MB", "<= 1.1")]
     found = alone("coreset", str(large))
-    ratio = found["mb"] / found["features"]
     part = f"core-set of 1000 of {large}, d = 256: extra memory / features"
-    row(part, found["mb"], found["features"], "MB", ratio, "< 2", ratio < 2)
+    rows.append(compare(part, [found["mb"]], [found["features"]], "MB", "<= 2"))
     found = alone("probcover", str(large))
-    matrix = large * large * 4 / 2**20
-    ratio = found["mb"] / matrix
     part = f"probcover of 1000 of {large}, d = 64 ({found['seconds']:.0f} s): extra memory / an N x N matrix in float32"
-    row(part, found["mb"], matrix, "MB", ratio, "<= 0.05", ratio <= 0.05)
+    rows.append(compare(part, [found["mb"]], [large * large * 4 / 2**20], "MB", "<= 0.05"))
+    return rows
 
 
-def main() -> None:
+def main() -> list[Row]:
     "All rows."
     torch.set_num_threads(1)
-    if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(CHILDREN[sys.argv[2]](sys.argv[3])))
-        return
-    names = ["numpy", "scikit-learn", "torch", "transformers"] + [n for n in PEERS if importlib.util.find_spec(n)]
-    versions = {name: version(name) for name in names}
-    print(json.dumps({"versions": versions, "missing": [n for n in PEERS if n not in versions]}), flush=True)
-    score_rows()
-    baal_rows()
-    coreset_rows()
-    memory_rows()
-    assert all(math.isfinite(r.get("ratio", 0)) for r in ROWS)
-    write_json(project_root() / "results" / "bench_sampler.json", {"versions": versions, "rows": ROWS})
+    return [*score_rows(), *baal_rows(), *coreset_rows(), *memory_rows()]
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--measure"]:
+        torch.set_num_threads(1)
+        print(json.dumps(CHILDREN[sys.argv[2]](sys.argv[3])))
+    else:
+        publish(main(), project_root() / "results" / "bench_sampler.json")

@@ -143,6 +143,26 @@ def test_other_void_values(ignore_index):
     assert counts.sum() == 2 and counts[1, 1] == 1 and counts[2, 1] == 1
 
 
+@pytest.mark.parametrize(("num_classes", "void"), [(1, 255), (21, 255), (21, 0), (21, 20), (255, 255), (256, 255)])
+def test_regions_are_counted_as_their_pixels_are(num_classes, void):
+    "Masks of regions are counted run by run; any value may stand where the truth is void, and nowhere else."
+    rng = np.random.default_rng(num_classes + void)
+    truth, prediction = np.kron(rng.integers(0, num_classes, (2, 8, 5)), np.ones((1, 6, 20))).astype(np.uint8)
+    truth[20:31, 13:77] = void
+    prediction[22:30, 20:60] = 255
+    prediction[truth != void] = np.minimum(prediction, num_classes - 1)[truth != void]
+    by_hand = np.zeros((num_classes, num_classes), dtype=np.int64)
+    known = truth != void
+    np.add.at(by_hand, (truth[known], prediction[known]), 1)
+    assert np.array_equal(count_pairs(prediction, truth, num_classes, void), by_hand)
+    if num_classes < 255:
+        for what, changed in (("truth", truth), ("prediction", prediction)):
+            changed[:3, :50] = 254
+            with pytest.raises(DataError, match=f"{what} holds 254 in"):
+                count_pairs(prediction, truth, num_classes, void)
+            changed[:3, :50] = num_classes - 1 if void != num_classes - 1 else 1
+
+
 def test_more_than_256_classes():
     truth = np.array([0, 299, 300, 255])
     matrix = ConfusionMatrix(301, ignore_index=-1).update(truth, truth)

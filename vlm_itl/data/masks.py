@@ -12,8 +12,9 @@ import os
 import re
 import stat
 import threading
+import time
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -151,6 +152,62 @@ def open_image(
     if not width * height:
         raise DataError(f"{where}: the picture has no pixels")
     return image
+
+# %% ../../nbs/data/02_masks.ipynb #masks-small-stamp
+_JUST_NOW = 50_000_000  # nanoseconds; a file system tells times apart that are 10 ms from each other
+
+
+def _stamp(path: str | Path) -> tuple[int, ...]:
+    "By what a file that was not touched is known, and the limit under which it is read; empty where there is no file."
+    try:
+        told = os.stat(path)
+    except (OSError, ValueError):  # whoever opens it says what is wrong
+        return ()
+    return told.st_mtime_ns, told.st_ctime_ns, told.st_size, told.st_ino, told.st_dev, pixel_limit()
+
+# %% ../../nbs/data/02_masks.ipynb #masks-small
+class _Small:
+    "What small masks held that were decoded lately."
+
+    def __init__(
+        self,
+        each: int = 2**15,  # pixels: larger masks are not kept
+        together: int = 2**24,  # pixels of all that is kept; what nobody has asked for longest goes first
+    ) -> None:
+        self.each, self.together, self.pixels = each, together, 0
+        self.lock, self.kept = threading.Lock(), OrderedDict[Any, tuple[tuple[int, ...], np.ndarray]]()
+
+    def read(
+        self,
+        how: Any,  # what it is decoded to
+        cell: Any,  # {"path", "bytes"}, a path, or anything else, which is not kept
+        decode: Callable[[], np.ndarray],  # (H, W) uint8, from the file
+    ) -> np.ndarray:  # the same, or a copy
+        "What was decoded before, if the file is as it was; else decode it."
+        path = cell.get("path") if isinstance(cell, Mapping) and cell.get("bytes") is None else cell
+        stamp = _stamp(path) if isinstance(path, (str, Path)) else ()
+        if not stamp:
+            return decode()
+        with self.lock:
+            found = self.kept.get((how, str(path)))
+            if found is not None and found[0] == stamp:
+                self.kept.move_to_end((how, str(path)))
+                return found[1].copy()
+        mask = decode()
+        if mask.size <= self.each and time.time_ns() - max(stamp[:2]) > _JUST_NOW:
+            self._keep((how, str(path)), stamp, mask.copy())
+        return mask
+
+    def _keep(self, key: tuple[Any, str], stamp: tuple[int, ...], mask: np.ndarray) -> None:
+        with self.lock:
+            before = self.kept.pop(key, None)
+            self.kept[key] = stamp, mask
+            self.pixels += mask.size - (0 if before is None else before[1].size)
+            while self.pixels > self.together:
+                self.pixels -= self.kept.popitem(last=False)[1][1].size
+
+
+_SMALL = _Small()
 
 # %% ../../nbs/data/02_masks.ipynb #labels-open-turns
 _TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # how to set it upright
@@ -293,6 +350,11 @@ def read_mask(
 ) -> np.ndarray:  # uint8 (H, W), 0..C-1 or 255
     "Decode a mask: palette, grey or RGB. A value outside the label space is a `DataError` with the file and the value."
     labels = labels.binary() if binary else labels
+    return _SMALL.read(labels, cell, lambda: _decode_mask(cell, labels, name))
+
+
+def _decode_mask(cell: Any, labels: LabelSpace, name: str) -> np.ndarray:
+    "What `read_mask` gives, from the file."
     where = _where(cell, name)
     source = labels
     if isinstance(cell, np.ndarray):
@@ -490,6 +552,11 @@ def read_indices(
     name: str = "",  # the row's id, for messages
 ) -> np.ndarray:  # uint8 (H, W), as stored
     "A mask that this library wrote: one byte per pixel, palette or grey. `DataError` for anything else."
+    return _SMALL.read("indices", cell, lambda: _decode_indices(cell, name))
+
+
+def _decode_indices(cell: Any, name: str) -> np.ndarray:
+    "What `read_indices` gives, from the file."
     where = _where(cell, name)
     image = _load(open_image(cell, name), where)
     if image.mode not in ("P", "L"):

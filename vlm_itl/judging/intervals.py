@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from ..core.checks import DataError, check_number
 from ..model.metrics import class_counts
@@ -132,7 +132,7 @@ def miou_interval(
     miou = float(_mean_ratio(weights @ above, weights @ below))
     without = _moves(above, below, groups, weights)
     spread = np.array([(k - 1) * without[groups == h].var() for h, k in enumerate(drawn)])
-    half = stats.t.ppf(0.5 + level / 2, len(groups) - count) * math.sqrt(((1 - drawn / total) * spread).sum())
+    half = stdtrit(len(groups) - count, 0.5 + level / 2) * math.sqrt(((1 - drawn / total) * spread).sum())
     low, high = max(0.0, miou - half), min(1.0, miou + half)
     more = _more_images(spread, drawn, total)
     return MiouInterval(miou, low, high, level, tuple(classes.tolist()), len(groups), more)
@@ -174,5 +174,5 @@ def miou_gain(
     old, new = (float(_mean_ratio(above.sum(0), below.sum(0))) for above, below in parts)
     old_without, new_without = (_moves(above, below, one, weights) for above, below in parts)
     spread = (n - 1) * float((new_without - old_without).var())
-    half = float(stats.t.ppf(0.5 + level / 2, n - 1)) * math.sqrt(spread)
+    half = float(stdtrit(n - 1, 0.5 + level / 2)) * math.sqrt(spread)
     return Gain(new - old, new - old - half, new - old + half)

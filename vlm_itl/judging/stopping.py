@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import nnls
 
 from ..core.checks import ConfigError, DataError, check_number
 from .intervals import miou_gain
@@ -117,6 +116,8 @@ def fit_curve(
     miou: Sequence[float],  # what each measured
 ) -> LearningCurve:
     "A power law through the rounds, by least squares. `DataError` for fewer than three."
+    from scipy.optimize import nnls  # most of a second to import
+
     n, y = np.asarray(labelled, dtype=float), np.asarray(miou, dtype=float)
     if len(np.unique(n[n > 0])) < 3 or len(n) != len(y):
         raise DataError(f"a learning curve needs three rounds with different numbers of masks, not {list(labelled)}.")

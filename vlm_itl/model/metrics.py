@@ -17,6 +17,15 @@ from scipy.ndimage import minimum_filter
 
 from ..core.checks import DataError
 
+# %% ../../nbs/model/01_metrics.ipynb #metrics-as-bytes
+def _as_bytes(
+    tensor: torch.Tensor,  # bool or any integer type
+) -> torch.Tensor:  # uint8 where all values fit, else int64
+    "The same whole numbers in the smallest type."
+    wide = tensor.to(torch.int64)
+    low, high = wide.aminmax() if wide.numel() else (0, 0)
+    return wide.to(torch.uint8) if low >= 0 and high <= 255 else wide
+
 # %% ../../nbs/model/01_metrics.ipynb #metrics-as-tensor
 def _as_int_tensor(
     values: Any,  # numpy array, torch tensor or nested list of class indices
@@ -25,23 +34,18 @@ def _as_int_tensor(
 ) -> torch.Tensor:  # uint8 where all values fit, else int64
     "Wrap class indices as a tensor, a uint8 array without copying; `DataError` for anything but whole numbers."
     if isinstance(values, torch.Tensor):
+        whole = not (values.is_floating_point() or values.is_complex())
+    else:
+        values = np.ascontiguousarray(values)
+        whole = values.dtype.kind in "iub"
+    if not whole:
+        raise DataError(f"{what} must hold class indices (whole numbers), not {values.dtype}; take argmax of logits.")
+    if isinstance(values, torch.Tensor):
         tensor = values.detach()
     else:
-        array = np.ascontiguousarray(values)
-        if array.dtype.kind not in "iub":
-            raise DataError(
-                f"{what} must hold class indices (whole numbers), not {array.dtype}; take argmax of logits."
-            )
-        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-    if tensor.is_floating_point() or tensor.is_complex():
-        raise DataError(f"{what} must hold class indices (whole numbers), not {tensor.dtype}; take argmax of logits.")
-    if tensor.dtype == torch.bool:
-        tensor = tensor.to(torch.uint8)
-    elif tensor.dtype != torch.uint8:
-        tensor = tensor.to(torch.int64)
-        low, high = tensor.aminmax() if tensor.numel() else (tensor.new_zeros(()), tensor.new_zeros(()))
-        if low >= 0 and high <= 255:
-            tensor = tensor.to(torch.uint8)
+        tensor = torch.from_numpy(values if values.flags.writeable else values.copy())
+    if tensor.dtype != torch.uint8:
+        tensor = _as_bytes(tensor)
     return tensor if device is None else tensor.to(device)
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-refuse
@@ -66,30 +70,38 @@ def _refuse_values(
 def _count_runs(
     true: np.ndarray,  # (n,) uint8
     predicted: np.ndarray,  # (n,) uint8
-) -> np.ndarray:  # (65536,) int64: how often true * 256 + predicted
-    "Count pairs run by run."
-    ends = true[1:] != true[:-1]
-    ends |= predicted[1:] != predicted[:-1]
-    if 4 * np.count_nonzero(ends) > true.size or not true.size:
-        return np.bincount(true * np.uint16(256) + predicted, minlength=256 * 256)
-    last = np.append(np.flatnonzero(ends), true.size - 1)
-    pairs, lengths = true[last] * np.uint16(256) + predicted[last], np.diff(last, prepend=-1)
-    return np.bincount(pairs, weights=lengths, minlength=256 * 256).astype(np.int64)  # exact up to 2**53 pixels
+    num_classes: int,  # C
+    void: int,  # 0..255: a true value that is not counted
+) -> np.ndarray | None:  # (C + 1, 256) int64; rows = truth, row C takes every value from C on; None: too many runs
+    "Count pairs run by run; void runs are dropped first, so that the table is as short as there are classes."
+    edges = np.ones(true.size + 1, dtype=bool)
+    np.not_equal(true[1:], true[:-1], out=edges[1:-1])
+    edges[1:-1] |= predicted[1:] != predicted[:-1]
+    if 4 * np.count_nonzero(edges) > true.size:
+        return None
+    starts = np.flatnonzero(edges)  # of each run, and where the last one ends
+    lengths, row = np.diff(starts), true[starts[:-1]].astype(np.intp)
+    lengths[row == void] = 0
+    pairs = 256 * np.minimum(row, num_classes) + predicted[starts[:-1]]
+    table = np.bincount(pairs, weights=lengths, minlength=256 * (num_classes + 1))  # exact up to 2**53 pixels
+    return table.astype(np.int64).reshape(num_classes + 1, 256)
 
 
 def _table_of_bytes(
     true: torch.Tensor,  # uint8
     predicted: torch.Tensor,  # uint8, the same shape
+    num_classes: int,  # C
     void: int,  # 0..255: a true value that is not counted
-) -> torch.Tensor:  # (256, 256) int64; rows = truth
+) -> np.ndarray | torch.Tensor:  # (C + 1 or more, 256) int64; rows = truth, those from C on hold no class
     "Count all pairs of two bytes."
     if true.device.type == "cpu":
-        table = torch.from_numpy(_count_runs(true.flatten().numpy(), predicted.flatten().numpy())).view(256, 256)
-    else:
-        pairs = true.to(torch.int32).mul_(256).add_(predicted)
-        table = torch.bincount(pairs.flatten(), minlength=256 * 256).view(256, 256)
-    table[void] = 0
-    return table
+        table = _count_runs(true.numpy().reshape(-1), predicted.numpy().reshape(-1), num_classes, void)
+        if table is not None:
+            return table
+    pairs = true.to(torch.int32).mul_(256).add_(predicted)
+    pixels = torch.bincount(pairs.flatten(), minlength=256 * 256).view(256, 256)
+    pixels[void] = 0
+    return pixels
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-tables-wide
 def _table_of_numbers(
@@ -125,15 +137,15 @@ def count_pairs(
         raise DataError(f"prediction {tuple(predicted.shape)} and truth {tuple(true.shape)} differ in shape.")
     C, fits_bytes = num_classes, num_classes <= 256 and 0 <= ignore_index <= 255
     if fits_bytes and predicted.dtype == true.dtype == torch.uint8:
-        table = _table_of_bytes(true, predicted, ignore_index)
+        table: np.ndarray | torch.Tensor = _table_of_bytes(true, predicted, C, ignore_index)
     else:
         table = _table_of_numbers(true.to(torch.int64), predicted.to(torch.int64), C, ignore_index)
-    strange_truth, strange_prediction = table[C:], table[:C, C:]
-    if int(strange_truth.sum() + strange_prediction.sum()):
-        if int(strange_truth.sum()):
+    counts = table[:C, :C]
+    if int(counts.sum()) != int(table.sum()):
+        if int(table[C:].sum()):
             _refuse_values("truth", true, C, ignore_index)
         _refuse_values("prediction", predicted[true != ignore_index], C, ignore_index)
-    return table[:C, :C].clone()
+    return torch.as_tensor(counts).contiguous()
 
 # %% ../../nbs/model/01_metrics.ipynb #metrics-class-iou
 def class_iou(

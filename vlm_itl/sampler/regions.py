@@ -250,9 +250,7 @@ def region_label(
 # %% ../../nbs/sampler/04_regions.ipynb #regions-partial-corners
 def _corners(segment: np.ndarray) -> int:
     "Corners of a segment's outline."
-    rows, columns = np.nonzero(segment)
-    cut = np.pad(segment[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1], 1)
-    outlines = find_contours(cut.astype(float), 0.5)
+    outlines = find_contours(np.pad(segment, 1).astype(float), 0.5)
     return sum(max(1, len(approximate_polygon(line, tolerance=2.0)) - 1) for line in outlines)
 
 # %% ../../nbs/sampler/04_regions.ipynb #regions-partial-count-clicks
@@ -268,7 +266,8 @@ def count_clicks(
         return 1
     parts = connected_parts(np.where(asked, truth.astype(int) + 1, 0), background=0, connectivity=1)
     sizes = np.bincount(parts.ravel())[1:]
-    return 1 + sum(_corners(parts == number) for number in np.flatnonzero(np.arange(len(sizes)) != sizes.argmax()) + 1)
+    boxes = enumerate(find_objects(parts), 1)
+    return 1 + sum(_corners(parts[box] == number) for number, box in boxes if number != sizes.argmax() + 1)
 
 # %% ../../nbs/sampler/04_regions.ipynb #regions-show
 def draw_asked(
