@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SCHEDULER', 'RESTS', 'GO_ON', 'command', 'COMMANDS', 'passed_over', 'shipped', 'run_notebooks', 'find_notebook',
-           'copy_shipped', 'notebook_parameters', 'guess_value', 'typed_value', 'read_yaml', 'read_yaml_file',
-           'check_parameters', 'plan_output', 'LiveText', 'printed_run_folder', 'NotebookRun', 'run_notebook',
-           'gather_parameters', 'shown', 'describe_notebooks', 'call', 'main']
+           'copy_shipped', 'notebook_parameters', 'notebook_defaults', 'guess_value', 'typed_value', 'read_yaml',
+           'read_yaml_file', 'check_parameters', 'plan_output', 'LiveText', 'printed_run_folder', 'NotebookRun',
+           'run_notebook', 'gather_parameters', 'shown', 'describe_notebooks', 'call', 'main']
 
 # %% ../../nbs/cli/01_run.ipynb #run-imports
 import ast
@@ -18,7 +18,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import import_module
@@ -111,25 +111,42 @@ def copy_shipped(
     return [write_bytes(path, source.read_bytes()) for path, source in copies.items()]
 
 # %% ../../nbs/cli/01_run.ipynb #run-parameters
-def notebook_parameters(
-    notebook: str | Path,  # path to a notebook
-) -> dict[str, str]:  # name -> annotation as text, "" where there is none
-    "Names and types in the cell tagged `parameters`; empty if there is no such cell. `ConfigError` for a broken file."
+def _parameter_lines(notebook: str | Path) -> list[ast.stmt]:
+    "The statements of the cell tagged `parameters`; none if there is no such cell. `ConfigError` for a broken file."
     try:
         cells = nbformat.read(notebook, as_version=4).cells
     except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError) as error:
         raise ConfigError(f"{notebook} is not a notebook that can be read: {type(error).__name__}.") from error
+    tagged = (cell for cell in cells if cell.cell_type == "code" and "parameters" in cell.metadata.get("tags", []))
+    cell = next(tagged, None)
+    return [] if cell is None else ast.parse(cell.source).body
+
+
+def notebook_parameters(
+    notebook: str | Path,  # path to a notebook
+) -> dict[str, str]:  # name -> annotation as text, "" where there is none
+    "Names and types of the parameters. `ConfigError` for a broken file."
     parameters: dict[str, str] = {}
-    for cell in cells:
-        if cell.cell_type != "code" or "parameters" not in cell.metadata.get("tags", []):
-            continue
-        for node in ast.parse(cell.source).body:
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                parameters[node.target.id] = ast.unparse(node.annotation)
-            elif isinstance(node, ast.Assign):
-                parameters.update({target.id: "" for target in node.targets if isinstance(target, ast.Name)})
-        break
+    for node in _parameter_lines(notebook):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            parameters[node.target.id] = ast.unparse(node.annotation)
+        elif isinstance(node, ast.Assign):
+            parameters.update({target.id: "" for target in node.targets if isinstance(target, ast.Name)})
     return parameters
+
+
+def notebook_defaults(
+    notebook: str | Path,  # path to a notebook
+) -> dict[str, Any]:  # name -> value; without those that are no plain value, such as a call
+    "What the parameters are where nobody says otherwise. `ConfigError` for a broken file."
+    defaults: dict[str, Any] = {}
+    for node in _parameter_lines(notebook):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value is not None:
+            names = node.targets if isinstance(node, ast.Assign) else [node.target]
+            with suppress(ValueError):
+                value = ast.literal_eval(node.value)
+                defaults.update({name.id: value for name in names if isinstance(name, ast.Name)})
+    return defaults
 
 # %% ../../nbs/cli/01_run.ipynb #run-guess
 def guess_value(
@@ -189,13 +206,14 @@ def read_yaml(
 # %% ../../nbs/cli/01_run.ipynb #run-yaml-file
 def read_yaml_file(
     path: str | Path,  # from the current folder, from the project, or one that came with the package
+    what: str = "parameter file",  # for the message
 ) -> dict[str, Any]:  # parameter name -> value
     "Read a parameter file; `ConfigError` if it is missing or no YAML."
     try:
         given = resolve_path(path)
         return read_yaml((given if given.exists() else shipped() / path).read_bytes(), str(path))
     except OSError as error:
-        raise ConfigError(f"cannot read the parameter file {path}: {error.strerror}.") from error
+        raise ConfigError(f"cannot read the {what} {path}: {error.strerror}.") from error
 
 # %% ../../nbs/cli/01_run.ipynb #run-check
 def check_parameters(

@@ -274,6 +274,8 @@ class _SegTrainer(Trainer):
             rate, head_scale = learning_rates(self.settings, self.segmenter)
             groups = parameter_groups(self.segmenter, rate, head_scale, self.settings.weight_decay)
             self.optimizer = torch.optim.AdamW(groups, lr=rate)
+            # `Trainer` would walk through all modules after each step, a fiftieth of one; taken back by `_run`
+            self.segmenter.zero_grad = self.optimizer.zero_grad  # type: ignore[method-assign]
         return self.optimizer
 
     def compute_loss(
@@ -558,10 +560,13 @@ def _run(task: _Task, folder: str, watch: Checkpoints | None) -> FitResult:
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
         trainer = _trainer(task, folder, watch)
         seed_everything(task.seed, "train")  # only now: a `Trainer` seeds for itself when it is built
-        if task.share is None:
-            _go_on(trainer, watch)
-        else:
-            task.share.train(task, lambda: _go_on(trainer, watch))
+        try:
+            if task.share is None:
+                _go_on(trainer, watch)
+            else:
+                task.share.train(task, lambda: _go_on(trainer, watch))
+        finally:
+            vars(task.model).pop("zero_grad", None)
         trainer.accelerator.unwrap_model(task.model, keep_fp32_wrapper=False)
         trainer.accelerator.free_memory()
     task.model.eval()
