@@ -38,7 +38,7 @@ class Bare:
 
 sys.meta_path.insert(0, Bare())
 """  # a sitecustomize.py of a node where nobody has installed us
-LONG_S = 180  # three times the shortest limit that Slurm knows
+LONG_S = 200  # more than three times the shortest limit that Slurm knows
 
 
 @pytest.fixture(scope="module")
@@ -149,9 +149,9 @@ def undisturbed(slurm: SmallSlurm, tmp_path_factory: pytest.TempPathFactory) -> 
 def test_a_time_limit_shorter_than_the_run(slurm: SmallSlurm, tmp_path: Path, undisturbed: Undisturbed) -> None:
     """At least three times its time is up; it comes back by itself, and ends as if nothing had been.
 
-    A job has its minute. So the run is made as long as takes three minutes of training on this machine, as it is now.
+    A job has its minute. So the run is made as long as takes LONG_S of training on this machine, as it is now.
     """
-    steps = 10 * round(LONG_S / undisturbed.a_step(60) / 20)  # in each of two rounds
+    steps = 10 * round(LONG_S / undisturbed.a_step(600) / 20)  # in each of two rounds
     sweep = OnSlurm(slurm, tmp_path, steps=steps)
     process = sweep.start()
     said = process.communicate(timeout=1500)[0]
