@@ -93,11 +93,11 @@ def held_out_loss(
     view: Inference,  # how they are shown
     measure: Callable[..., Metrics] = evaluate,  # or another that takes (model, data, view, desc=...)
 ) -> float:  # in [0, 1]
-    "The share of the valid pixels that a network gets wrong."
-    accuracy = measure(model, rows, view, desc="held out")["pixel_accuracy"]
-    if not np.isfinite(accuracy):
+    "What is missing from a mean IoU of 1."
+    found = measure(model, rows, view, desc="held out")["mean_iou"]
+    if not np.isfinite(found):
         raise DataError("steps='auto': the images that were held out have no valid pixel.")
-    return 1 - accuracy
+    return 1 - found
 
 # %% ../../nbs/model/08_convergence.ipynb #convergence-find
 def find_steps(
