@@ -231,10 +231,8 @@ def plan_labels(
     "The plan with the fewest seconds that keeps the promise."
     cost, n = cost or CorrectionCost(), len(sample.iou)
     limit = goal.limit / (1 - check_number("done", done, low=0, high=1 - 1e-9))
-    mine, scores = (
-        _sample_prices(sample, goal, cost, mask_seconds, check_seconds, folds),
-        np.asarray(p_yes, dtype=float),
-    )
+    mine = _sample_prices(sample, goal, cost, mask_seconds, check_seconds, folds)
+    scores = np.asarray(p_yes, dtype=float)
     seconds, loss = action_prices(believe(sample, scores, goal), cost, mask_seconds, check_seconds)
     own, others = _own_factors(n, seed, "sample"), _own_factors(len(scores), seed, "pool")
 
