@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,6 +22,10 @@ os.environ.setdefault("VLM_ITL_PROGRESS", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the run notebooks: threads that wait burn no time
+
+# No clock in a test: what is imported by its first example takes longer than the 200 ms that are usual (as in CI).
+settings.register_profile("no clock", settings.default, deadline=None)
+settings.load_profile("no clock")
 
 
 def pytest_collection_finish() -> None:
