@@ -2,7 +2,8 @@
 
 Run as `make bench`, or `python benchmarks/bench_all.py [part ...]`. Each part is a script of its own, in a process of
 its own, and says in its first lines what it compares; longer forms (more turns, larger pools) are run by hand. What
-fails is a row, too. Rows go to results/bench.json, the Markdown table to results/bench.md, what does not hold first.
+fails is a row, too. Rows go to results/bench.json, the Markdown table to results/bench.md, what does not hold first;
+with names of parts, only their rows are replaced.
 """
 
 import json
@@ -21,7 +22,7 @@ PARTS: dict[str, list[str]] = {  # script -> its arguments in `make bench`
     "bench_preprocess": ["5"],
     "bench_metrics": ["5"],
     "bench_startup": ["3"],
-    "bench_step": ["3"],
+    "bench_step": ["2"],
     "bench_bald": ["2"],
     "bench_round": ["1"],
     "bench_judge": ["2"],
@@ -54,28 +55,40 @@ def rows_of(name: str, arguments: list[str]) -> list[dict[str, Any]]:
 def failed(name: str, why: str) -> dict[str, Any]:
     "A row for a part that could not be measured."
     nothing = {"ours": None, "peer": None, "unit": why, "ratio": None, "goal": "runs", "holds": False}
-    return {"part": f"{name} failed", **nothing, "spread": None}
+    return {"part": f"{name} failed", **nothing, "spread": None, "script": name}
+
+
+def kept_rows(names: list[str]) -> list[dict[str, Any]]:
+    "The rows of the last table whose parts are not measured now."
+    last = RESULTS / "bench.json"
+    if not names or not last.is_file():
+        return []
+    return [row for row in json.loads(last.read_text(encoding="utf-8"))["rows"] if row["script"] not in names]
 
 
 def main(names: list[str]) -> None:
-    "Run the parts and write the table."
+    "Run the parts; the table is written after each, so that one that is stopped keeps what it has."
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         sys.exit(f"no part {unknown[0]!r}; there are {', '.join(PARTS)}.")
-    rows: list[dict[str, Any]] = []
-    started = time.perf_counter()
+    rows = kept_rows(names)
+    text, started = "", time.perf_counter()
     for name in names or PARTS:
         begun = time.perf_counter()
         rows += rows_of(name, PARTS[name])
         print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
-    text = markdown(rows)
-    took = f"{(time.perf_counter() - started) / 60:.1f} minutes"
-    note = f"{', '.join(f'{key} {value}' for key, value in machine().items())}; {took} in all."
-    print(f"{text}\n{note}")
-    if not names:
-        (RESULTS / "bench.md").write_text(f"{text}\n{note}\n", encoding="utf-8")
-        record = {"command": "make bench", "machine": machine(), "rows": rows}
-        (RESULTS / "bench.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        minutes = (time.perf_counter() - started) / 60
+        text = write_table(rows, f"{', '.join(names) or 'all parts'}: {minutes:.1f} minutes")
+    print(text)
+
+
+def write_table(rows: list[dict[str, Any]], took: str) -> str:
+    "Keep the rows as JSON and as Markdown, with the machine; the text is given back."
+    text = f"{markdown(rows)}\n{', '.join(f'{key} {value}' for key, value in machine().items())}; {took}.\n"
+    (RESULTS / "bench.md").write_text(text, encoding="utf-8")
+    record = {"command": "make bench", "machine": machine(), "rows": rows}
+    (RESULTS / "bench.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return text
 
 
 if __name__ == "__main__":
