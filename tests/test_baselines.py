@@ -257,6 +257,24 @@ def test_confidence_threshold_and_errors() -> None:
     assert "other classes" in str(confidence().judge([ask(labels=other)])[0].error)
 
 
+@pytest.mark.parametrize("kind", CONFIDENCE_KINDS)
+def test_a_picture_is_looked_at_once_however_many_questions_are_about_it(kind: str) -> None:
+    handler = confidence(kind=kind)
+    net: Any = handler.segmenter()[0].net
+    queries = [
+        ask(number, np.roll(truth_of(number), by, 1), class_ids=(c,), question="label")
+        for number in (0, 1)
+        for by in (0, 9)
+        for c in (1, 2)
+    ]
+    alone = [handler.judge([query])[0].p_yes for query in queries]
+    net.forwards = 0
+    together = [answer.p_yes for answer in handler.judge(queries)]
+    assert net.forwards == 2 * (5 if kind == "tta" else 1)  # five further views
+    assert together == pytest.approx(alone, abs=1e-6)
+    assert len(set(together)) > 1
+
+
 @pytest.mark.parametrize("kind", ["max_probability", "tta"])
 def test_bad_queries_cost_confidence_only_themselves(kind: str) -> None:
     check_bad_queries(confidence(kind=kind))

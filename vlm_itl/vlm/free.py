@@ -129,19 +129,25 @@ def mask_agreement(
 # %% ../../nbs/vlm/11_free.ipynb #baselines-agreement-tta-agreement
 def tta_agreement(
     model: Segmenter,  # that drew the masks
-    pictures: Sequence[Image.Image],  # N, RGB
+    pictures: Sequence[Image.Image],  # N, RGB; the same one several times is looked at once
     masks: Sequence[np.ndarray],  # N, uint8 (H, W)
     view: Inference,  # how the network saw the pictures
     scales: Sequence[float] = (0.75, 1.0, 1.25),  # sizes, 1 = as before; each as it is and mirrored
 ) -> list[float]:  # N, in [0, 1]
     "Mean IoU of each mask with the predictions for other views of its picture."
+    unlike = {id(picture): picture for picture in pictures}
+    asked: dict[int, list[int]] = {key: [] for key in unlike}  # which masks each is about
+    for number, picture in enumerate(pictures):
+        asked[id(picture)].append(number)
     ious_of: list[list[float]] = [[] for _ in pictures]
     views = [(scale, mirrored) for scale in scales for mirrored in (False, True) if mirrored or scale != 1]
     for scale, mirrored in views:
         sized = replace(view, image_size=max(16, round(scale * view.image_size)))
-        shown = [ImageOps.mirror(picture) if mirrored else picture for picture in pictures]
-        for ious, mask, predicted in zip(ious_of, masks, native_masks(model, shown, sized), strict=True):
-            ious.append(mask_agreement(mask, predicted[:, ::-1] if mirrored else predicted, len(model.labels)))
+        shown = [ImageOps.mirror(picture) if mirrored else picture for picture in unlike.values()]
+        for numbers, drawn in zip(asked.values(), native_masks(model, shown, sized), strict=True):
+            predicted = drawn[:, ::-1] if mirrored else drawn
+            for number in numbers:
+                ious_of[number].append(mask_agreement(masks[number], predicted, len(model.labels)))
     return [sum(ious) / len(ious) for ious in ious_of]
 
 # %% ../../nbs/vlm/11_free.ipynb #baselines-handler
@@ -257,24 +263,24 @@ class ConfidenceHandler(VLMHandler):
         more = {"softmin": {"temperature": self.temperature}, "tta": {"scales": self.scales}}
         return {**own, **more.get(self.kind, {})}
 
-    def _scores(self, pictures: list[Image.Image], masks: list[np.ndarray]) -> list[float]:
-        "One score per picture and mask, by all processes."
-        pairs = list(zip(pictures, masks, strict=True))
+    def _scores(self, asked: list[tuple[Image.Image, list[np.ndarray]]]) -> list[list[float]]:
+        "The scores of the masks of each picture, by all processes."
         if self._helpers is None:
-            return self.scores_of(pairs)
-        return self._helpers.share(self, "scores_of", pairs, self.segmenter()[1].batch_size)
+            return self.scores_of(asked)
+        return self._helpers.share(self, "scores_of", asked, self.segmenter()[1].batch_size)
 
     def scores_of(
         self,
-        pairs: Sequence[tuple[Image.Image, np.ndarray]],  # picture, mask uint8 (H, W)
-    ) -> list[float]:
-        "One score per pair."
+        asked: Sequence[tuple[Image.Image, list[np.ndarray]]],  # a picture, and masks of it, uint8 (H, W)
+    ) -> list[list[float]]:  # in the same order
+        "One score per mask; the network looks at each picture once, however many masks of it there are."
         model, view = self.segmenter()
-        pictures, masks = [picture for picture, _ in pairs], [mask for _, mask in pairs]
         if self.kind == "tta":
-            return tta_agreement(model, pictures, masks, view, self.scales)
-        looks = zip(native_logits(model, pictures, view), masks, strict=True)
-        return [mask_confidence(logits, mask, self.kind, self.temperature) for logits, mask in looks]
+            pairs = [(picture, mask) for picture, masks in asked for mask in masks]
+            found = iter(tta_agreement(model, [p for p, _ in pairs], [m for _, m in pairs], view, self.scales))
+            return [[next(found) for _ in masks] for _, masks in asked]
+        looks = zip(native_logits(model, [picture for picture, _ in asked], view), asked, strict=True)
+        return [[mask_confidence(look, m, self.kind, self.temperature) for m in masks] for look, (_, masks) in looks]
 
     def _recalled(self, query: JudgeQuery) -> float | None:
         "The score of a mask that was watched."
@@ -284,9 +290,15 @@ class ConfidenceHandler(VLMHandler):
     def _look(self, queries: list[JudgeQuery]) -> list[Judgement]:
         "Answers that take a look at the picture."
         pictures, answers = _pictures(queries)
-        asked = [_asked_part(queries[index].mask, queries[index].alone()) for index in pictures]
-        scores = self._scores(list(pictures.values()), asked)
-        answers.update({i: _scored(score, self.threshold) for i, score in zip(pictures, scores, strict=True)})
+        about: dict[bytes, list[int]] = {}  # the questions about each picture
+        for index, picture in pictures.items():
+            about.setdefault(stable_hash(np.asarray(picture)), []).append(index)
+        asked = [
+            (pictures[several[0]], [_asked_part(queries[i].mask, queries[i].alone()) for i in several])
+            for several in about.values()
+        ]
+        for several, scores in zip(about.values(), self._scores(asked), strict=True):
+            answers.update({i: _scored(score, self.threshold) for i, score in zip(several, scores, strict=True)})
         return [answers[index] for index in range(len(queries))]
 
     def _judge_batch(self, queries: list[JudgeQuery]) -> list[Judgement]:
