@@ -44,6 +44,21 @@ def test_the_most_urgent_comes_first_and_has_everything_beside_it(folder: Folder
     assert folder.waiting().startswith("waiting for 3 masks (1 to draw, 1 to fix, 1 to check): ")
 
 
+def test_one_file_answers_one_question(tmp_path: Path, photos: dict[str, Path]):
+    """A name that fits two images is refused, where both had the same mask; the name in ask/ settles it."""
+    annotator, there = make_annotator("folder", tmp_path / "run", LABELS), tmp_path / "run" / "masks"
+    names = ("cat", "cat_mask", "001_cat")
+    annotator.ask([Request(name, "draw", photos["toy-0"], priority=-n) for n, name in enumerate(names)])
+    Image.fromarray(masks()["toy-1"]).save(there / "cat_mask.png")
+    with pytest.raises(DataError, match="cat_mask.png could be the mask of image 'cat' or of 'cat_mask': call it 001"):
+        annotator.answered()
+    (there / "cat_mask.png").rename(there / "002_cat_mask.png")
+    Image.fromarray(masks()["toy-3"]).save(there / "001_cat.png")
+    found = {name: answer.mask for name, answer in annotator.answered().items()}
+    assert {*found} == {"cat", "cat_mask"} and (found["cat"] == masks()["toy-3"]).all()
+    assert annotator.waiting().startswith("waiting for 1 mask (1 to draw)")
+
+
 def test_later_questions_go_on_counting(folder: FolderAnnotator, photos: dict[str, Path]):
     folder.ask([Request("toy-3", "draw", photos["toy-3"], priority=9.0)])
     assert (folder.folder / "ask" / "004_toy-3.png").is_file() and folder.left()[0].id == "toy-3"

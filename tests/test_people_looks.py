@@ -223,6 +223,23 @@ def test_a_long_list_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "late" not in store and store.lines() == {}
 
 
+def test_a_name_is_compared_with_the_files_that_are_called_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Two hundred photographs and as many masks: not each with each."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.jpg")
+    annotator = desk_of(tmp_path / "run", "folder").annotator
+    annotator.ask([Request(f"IMG_{n:04}", "draw", tmp_path / "photo.jpg") for n in range(200)])
+    for n in range(200):
+        Image.new("L", (8, 8)).save(tmp_path / "run" / "people" / "masks" / f"{n + 1:03}_IMG_{n:04}_mask.png")
+    compared, real = [0], folder_room.pair_masks
+
+    def counted(images: Any, files: Any, where: str) -> Any:
+        compared[0] += len(files)
+        return real(images, files, where)
+
+    monkeypatch.setattr(folder_room, "pair_masks", counted)
+    assert len(annotator.answered()) == 200 and compared[0] <= 800
+
+
 @pytest.mark.parametrize("who", ["A\u2028B", "A\x85B", "A\x0cB", "A\nB"])
 def test_a_name_with_a_line_break_of_some_kind_is_no_second_line(tmp_path: Path, who: str):
     """JSON leaves U+2028 and U+0085 as they are, and Python's splitlines breaks at them: the answer was lost."""

@@ -9,6 +9,7 @@ __all__ = ['Said', 'read_verdicts', 'numbered', 'files_for', 'exports_in', 'read
 # %% ../../nbs/people/02_folder.ipynb #folder-imports
 import csv
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,7 @@ import numpy as np
 from ..core.checks import ConfigError, DataError, check_choice, check_number, closest, show
 from ..core.files import write_bytes, write_text
 from ..data.labels import LabelSpace
-from ..data.layouts import image_files, pair_masks
+from ..data.layouts import bare_name, image_files, pair_masks
 from ..data.masks import read_image
 from ..data.meaning import read_text
 from ..formats.formats import FORMATS, MaskRow, MaskSet, read_masks, rest_of
@@ -88,14 +89,29 @@ def numbered(
 
 
 _TWO = "image {!r} has two answers, {}: leave the one that counts, remove the other."
+_EITHER = (
+    "{} could be the mask of image {!r} or of {!r}: call it {}.png or {}.png, as in ask/."
+)
 
 
-def _fitting(short: str, files: Mapping[str, Path], request: Request) -> list[Path]:
-    "The files that a name fits, with any of the endings that tools add."
-    try:
-        return list(pair_masks({short: request.image}, files, "masks")[0].values())
-    except DataError as error:
-        raise DataError(f"the answer for image {request.id!r} is not taken: {error}") from error
+class _Names:
+    "Files by their names, so that those with one beginning are found at once."
+
+    def __init__(self, files: Mapping[str, Path]):
+        self.files, self.sorted = files, sorted(files)
+        self.place = {name: place for place, name in enumerate(files)}
+
+    def fitting(self, short: str, request: Request) -> set[Path]:
+        "The files that a name fits, with any of the endings that tools add."
+        start = bare_name(short)
+        first = last = bisect_left(self.sorted, start)
+        while last < len(self.sorted) and self.sorted[last].startswith(start):
+            last += 1
+        near = sorted(self.sorted[first:last], key=self.place.__getitem__)
+        try:
+            return {*pair_masks({short: request.image}, {name: self.files[name] for name in near}, "masks")[0].values()}
+        except DataError as error:
+            raise DataError(f"the answer for image {request.id!r} is not taken: {error}") from error
 
 
 def files_for(
@@ -117,14 +133,21 @@ def files_for(
 
 def _matched(names: Mapping[str, Request], files: Mapping[str, Path]) -> tuple[dict[str, Path], list[Path]]:
     "Files by what they answer, and those that answer nothing."
-    found: dict[str, Path] = {}
+    there, found = _Names(files), dict[str, Path]()
+    named = {name: there.fitting(name, request) for name, request in names.items()}
+    owners = {path: name for name, paths in named.items() for path in paths}
     for name, request in names.items():
-        fits = {path for short in (name, request.id) for path in _fitting(short, files, request)}
+        fits = {*named[name]}
+        for path in there.fitting(request.id, request):
+            if (owner := owners.setdefault(path, name)) == name:
+                fits.add(path)
+            elif path not in named[owner]:
+                raise DataError(_EITHER.format(path.name, names[owner].id, request.id, owner, name))
         if len(fits) > 1:
             raise DataError(_TWO.format(request.id, " and ".join(sorted(path.name for path in fits))))
         if fits:
             found[name] = fits.pop()
-    return found, [path for path in files.values() if path not in found.values()]
+    return found, [path for path in files.values() if path not in owners]
 
 # %% ../../nbs/people/02_folder.ipynb #folder-export
 _Read = TypeVar("_Read")
