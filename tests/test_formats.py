@@ -668,3 +668,34 @@ write_masks(second, {str(tmp_path / "back")!r}, "huggingface")
     same(ours, read_masks(tmp_path / "back"))
     tools("read-datumaro", "datumaro", tmp_path / "dm", tmp_path / "read.npz")
     check_regions(tmp_path / "read.npz", ours, ("background",))
+
+
+@pytest.mark.parametrize("word", ["coco", "cvat", "labelstudio", "voc", "huggingface"])
+@pytest.mark.parametrize("whole", [("sky", "tree"), ("cat", "background", "dog"), ("background", "cat")])
+def test_a_binary_space_reads_foregrounds_and_what_they_are_made_of(tmp_path: Path, word: str, whole: tuple[str, ...]):
+    """Class 0 is the background where none is called so, as `LabelSpace.binary` says; it was taken for foreground."""
+    space, mask = LabelSpace(whole), np.array([[0, 1], [1, 0]], np.uint8)
+    ground = space.label2id.get("background", 0)
+    write_masks(MaskSet(space, [MaskRow("a", mask)]), tmp_path / "whole", word)
+    (row,) = read_masks(tmp_path / "whole", word, space.binary()).rows
+    assert (row.mask == (mask != ground)).all()
+    write_masks(MaskSet(LabelSpace(("background", "foreground")), [MaskRow("a", mask)]), tmp_path / "merged", word)
+    (row,) = read_masks(tmp_path / "merged", word, space.binary()).rows
+    assert (row.mask == mask).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"photo": "s3://mine/cats/cat.jpg"}, "cat"),
+        ({"text": "a cat", "url": "https://x.org/cat.jpg?X-Amz-Expires=1"}, "cat"),
+        ({"img": "/data/upload/3/0123abcd-cat.png"}, "cat"),
+        ({"image": "/data/local-files/?d=cats/cat.jpg"}, "cat"),
+        ({"text": "a cat"}, "task-7"),
+    ],
+)
+def test_a_task_of_label_studio_is_called_like_its_photograph(tmp_path: Path, data: dict[str, str], name: str):
+    """Whatever the field of the photograph is called: only 'image' was looked into."""
+    told = brush_results(np.ones((2, 2), np.uint8), LabelSpace(("background", "cat")))
+    (tmp_path / "a.json").write_text(json.dumps([{"id": 7, "data": data, "annotations": [{"result": told}]}]))
+    assert [row.id for row in read_masks(tmp_path / "a.json", "labelstudio")] == [name]

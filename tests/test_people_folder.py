@@ -308,3 +308,32 @@ def test_an_export_that_cannot_be_taken(photos: dict[str, Path], tmp_path: Path)
         annotator.answered()
     with pytest.raises(ConfigError, match="format='cocoa' is not known"):
         make_annotator("folder", tmp_path / "run", LABELS, format="cocoa")
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        LabelSpace.voc(),
+        LabelSpace(("background", "cat", "dog"), palette=[(1, 2, 3), (10, 20, 30), (40, 50, 60)]),
+        LabelSpace(("background", "cat", "dog"), values=(5, 7, 9)),
+        LabelSpace(("cat", "background", "dog")),
+    ],
+)
+@pytest.mark.parametrize("how", ["values", "colours", "coco", "coco, whole"])
+def test_a_foreground_is_drawn_as_the_sheet_says(tmp_path: Path, photos: dict[str, Path], whole: LabelSpace, how: str):
+    """Whatever the files of the data set hold: of one whose background is class 1, every mask came back inverted."""
+    labels, mask = whole.binary(), masks()["toy-1"]
+    annotator = make_annotator("folder", tmp_path / "run", labels)
+    annotator.ask([Request("toy-1", "draw", photos["toy-1"])])
+    file = tmp_path / "run" / "masks" / "001_toy-1.png"
+    sheet = (tmp_path / "run" / "how_to.txt").read_text()
+    assert "0    background (red 0, green 0, blue 0)\n1    foreground (red 128, green 0, blue 0)" in sheet
+    if how == "values":
+        Image.fromarray(mask).save(file)
+    elif how == "colours":
+        Image.fromarray(np.array([[0, 0, 0], [128, 0, 0]], np.uint8)[mask]).save(file)
+    else:
+        names = ("background", "foreground" if how == "coco" else whole.names[-1])
+        rows = [MaskRow("001_toy-1", mask, by="human")]
+        write_masks(MaskSet(LabelSpace(names), rows), file.with_suffix(""), "coco")
+    assert (annotator.answered()["toy-1"].mask == mask).all()

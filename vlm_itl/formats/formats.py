@@ -13,9 +13,10 @@ import shutil
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -105,14 +106,20 @@ class MaskSet:
         return iter(self.rows)
 
 # %% ../../nbs/formats/02_formats.ipynb #formats-match
+def _named_by(labels: LabelSpace, theirs: Sequence[str]) -> LabelSpace:
+    "The classes that names mean: of a binary space those that it was merged from, unless the names are its own."
+    whole, names = labels.merged_from or labels, {*theirs}
+    return labels if names <= {*labels.names} and not names <= {*whole.names} else whole
+
+
 def match_classes(
     theirs: Sequence[str],  # names of their class 0, 1, ...
-    labels: LabelSpace,  # ours; a binary one is matched by the space it was merged from
+    labels: LabelSpace,  # ours; a binary one is matched by its names, or by those it was merged from
     unknown: str,  # a class that we do not have: refuse, void, background
     where: str,  # for messages
 ) -> np.ndarray:  # uint8 (256,): their class -> ours
     "A table from their classes to ours; `ConfigError` for a class that we do not have."
-    whole = labels.merged_from or labels
+    whole = _named_by(labels, theirs)
     background = whole.names.index("background") if "background" in whole.names else VOID
     table = np.full(256, VOID, np.uint8)
     for index, name in enumerate(theirs):
@@ -125,8 +132,9 @@ def match_classes(
             )
         else:
             table[index] = background if unknown == "background" else VOID
-    if labels.merged_from is not None:  # a binary task
-        table = np.where(table == VOID, VOID, table != background).astype(np.uint8)
+    if whole is labels.merged_from:  # a binary task
+        ground = whole.label2id.get("background", 0)  # as in `LabelSpace.binary`
+        table = np.where(table == VOID, VOID, table != ground).astype(np.uint8)
     return table
 
 # %% ../../nbs/formats/02_formats.ipynb #formats-regions
@@ -269,6 +277,15 @@ def _opened(path: Path) -> tuple[Path, Any]:
     return unzipped(path)
 
 
+def _read_with_rest(word: str, path: Path, labels: LabelSpace | None, options: Mapping[str, Any]) -> MaskSet:
+    "Read; what no region covers is background where the classes that are meant have one, else void."
+    read = partial(_with_options, FORMATS[word].read, word, path)
+    if labels is None or rest_of(labels.merged_from or labels) != VOID or "rest" not in _options(FORMATS[word].read):
+        return read(**options)
+    masks = read(**{"rest": "void", **options})
+    return masks if rest_of(_named_by(labels, masks.labels.names)) == VOID else read(**options)
+
+
 def read_masks(
     path: str | Path,  # a file, folder or zip of some format
     format: str | None = None,  # a word of the table; None: what the path clearly is
@@ -284,11 +301,9 @@ def read_masks(
         raise DataError(f"{path}: no such file or folder")
     path, keep = _opened(path)
     word = guess_format(path) if format is None else check_choice("format", format, FORMATS)
-    if labels is not None and rest_of(labels.merged_from or labels) == VOID and "rest" in _options(FORMATS[word].read):
-        options = {"rest": "void"} | options
     if images is not None and "images" in _options(FORMATS[word].read):
         options = {"images": images} | options
-    masks = _with_options(FORMATS[word].read, word, path, **options)
+    masks = _read_with_rest(word, path, labels, options)
     masks = masks if keep is None else replace(masks, kept=keep)
     if not masks.rows:
         raise DataError(f"{path}: no masks in it, read as {word}. {masks.note}")

@@ -89,9 +89,7 @@ def numbered(
 
 
 _TWO = "image {!r} has two answers, {}: leave the one that counts, remove the other."
-_EITHER = (
-    "{} could be the mask of image {!r} or of {!r}: call it {}.png or {}.png, as in ask/."
-)
+_EITHER = "{} could be the mask of image {!r} or of {!r}: call it {}.png or {}.png, as in ask/."
 
 
 class _Names:
@@ -282,6 +280,8 @@ class FolderAnnotator(Annotator):
         format_options: Mapping[str, Any] | None = None,  # of the format, as for `read_masks`
     ):
         super().__init__(folder, labels)
+        merged = labels.merged_from is not None
+        self.told = LabelSpace(labels.names, labels.palette) if merged else labels  # what the sheet says
         self.settle = float(check_number("annotator 'folder': settle", settle, 0))
         self.format = check_choice("annotator 'folder': format", format, ["", *FORMATS])
         self.format_options = dict(format_options or {})
@@ -347,7 +347,7 @@ class FolderAnnotator(Annotator):
         "The answer to one question, out of a file, exports and a line; None where there is none."
         mask = None
         if path is not None:
-            mask = self._patient(path, partial(checked_mask, request, path, self.labels))
+            mask = self._patient(path, partial(checked_mask, request, path, self.told))
         for place in places:
             row = self._rows(place.parent)[place.name]
             meant = self._exported(request, place.parent, row, line if path is None else None)
