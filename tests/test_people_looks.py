@@ -205,6 +205,7 @@ def test_one_bad_answer_does_not_hold_up_the_others(tmp_path: Path, photos: dict
     for _ in range(2):
         with pytest.raises(DataError, match="'toy-0' is not taken: .* value 7 "):
             desk.take()
+    assert {*desk.store.lines()} == {"toy-1"}  # it comes before the bad one
     bad.write_bytes(mask_png(masks()["toy-0"], LABELS))
     desk.take()
     assert {"toy-0", "toy-1"} <= set(desk.store.lines())
