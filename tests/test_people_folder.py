@@ -337,3 +337,33 @@ def test_a_foreground_is_drawn_as_the_sheet_says(tmp_path: Path, photos: dict[st
         rows = [MaskRow("001_toy-1", mask, by="human")]
         write_masks(MaskSet(LabelSpace(names), rows), file.with_suffix(""), "coco")
     assert (annotator.answered()["toy-1"].mask == mask).all()
+
+
+@pytest.mark.parametrize("alpha", [0, 127])
+def test_what_nobody_sees_is_not_taken(folder: FolderAnnotator, alpha: int):
+    """A drawing program keeps the colour under what was rubbed out; it was taken as if it were painted."""
+    path, mask = folder.folder / "masks" / "002_toy-0.png", masks()["toy-1"]
+    picture = np.dstack([LABELS.colorize(mask), np.full((8, 8), 255, np.uint8)])
+    Image.fromarray(picture).save(path)
+    assert (folder.answered()["toy-0"].mask == mask).all()
+    picture[mask == 0, 3] = 0  # a layer without a background
+    Image.fromarray(picture).save(path)
+    assert (folder.answered()["toy-0"].mask == mask).all()
+    picture[:, :, 3][mask == 1] = alpha
+    Image.fromarray(picture).save(path)
+    with pytest.raises(DataError, match=f"{int(mask.sum())} pixels of 002_toy-0.png are transparent, and hold 'red'"):
+        folder.answered()
+
+
+def test_black_and_white_is_asked_about(tmp_path: Path, photos: dict[str, Path]):
+    """White is 255, no class: of two classes nothing of the second would ever have been learnt."""
+    annotator = make_annotator("folder", tmp_path / "run", LabelSpace(("background", "cell")))
+    annotator.ask([Request("toy-1", "draw", photos["toy-1"])])
+    Image.fromarray(masks()["toy-1"] * 255).save(tmp_path / "run" / "masks" / "001_toy-1.png")
+    with pytest.raises(DataError, match="if white means 'cell', save it as 1 or in its colour"):
+        annotator.answered()
+    (tmp_path / "run" / "verdicts.csv").write_text("001_toy-1,drawn\n")
+    assert set(np.unique(annotator.answered()["toy-1"].mask)) == {0, VOID}
+    (tmp_path / "run" / "verdicts.csv").unlink()
+    Image.fromarray(masks()["toy-1"]).save(tmp_path / "run" / "masks" / "001_toy-1.png")
+    assert (annotator.answered()["toy-1"].mask == masks()["toy-1"]).all()
