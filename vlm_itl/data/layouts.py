@@ -418,7 +418,9 @@ def hint(
     texts = [p for name in _MASK_FOLDERS for p in sorted((root / name).glob("**/*.txt"))[:1]]
     if texts:
         return f"{texts[0].parent.name}/ holds text files (YOLO's?): {_DRAW}"
-    return (
+    photographs = any(path.suffix.lower() in _SUFFIXES for path in root.glob("*"))
+    draw = "If nobody has drawn masks yet, people can: annotator='folder', 'labelstudio' or 'notebook'. "
+    return (draw if photographs else "") + (
         "Known: images/ + masks/, train/images + train/masks, x.jpg + x_mask.png, lists of 'image mask' lines, VOC; "
         "other folders by data_options={'images': ..., 'masks': ...}."
     )
