@@ -699,3 +699,18 @@ def test_a_task_of_label_studio_is_called_like_its_photograph(tmp_path: Path, da
     told = brush_results(np.ones((2, 2), np.uint8), LabelSpace(("background", "cat")))
     (tmp_path / "a.json").write_text(json.dumps([{"id": 7, "data": data, "annotations": [{"result": told}]}]))
     assert [row.id for row in read_masks(tmp_path / "a.json", "labelstudio")] == [name]
+
+
+@pytest.mark.parametrize("word", ["coco", "cvat", "labelstudio"])
+@pytest.mark.parametrize("name", ["void", "ignore", "Unlabeled"])
+def test_a_class_is_not_lost_by_its_name(tmp_path: Path, word: str, name: str):
+    """Files of regions call void so: such a class came back as void, from our own files and from those of tools."""
+    space, mask = LabelSpace(("background", name)), np.array([[0, 1], [1, 0]], np.uint8)
+    masks = MaskSet(space, [MaskRow("a", mask)])
+    with pytest.raises(ConfigError, match=f"the class '{name}' would become void, as files of {word}"):
+        write_masks(masks, tmp_path / "out", word)
+    write_masks(MaskSet(LabelSpace(("background", "cat")), [MaskRow("a", mask)]), tmp_path / "cat", word)
+    with pytest.raises(ConfigError, match="give it another name"):
+        read_masks(tmp_path / "cat", word, space)
+    (row,) = read_masks(write_masks(masks, tmp_path / "voc", "voc"), labels=space).rows
+    assert (row.mask == mask).all() and not (tmp_path / "out").exists()

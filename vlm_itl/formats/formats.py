@@ -13,6 +13,7 @@ import shutil
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -258,6 +259,21 @@ def _options(call: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
+def _has_regions(word: str) -> bool:
+    "Does a format list regions, so that what no region covers is a question?"
+    return "rest" in _options(FORMATS[word].read)
+
+
+def _refuse_void_names(labels: LabelSpace, word: str) -> None:
+    "`ConfigError` where a class is called what a format of regions calls void: it would be lost without a word."
+    names = [name for name in (labels.merged_from or labels).names if name.casefold() in VOID_NAMES]
+    if names and _has_regions(word):
+        raise ConfigError(
+            f"the class {names[0]!r} would become void, as files of {word} call so what is no class: give it another "
+            "name, or take a format of pictures, such as voc."
+        )
+
+
 def _with_options(call: Callable[..., Any], word: str, *arguments: Any, **options: Any) -> Any:
     "Call with options that the function has; `ConfigError` for others."
     own = _options(call)
@@ -280,7 +296,7 @@ def _opened(path: Path) -> tuple[Path, Any]:
 def _read_with_rest(word: str, path: Path, labels: LabelSpace | None, options: Mapping[str, Any]) -> MaskSet:
     "Read; what no region covers is background where the classes that are meant have one, else void."
     read = partial(_with_options, FORMATS[word].read, word, path)
-    if labels is None or rest_of(labels.merged_from or labels) != VOID or "rest" not in _options(FORMATS[word].read):
+    if labels is None or rest_of(labels.merged_from or labels) != VOID or not _has_regions(word):
         return read(**options)
     masks = read(**{"rest": "void", **options})
     return masks if rest_of(_named_by(labels, masks.labels.names)) == VOID else read(**options)
@@ -303,6 +319,8 @@ def read_masks(
     word = guess_format(path) if format is None else check_choice("format", format, FORMATS)
     if images is not None and "images" in _options(FORMATS[word].read):
         options = {"images": images} | options
+    if labels is not None:
+        _refuse_void_names(labels, word)
     masks = _read_with_rest(word, path, labels, options)
     masks = masks if keep is None else replace(masks, kept=keep)
     if not masks.rows:
@@ -316,7 +334,7 @@ def read_masks(
 def _checked(masks: MaskSet) -> MaskSet:
     "The same rows, each checked when it is read; `DataError` for ids that are none, or twice."
     ids = [row.id for row in masks.rows]
-    if twice := [name for place, name in enumerate(ids) if name in set(ids[:place])][:1]:
+    if twice := [name for name, count in Counter(ids).items() if count > 1]:
         raise DataError(f"{twice[0]!r} has two masks; an image has one")
     if odd := [name for name, safe in zip(ids, safe_ids(ids), strict=True) if name != safe][:1]:
         raise DataError(f"{odd[0]!r} is no id that is fit for a file name everywhere; {safe_ids(odd)[0]!r} would be")
@@ -356,6 +374,7 @@ def write_masks(
     word, path = check_choice("format", format, FORMATS), Path(path).expanduser().absolute()
     if not masks.rows:
         raise DataError("there are no masks to write")
+    _refuse_void_names(masks.labels, word)
     with _new_folder(path) as folder:
         _with_options(FORMATS[word].write, word, _checked(masks), folder, **options)
     return path
