@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vlm_itl.experiment import export_run, make_config, run_al, run_masks
 from vlm_itl.formats import MaskFormat, MaskRow, MaskSet, push_masks, read_masks, register_format, write_masks
 from vlm_itl.formats.formats import FORMATS
 from vlm_itl.formats.label_studio import brush_results, mask_of_results
+from vlm_itl.formats.libraries import to_datasets
 from vlm_itl.formats.run_lengths import (
     decode_brush,
     decode_coco,
@@ -714,3 +716,36 @@ def test_a_class_is_not_lost_by_its_name(tmp_path: Path, word: str, name: str):
         read_masks(tmp_path / "cat", word, space)
     (row,) = read_masks(write_masks(masks, tmp_path / "voc", "voc"), labels=space).rows
     assert (row.mask == mask).all() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_rows_of_a_zip_outlive_their_set(tmp_path: Path, zipped: bool):
+    """`for row in read_masks("export.zip")` lost the unpacked files at once: no such file."""
+    masks = {row["id"]: row["mask"] for row in toy_images().train}
+    rows = [MaskRow(name, mask, by="human") for name, mask in masks.items()]
+    folder = write_masks(MaskSet(toy_images().labels, rows), tmp_path / "out", "voc" if zipped else "cvat-masks")
+    path = Path(shutil.make_archive(str(tmp_path / "all"), "zip", folder)) if zipped else folder
+    assert all((row.mask == masks[row.id]).all() for row in read_masks(path))
+    listed = list(read_masks(path, labels=toy_images().labels))
+    assert all((row.mask == masks[row.id]).all() and row.by == "human" for row in listed)
+
+
+def test_rows_are_written_for_datasets_without_being_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`datasets` hashed every closure and the code behind it, a tenth of a second for each mask."""
+    import dis
+
+    count, real = [0], dis.dis
+    monkeypatch.setattr(dis, "dis", lambda *given, **more: (count.__setitem__(0, count[0] + 1), real(*given, **more)))
+    rows = [MaskRow(f"a-{n}", lambda: np.ones((2, 2), np.uint8)) for n in range(20)]
+    masks = MaskSet(LabelSpace(("background", "cat")), rows)
+    write_masks(masks, tmp_path / "out", "huggingface")
+    assert len(read_masks(tmp_path / "out")) == 20 and count[0] < 20
+    twice = [to_datasets(one, tmp_path / "cache") for one in (masks, replace(masks, rows=rows[:3]))]
+    assert [len(one["train"]) for one in twice] == [20, 3]  # in one cache, and not mixed up
+
+
+def test_what_is_wrong_with_a_row_is_said_by_every_format(tmp_path: Path):
+    masks = MaskSet(LabelSpace(("background", "cat")), [MaskRow("a", np.full((2, 2), 9, np.uint8))])
+    for word in ROUND:
+        with pytest.raises(DataError, match="mask value 9 at row 0, column 0 means no class"):
+            write_masks(masks, tmp_path / word, word)

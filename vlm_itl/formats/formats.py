@@ -53,6 +53,7 @@ class MaskRow:
     who: str = ""  # a name, an address, a judge
     seconds: float | None = None  # of human work; None: not measured
     p_yes: float | None = None  # how sure the judge was, in [0, 1]; None: no judge
+    kept: Any = field(default=None, repr=False, compare=False)  # what the mask is read from; lives as long as the row
 
     @property
     def mask(self) -> np.ndarray:  # (H, W) uint8
@@ -96,7 +97,12 @@ class MaskSet:
     labels: LabelSpace  # of all rows
     rows: Sequence[MaskRow]  # one for each image
     note: str = ""  # what a reader left out or merged, one line
-    kept: Any = field(default=None, repr=False, compare=False)  # a folder that lives as long as the rows do
+    kept: Any = field(default=None, repr=False, compare=False)  # a folder that lives as long as any of the rows does
+
+    def __post_init__(self) -> None:
+        "Whoever holds a row only, `for row in read_masks(...)`, can read it, too."
+        if self.kept is not None:
+            object.__setattr__(self, "rows", [replace(row, kept=(self.kept, row.kept)) for row in self.rows])
 
     def __len__(self) -> int:
         "The number of masks."
