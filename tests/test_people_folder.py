@@ -367,3 +367,13 @@ def test_black_and_white_is_asked_about(tmp_path: Path, photos: dict[str, Path])
     (tmp_path / "run" / "verdicts.csv").unlink()
     Image.fromarray(masks()["toy-1"]).save(tmp_path / "run" / "masks" / "001_toy-1.png")
     assert (annotator.answered()["toy-1"].mask == masks()["toy-1"]).all()
+
+
+def test_a_mask_of_void_alone_is_no_answer(folder: FolderAnnotator):
+    """Nobody could learn from it; the canvas had always said so, files were taken without a word."""
+    Image.new("L", (8, 8), 255).save(folder.folder / "masks" / "002_toy-0.png")
+    with pytest.raises(DataError, match="'toy-0' is not taken: .*002_toy-0.png: nothing is painted yet. Paint it, or"):
+        folder.answered()
+    (folder.folder / "masks" / "002_toy-0.png").unlink()
+    (folder.folder / "verdicts.csv").write_text("002_toy-0,skip\n")
+    assert folder.answered()["toy-0"].verdict == "skipped"

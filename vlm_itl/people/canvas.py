@@ -36,6 +36,7 @@ from vlm_itl.people.requests import (
     checked_mask,
     in_order,
     mask_png,
+    refuse_unpainted,
     register_annotator,
     waiting_line,
 )
@@ -139,8 +140,8 @@ class _Kept:
     def take(self, request: Request, verdict: str, mask: np.ndarray | None, seconds: float) -> None:
         "Write an answer down; `DataError` for one that cannot be taken."
         mask = None if mask is None else checked_mask(request, mask, self.labels)
-        if verdict == "drawn" and mask is not None and (mask == VOID).all():
-            raise DataError(f"image {request.id!r}: nothing is painted yet. Paint it, or skip it.")
+        if verdict == "drawn" and mask is not None:
+            refuse_unpainted(f"image {request.id!r}", mask)
         answer = Answer(request.id, request.kind, verdict, mask, seconds, self.who)
         digest, png = answer.digest(), None if mask is None else mask_png(mask, self.labels)
         line = {"id": answer.id, "kind": answer.kind, "verdict": verdict, "digest": digest}

@@ -34,6 +34,7 @@ from vlm_itl.people.requests import (
     checked_mask,
     in_order,
     mask_png,
+    refuse_unpainted,
     register_annotator,
     waiting_line,
 )
@@ -214,6 +215,8 @@ def read_answer(
         mask = request.proposal
     elif word != "mask" and mask is not None:
         raise DataError(f"{where} says {word!r}, and there is a mask, {source}: remove the file, or the line.")
+    if verdict == "drawn" and mask is not None:
+        refuse_unpainted(f"the answer for image {request.id!r} is not taken: {source}", mask)
     seconds, who = (said.seconds, said.who) if said else (None, "")
     return Answer(request.id, request.kind, verdict, mask, seconds, who, source)
 

@@ -39,6 +39,7 @@ from vlm_itl.people.requests import (
     Request,
     checked_mask,
     in_order,
+    refuse_unpainted,
     register_annotator,
     waiting_line,
 )
@@ -124,6 +125,7 @@ def answer_of(
     if mask is None:  # nothing was painted, or all was rubbed out
         mask = np.full((height, width), rest_of(labels), np.uint8)
     if proposal is None:
+        refuse_unpainted(where, mask)
         return Answer(request.id, "draw", "drawn", mask, seconds, who, source)
     verdict = "accepted" if np.array_equal(mask, proposal) else "fixed"
     if request.kind == "verify" and verdict == "accepted" and "fix" in words:
