@@ -46,11 +46,13 @@ class Office(http.server.ThreadingHTTPServer):
                 bad.append({"custom_id": line["custom_id"], **self.broken[number]})
             elif number not in self.unanswered:
                 body = reply("No" if number % 2 else "Yes", wish=line["body"])
-                good.append({"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}})
+                told = {"status_code": 200, "body": body, "request_id": "a\u2028b"}  # no line ends at U+2028
+                good.append({"custom_id": line["custom_id"], "response": told})
         for name, lines in (("output_file_id", good), ("error_file_id", bad)):
             if lines:
                 batch[name] = f"{name} {batch['id']}"
-                self.files[batch[name]] = "\n".join(map(json.dumps, lines[::-1])).encode()  # in any order
+                text = "\n".join(json.dumps(line, ensure_ascii=False) for line in lines[::-1])  # in any order
+                self.files[batch[name]] = text.encode()
         batch["status"] = self.ends
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vlm_itl.experiment import export_run, make_config, run_al, run_masks
 from vlm_itl.formats import MaskFormat, MaskRow, MaskSet, push_masks, read_masks, register_format, write_masks
 from vlm_itl.formats.formats import FORMATS
 from vlm_itl.formats.label_studio import brush_results, mask_of_results
+from vlm_itl.formats.libraries import to_datasets
 from vlm_itl.formats.run_lengths import (
     decode_brush,
     decode_coco,
@@ -668,3 +670,82 @@ write_masks(second, {str(tmp_path / "back")!r}, "huggingface")
     same(ours, read_masks(tmp_path / "back"))
     tools("read-datumaro", "datumaro", tmp_path / "dm", tmp_path / "read.npz")
     check_regions(tmp_path / "read.npz", ours, ("background",))
+
+
+@pytest.mark.parametrize("word", ["coco", "cvat", "labelstudio", "voc", "huggingface"])
+@pytest.mark.parametrize("whole", [("sky", "tree"), ("cat", "background", "dog"), ("background", "cat")])
+def test_a_binary_space_reads_foregrounds_and_what_they_are_made_of(tmp_path: Path, word: str, whole: tuple[str, ...]):
+    """Class 0 is the background where none is called so, as `LabelSpace.binary` says; it was taken for foreground."""
+    space, mask = LabelSpace(whole), np.array([[0, 1], [1, 0]], np.uint8)
+    ground = space.label2id.get("background", 0)
+    write_masks(MaskSet(space, [MaskRow("a", mask)]), tmp_path / "whole", word)
+    (row,) = read_masks(tmp_path / "whole", word, space.binary()).rows
+    assert (row.mask == (mask != ground)).all()
+    write_masks(MaskSet(LabelSpace(("background", "foreground")), [MaskRow("a", mask)]), tmp_path / "merged", word)
+    (row,) = read_masks(tmp_path / "merged", word, space.binary()).rows
+    assert (row.mask == mask).all()
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ({"photo": "s3://mine/cats/cat.jpg"}, "cat"),
+        ({"text": "a cat", "url": "https://x.org/cat.jpg?X-Amz-Expires=1"}, "cat"),
+        ({"img": "/data/upload/3/0123abcd-cat.png"}, "cat"),
+        ({"image": "/data/local-files/?d=cats/cat.jpg"}, "cat"),
+        ({"text": "a cat"}, "task-7"),
+    ],
+)
+def test_a_task_of_label_studio_is_called_like_its_photograph(tmp_path: Path, data: dict[str, str], name: str):
+    """Whatever the field of the photograph is called: only 'image' was looked into."""
+    told = brush_results(np.ones((2, 2), np.uint8), LabelSpace(("background", "cat")))
+    (tmp_path / "a.json").write_text(json.dumps([{"id": 7, "data": data, "annotations": [{"result": told}]}]))
+    assert [row.id for row in read_masks(tmp_path / "a.json", "labelstudio")] == [name]
+
+
+@pytest.mark.parametrize("word", ["coco", "cvat", "labelstudio"])
+@pytest.mark.parametrize("name", ["void", "ignore", "Unlabeled"])
+def test_a_class_is_not_lost_by_its_name(tmp_path: Path, word: str, name: str):
+    """Files of regions call void so: such a class came back as void, from our own files and from those of tools."""
+    space, mask = LabelSpace(("background", name)), np.array([[0, 1], [1, 0]], np.uint8)
+    masks = MaskSet(space, [MaskRow("a", mask)])
+    with pytest.raises(ConfigError, match=f"the class '{name}' would become void, as files of {word}"):
+        write_masks(masks, tmp_path / "out", word)
+    write_masks(MaskSet(LabelSpace(("background", "cat")), [MaskRow("a", mask)]), tmp_path / "cat", word)
+    with pytest.raises(ConfigError, match="give it another name"):
+        read_masks(tmp_path / "cat", word, space)
+    (row,) = read_masks(write_masks(masks, tmp_path / "voc", "voc"), labels=space).rows
+    assert (row.mask == mask).all() and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_rows_of_a_zip_outlive_their_set(tmp_path: Path, zipped: bool):
+    """`for row in read_masks("export.zip")` lost the unpacked files at once: no such file."""
+    masks = {row["id"]: row["mask"] for row in toy_images().train}
+    rows = [MaskRow(name, mask, by="human") for name, mask in masks.items()]
+    folder = write_masks(MaskSet(toy_images().labels, rows), tmp_path / "out", "voc" if zipped else "cvat-masks")
+    path = Path(shutil.make_archive(str(tmp_path / "all"), "zip", folder)) if zipped else folder
+    assert all((row.mask == masks[row.id]).all() for row in read_masks(path))
+    listed = list(read_masks(path, labels=toy_images().labels))
+    assert all((row.mask == masks[row.id]).all() and row.by == "human" for row in listed)
+
+
+def test_rows_are_written_for_datasets_without_being_taken_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`datasets` hashed every closure and the code behind it, a tenth of a second for each mask."""
+    import dis
+
+    count, real = [0], dis.dis
+    monkeypatch.setattr(dis, "dis", lambda *given, **more: (count.__setitem__(0, count[0] + 1), real(*given, **more)))
+    rows = [MaskRow(f"a-{n}", lambda: np.ones((2, 2), np.uint8)) for n in range(20)]
+    masks = MaskSet(LabelSpace(("background", "cat")), rows)
+    write_masks(masks, tmp_path / "out", "huggingface")
+    assert len(read_masks(tmp_path / "out")) == 20 and count[0] < 20
+    twice = [to_datasets(one, tmp_path / "cache") for one in (masks, replace(masks, rows=rows[:3]))]
+    assert [len(one["train"]) for one in twice] == [20, 3]  # in one cache, and not mixed up
+
+
+def test_what_is_wrong_with_a_row_is_said_by_every_format(tmp_path: Path):
+    masks = MaskSet(LabelSpace(("background", "cat")), [MaskRow("a", np.full((2, 2), 9, np.uint8))])
+    for word in ROUND:
+        with pytest.raises(DataError, match="mask value 9 at row 0, column 0 means no class"):
+            write_masks(masks, tmp_path / word, word)

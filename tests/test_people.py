@@ -26,7 +26,7 @@ from vlm_itl.people import (
     register_annotator,
 )
 from vlm_itl.people.desk import Desk
-from vlm_itl.people.requests import ANNOTATORS, Asked, append_line, checked_mask, mask_png, read_lines
+from vlm_itl.people.requests import ANNOTATORS, Asked, Lines, checked_mask, mask_png
 
 TOY = toy_images()
 LABELS = TOY.labels
@@ -197,13 +197,15 @@ def test_killed_between_any_two_writes(
 
 
 def test_half_a_line_is_no_line(tmp_path: Path):
-    path = tmp_path / "a.jsonl"
-    append_line(path, {"id": "a", "n": 1})
-    with open(path, "ab") as file:
+    lines = Lines(tmp_path / "a.jsonl")
+    assert lines.all() == {}
+    lines.append({"id": "a", "n": 1})
+    with open(lines.path, "ab") as file:
         file.write(b'\n{"id": "b", "n": "\xc3')
-    append_line(path, {"id": "c"})
-    append_line(path, {"id": "a", "n": 2})  # the first one counts
-    assert read_lines(path) == {"a": {"id": "a", "n": 1}, "c": {"id": "c"}}
+    assert lines.all() == {"a": {"id": "a", "n": 1}}
+    lines.append({"id": "c"})
+    lines.append({"id": "a", "n": 2})  # the first one counts
+    assert lines.all() == Lines(lines.path).all() == {"a": {"id": "a", "n": 1}, "c": {"id": "c"}}
 
 
 def test_what_was_taken_stays(tmp_path: Path):

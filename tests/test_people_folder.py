@@ -44,6 +44,21 @@ def test_the_most_urgent_comes_first_and_has_everything_beside_it(folder: Folder
     assert folder.waiting().startswith("waiting for 3 masks (1 to draw, 1 to fix, 1 to check): ")
 
 
+def test_one_file_answers_one_question(tmp_path: Path, photos: dict[str, Path]):
+    """A name that fits two images is refused, where both had the same mask; the name in ask/ settles it."""
+    annotator, there = make_annotator("folder", tmp_path / "run", LABELS), tmp_path / "run" / "masks"
+    names = ("cat", "cat_mask", "001_cat")
+    annotator.ask([Request(name, "draw", photos["toy-0"], priority=-n) for n, name in enumerate(names)])
+    Image.fromarray(masks()["toy-1"]).save(there / "cat_mask.png")
+    with pytest.raises(DataError, match="cat_mask.png could be the mask of image 'cat' or of 'cat_mask': call it 001"):
+        annotator.answered()
+    (there / "cat_mask.png").rename(there / "002_cat_mask.png")
+    Image.fromarray(masks()["toy-3"]).save(there / "001_cat.png")
+    found = {name: answer.mask for name, answer in annotator.answered().items()}
+    assert {*found} == {"cat", "cat_mask"} and (found["cat"] == masks()["toy-3"]).all()
+    assert annotator.waiting().startswith("waiting for 1 mask (1 to draw)")
+
+
 def test_later_questions_go_on_counting(folder: FolderAnnotator, photos: dict[str, Path]):
     folder.ask([Request("toy-3", "draw", photos["toy-3"], priority=9.0)])
     assert (folder.folder / "ask" / "004_toy-3.png").is_file() and folder.left()[0].id == "toy-3"
@@ -293,3 +308,72 @@ def test_an_export_that_cannot_be_taken(photos: dict[str, Path], tmp_path: Path)
         annotator.answered()
     with pytest.raises(ConfigError, match="format='cocoa' is not known"):
         make_annotator("folder", tmp_path / "run", LABELS, format="cocoa")
+
+
+@pytest.mark.parametrize(
+    "whole",
+    [
+        LabelSpace.voc(),
+        LabelSpace(("background", "cat", "dog"), palette=[(1, 2, 3), (10, 20, 30), (40, 50, 60)]),
+        LabelSpace(("background", "cat", "dog"), values=(5, 7, 9)),
+        LabelSpace(("cat", "background", "dog")),
+    ],
+)
+@pytest.mark.parametrize("how", ["values", "colours", "coco", "coco, whole"])
+def test_a_foreground_is_drawn_as_the_sheet_says(tmp_path: Path, photos: dict[str, Path], whole: LabelSpace, how: str):
+    """Whatever the files of the data set hold: of one whose background is class 1, every mask came back inverted."""
+    labels, mask = whole.binary(), masks()["toy-1"]
+    annotator = make_annotator("folder", tmp_path / "run", labels)
+    annotator.ask([Request("toy-1", "draw", photos["toy-1"])])
+    file = tmp_path / "run" / "masks" / "001_toy-1.png"
+    sheet = (tmp_path / "run" / "how_to.txt").read_text()
+    assert "0    background (red 0, green 0, blue 0)\n1    foreground (red 128, green 0, blue 0)" in sheet
+    if how == "values":
+        Image.fromarray(mask).save(file)
+    elif how == "colours":
+        Image.fromarray(np.array([[0, 0, 0], [128, 0, 0]], np.uint8)[mask]).save(file)
+    else:
+        names = ("background", "foreground" if how == "coco" else whole.names[-1])
+        rows = [MaskRow("001_toy-1", mask, by="human")]
+        write_masks(MaskSet(LabelSpace(names), rows), file.with_suffix(""), "coco")
+    assert (annotator.answered()["toy-1"].mask == mask).all()
+
+
+@pytest.mark.parametrize("alpha", [0, 127])
+def test_what_nobody_sees_is_not_taken(folder: FolderAnnotator, alpha: int):
+    """A drawing program keeps the colour under what was rubbed out; it was taken as if it were painted."""
+    path, mask = folder.folder / "masks" / "002_toy-0.png", masks()["toy-1"]
+    picture = np.dstack([LABELS.colorize(mask), np.full((8, 8), 255, np.uint8)])
+    Image.fromarray(picture).save(path)
+    assert (folder.answered()["toy-0"].mask == mask).all()
+    picture[mask == 0, 3] = 0  # a layer without a background
+    Image.fromarray(picture).save(path)
+    assert (folder.answered()["toy-0"].mask == mask).all()
+    picture[:, :, 3][mask == 1] = alpha
+    Image.fromarray(picture).save(path)
+    with pytest.raises(DataError, match=f"{int(mask.sum())} pixels of 002_toy-0.png are transparent, and hold 'red'"):
+        folder.answered()
+
+
+def test_black_and_white_is_asked_about(tmp_path: Path, photos: dict[str, Path]):
+    """White is 255, no class: of two classes nothing of the second would ever have been learnt."""
+    annotator = make_annotator("folder", tmp_path / "run", LabelSpace(("background", "cell")))
+    annotator.ask([Request("toy-1", "draw", photos["toy-1"])])
+    Image.fromarray(masks()["toy-1"] * 255).save(tmp_path / "run" / "masks" / "001_toy-1.png")
+    with pytest.raises(DataError, match="if white means 'cell', save it as 1 or in its colour"):
+        annotator.answered()
+    (tmp_path / "run" / "verdicts.csv").write_text("001_toy-1,drawn\n")
+    assert set(np.unique(annotator.answered()["toy-1"].mask)) == {0, VOID}
+    (tmp_path / "run" / "verdicts.csv").unlink()
+    Image.fromarray(masks()["toy-1"]).save(tmp_path / "run" / "masks" / "001_toy-1.png")
+    assert (annotator.answered()["toy-1"].mask == masks()["toy-1"]).all()
+
+
+def test_a_mask_of_void_alone_is_no_answer(folder: FolderAnnotator):
+    """Nobody could learn from it; the canvas had always said so, files were taken without a word."""
+    Image.new("L", (8, 8), 255).save(folder.folder / "masks" / "002_toy-0.png")
+    with pytest.raises(DataError, match="'toy-0' is not taken: .*002_toy-0.png: nothing is painted yet. Paint it, or"):
+        folder.answered()
+    (folder.folder / "masks" / "002_toy-0.png").unlink()
+    (folder.folder / "verdicts.csv").write_text("002_toy-0,skip\n")
+    assert folder.answered()["toy-0"].verdict == "skipped"

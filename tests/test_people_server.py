@@ -475,6 +475,20 @@ def test_odd_names_and_no_background(studio: Any, tmp_path: Path):
     assert "(void)" in label_config(labels)
 
 
+def test_submitted_with_nothing_painted(studio: Any, tmp_path: Path):
+    """With a background it is all background; without one nothing is said at all, which was taken as drawn."""
+    Image.new("RGB", (4, 5)).save(tmp_path / "a.png")
+    for names in (("background", "cat"), ("sky", "tree")):
+        carrier = annotator(tmp_path / names[0], LabelSpace(names))
+        carrier.ask([Request("a", "draw", tmp_path / "a.png")])
+        studio.call("POST", f"/api/tasks/{task_of(carrier, 'a')}/annotations/", said())
+        if names[0] == "background":
+            assert (carrier.answered()["a"].mask == 0).all()
+            continue
+        with pytest.raises(DataError, match="'a' is not taken: .* nothing is painted yet. Paint it, or skip it"):
+            carrier.answered()
+
+
 def test_more_tasks_than_fit_a_page(tmp_path: Path, photos: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
     studio = FakeStudio()
     monkeypatch.setenv("LABEL_STUDIO_URL", studio.url)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlm_itl.core.checks import DataError
+from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.data.masks import row_ids
 from vlm_itl.data.sources import load_data
 
@@ -31,7 +31,8 @@ def photographs(folder: Path, count: int = 20, masks: int = 0, layout: str = "")
 @pytest.mark.parametrize("layout", ["", "images", "JPEGImages"])
 def test_photographs_alone_are_refused_unless_it_is_said(tmp_path: Path, layout: str) -> None:
     folder = str(photographs(tmp_path / "photos", layout=layout))
-    with pytest.raises(DataError):
+    words = None if layout else "If nobody has drawn masks yet, people can: annotator='folder'"
+    with pytest.raises(DataError, match=words):
         load_data(folder, options=CLASSES)
     if layout == "JPEGImages":  # VOC's own name, without its lists
         return
@@ -40,6 +41,16 @@ def test_photographs_alone_are_refused_unless_it_is_said(tmp_path: Path, layout:
     assert data.unlabelled == {name for rows in data.splits.values() for name in row_ids(rows)}
     with pytest.raises(DataError, match="the cell is empty"):
         data.train[0]
+
+
+@pytest.mark.parametrize("name", ["test_share", "val_share"])
+def test_a_share_that_takes_all_is_called_by_its_name(tmp_path: Path, name: str) -> None:
+    """Too large a test split was said to be a validation split."""
+    folder = str(photographs(tmp_path / "photos"))
+    with pytest.raises(ConfigError, match=f"{name}=200 would take 200 of"):
+        load_data(folder, options=CLASSES, unlabelled=True, **{name: 200})
+    with pytest.raises(ConfigError, match=name):
+        load_data(folder, options=CLASSES, unlabelled=True, **{name: 0})
 
 
 def test_what_has_a_mask_is_tested_and_validated_on(tmp_path: Path) -> None:

@@ -103,12 +103,16 @@ def plain(
     raise TypeError(f"cannot write a {type(value).__name__} to JSON")
 
 # %% ../../nbs/core/04_files.ipynb #core-json-to-json
+_BREAKS = re.compile("[\x85\u2028\u2029]")  # many programs begin a new line at these
+
+
 def to_json(
     value: Any,  # as for `plain`
     indent: int | None = None,  # None: one line
 ) -> str:  # JSON text
     "JSON text of a value; the same value gives the same bytes."
-    return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return text if text.isascii() else _BREAKS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 # %% ../../nbs/core/04_files.ipynb #core-json-from-json
 def _no_constant(text: str) -> Any:

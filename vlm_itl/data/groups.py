@@ -165,13 +165,13 @@ def carve(
     groups: Mapping[str, str] | None = None,  # image -> group that stays together; who is not in it stands alone
 ) -> tuple[Dataset, Dataset]:  # what is left, what was taken; both in the order of the rows
     "Split rows in two by seed, whatever their order. Groups are never cut, so a little less may be taken than asked."
-    total = len(rows)
+    total, option = len(rows), {"validation": "val_share", "test": "test_share"}.get(purpose, purpose)
     if isinstance(share, (int, np.integer)) and not isinstance(share, bool):
-        count = int(check_number("val_share", share, low=1, integer=True))
+        count = int(check_number(option, share, low=1, integer=True))
     else:
-        check_number("val_share", share, low=0, high=1)
+        check_number(option, share, low=0, high=1)
         count = max(1, round(share * total))
     if count >= total:
-        raise ConfigError(f"val_share={share!r} would take {count} of {total} images and leave none to learn from")
-    option = f"val_share={share!r}" if purpose == "validation" else f"a {purpose} split of {share}"
-    return deal(rows, draw_order(rows, seed, purpose), count, groups or {}, option)
+        raise ConfigError(f"{option}={share!r} would take {count} of {total} images and leave none to learn from")
+    asked = f"{option}={share!r}" if purpose == "validation" else f"a {purpose} split of {share}"
+    return deal(rows, draw_order(rows, seed, purpose), count, groups or {}, asked)

@@ -13,9 +13,11 @@ import shutil
 import tempfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -51,6 +53,7 @@ class MaskRow:
     who: str = ""  # a name, an address, a judge
     seconds: float | None = None  # of human work; None: not measured
     p_yes: float | None = None  # how sure the judge was, in [0, 1]; None: no judge
+    kept: Any = field(default=None, repr=False, compare=False)  # what the mask is read from; lives as long as the row
 
     @property
     def mask(self) -> np.ndarray:  # (H, W) uint8
@@ -94,7 +97,12 @@ class MaskSet:
     labels: LabelSpace  # of all rows
     rows: Sequence[MaskRow]  # one for each image
     note: str = ""  # what a reader left out or merged, one line
-    kept: Any = field(default=None, repr=False, compare=False)  # a folder that lives as long as the rows do
+    kept: Any = field(default=None, repr=False, compare=False)  # a folder that lives as long as any of the rows does
+
+    def __post_init__(self) -> None:
+        "Whoever holds a row only, `for row in read_masks(...)`, can read it, too."
+        if self.kept is not None:
+            object.__setattr__(self, "rows", [replace(row, kept=(self.kept, row.kept)) for row in self.rows])
 
     def __len__(self) -> int:
         "The number of masks."
@@ -105,14 +113,20 @@ class MaskSet:
         return iter(self.rows)
 
 # %% ../../nbs/formats/02_formats.ipynb #formats-match
+def _named_by(labels: LabelSpace, theirs: Sequence[str]) -> LabelSpace:
+    "The classes that names mean: of a binary space those that it was merged from, unless the names are its own."
+    whole, names = labels.merged_from or labels, {*theirs}
+    return labels if names <= {*labels.names} and not names <= {*whole.names} else whole
+
+
 def match_classes(
     theirs: Sequence[str],  # names of their class 0, 1, ...
-    labels: LabelSpace,  # ours; a binary one is matched by the space it was merged from
+    labels: LabelSpace,  # ours; a binary one is matched by its names, or by those it was merged from
     unknown: str,  # a class that we do not have: refuse, void, background
     where: str,  # for messages
 ) -> np.ndarray:  # uint8 (256,): their class -> ours
     "A table from their classes to ours; `ConfigError` for a class that we do not have."
-    whole = labels.merged_from or labels
+    whole = _named_by(labels, theirs)
     background = whole.names.index("background") if "background" in whole.names else VOID
     table = np.full(256, VOID, np.uint8)
     for index, name in enumerate(theirs):
@@ -125,8 +139,9 @@ def match_classes(
             )
         else:
             table[index] = background if unknown == "background" else VOID
-    if labels.merged_from is not None:  # a binary task
-        table = np.where(table == VOID, VOID, table != background).astype(np.uint8)
+    if whole is labels.merged_from:  # a binary task
+        ground = whole.label2id.get("background", 0)  # as in `LabelSpace.binary`
+        table = np.where(table == VOID, VOID, table != ground).astype(np.uint8)
     return table
 
 # %% ../../nbs/formats/02_formats.ipynb #formats-regions
@@ -250,6 +265,21 @@ def _options(call: Callable[..., Any]) -> list[str]:
     return [p.name for p in inspect.signature(call).parameters.values() if p.kind is p.KEYWORD_ONLY]
 
 
+def _has_regions(word: str) -> bool:
+    "Does a format list regions, so that what no region covers is a question?"
+    return "rest" in _options(FORMATS[word].read)
+
+
+def _refuse_void_names(labels: LabelSpace, word: str) -> None:
+    "`ConfigError` where a class is called what a format of regions calls void: it would be lost without a word."
+    names = [name for name in (labels.merged_from or labels).names if name.casefold() in VOID_NAMES]
+    if names and _has_regions(word):
+        raise ConfigError(
+            f"the class {names[0]!r} would become void, as files of {word} call so what is no class: give it another "
+            "name, or take a format of pictures, such as voc."
+        )
+
+
 def _with_options(call: Callable[..., Any], word: str, *arguments: Any, **options: Any) -> Any:
     "Call with options that the function has; `ConfigError` for others."
     own = _options(call)
@@ -269,6 +299,15 @@ def _opened(path: Path) -> tuple[Path, Any]:
     return unzipped(path)
 
 
+def _read_with_rest(word: str, path: Path, labels: LabelSpace | None, options: Mapping[str, Any]) -> MaskSet:
+    "Read; what no region covers is background where the classes that are meant have one, else void."
+    read = partial(_with_options, FORMATS[word].read, word, path)
+    if labels is None or rest_of(labels.merged_from or labels) != VOID or not _has_regions(word):
+        return read(**options)
+    masks = read(**{"rest": "void", **options})
+    return masks if rest_of(_named_by(labels, masks.labels.names)) == VOID else read(**options)
+
+
 def read_masks(
     path: str | Path,  # a file, folder or zip of some format
     format: str | None = None,  # a word of the table; None: what the path clearly is
@@ -284,11 +323,11 @@ def read_masks(
         raise DataError(f"{path}: no such file or folder")
     path, keep = _opened(path)
     word = guess_format(path) if format is None else check_choice("format", format, FORMATS)
-    if labels is not None and rest_of(labels.merged_from or labels) == VOID and "rest" in _options(FORMATS[word].read):
-        options = {"rest": "void"} | options
     if images is not None and "images" in _options(FORMATS[word].read):
         options = {"images": images} | options
-    masks = _with_options(FORMATS[word].read, word, path, **options)
+    if labels is not None:
+        _refuse_void_names(labels, word)
+    masks = _read_with_rest(word, path, labels, options)
     masks = masks if keep is None else replace(masks, kept=keep)
     if not masks.rows:
         raise DataError(f"{path}: no masks in it, read as {word}. {masks.note}")
@@ -301,7 +340,7 @@ def read_masks(
 def _checked(masks: MaskSet) -> MaskSet:
     "The same rows, each checked when it is read; `DataError` for ids that are none, or twice."
     ids = [row.id for row in masks.rows]
-    if twice := [name for place, name in enumerate(ids) if name in set(ids[:place])][:1]:
+    if twice := [name for name, count in Counter(ids).items() if count > 1]:
         raise DataError(f"{twice[0]!r} has two masks; an image has one")
     if odd := [name for name, safe in zip(ids, safe_ids(ids), strict=True) if name != safe][:1]:
         raise DataError(f"{odd[0]!r} is no id that is fit for a file name everywhere; {safe_ids(odd)[0]!r} would be")
@@ -341,6 +380,7 @@ def write_masks(
     word, path = check_choice("format", format, FORMATS), Path(path).expanduser().absolute()
     if not masks.rows:
         raise DataError("there are no masks to write")
+    _refuse_void_names(masks.labels, word)
     with _new_folder(path) as folder:
         _with_options(FORMATS[word].write, word, _checked(masks), folder, **options)
     return path

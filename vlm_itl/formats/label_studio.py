@@ -158,7 +158,7 @@ def _chosen(task: Mapping[str, Any], predictions: bool) -> tuple[Sequence[Any], 
 def _task_name(task: Mapping[str, Any], number: int) -> str:
     "What the photograph of a task is called: the end of its address, without what an upload puts before it."
     data = task["data"]
-    others = (value for value in data.values() if re.search(r"\\.\\w{3,4}$", str(value)))
+    others = (value for value in data.values() if re.search(r"\.\w{3,4}($|\?)", str(value)))
     address = str(data.get("image") or next(others, f"task-{task.get('id', number)}"))
     name = unquote(address).replace("?d=", "/").split("?")[0].rstrip("/").split("/")[-1]
     return re.sub(r"^[0-9a-f]{8}-", "", name) if "/upload/" in address else name

@@ -9,6 +9,7 @@ __all__ = ['FEATURES', 'mask_png', 'to_datasets', 'HuggingFace', 'push_masks', '
 import importlib
 import io
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,21 @@ def mask_png(
     return file.getvalue()
 
 
-def _hf_rows(masks: MaskSet, images: Path) -> Iterator[dict[str, Any]]:
-    "Rows for `datasets`."
-    for row, mask, name in each_row(masks, images):
-        image = {"path": name, "bytes": (images / name).read_bytes()} if name else None
-        picture = {"path": f"{row.id}.png", "bytes": mask_png(mask, masks.labels)}
-        known = {"by": row.by, "who": row.who, "seconds": row.seconds, "p_yes": row.p_yes}
-        yield {"id": row.id, "image": image, "mask": picture, **known}
+class _Rows:
+    "Rows for `datasets`, which takes whatever makes them apart to hash it, code and all; so they have a name for that."
+
+    def __init__(self, masks: MaskSet, images: Path):
+        self.masks, self.images, self.name = masks, images, uuid.uuid4().hex
+
+    def __getstate__(self) -> str:
+        return self.name
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        for row, mask, name in each_row(self.masks, self.images):
+            image = {"path": name, "bytes": (self.images / name).read_bytes()} if name else None
+            picture = {"path": f"{row.id}.png", "bytes": mask_png(mask, self.masks.labels)}
+            known = {"by": row.by, "who": row.who, "seconds": row.seconds, "p_yes": row.p_yes}
+            yield {"id": row.id, "image": image, "mask": picture, **known}
 
 # %% ../../nbs/formats/06_libraries.ipynb #libraries-hf-dataset
 def to_datasets(
@@ -81,10 +90,11 @@ def to_datasets(
     split: str = "train",
 ) -> DatasetDict:
     "Masks and photographs as a data set of Hugging Face."
-    images = Path(cache) / "images"
-    rows = Dataset.from_generator(
-        _hf_rows, features=FEATURES, cache_dir=str(cache), gen_kwargs={"masks": masks, "images": images}, split=split
-    )
+    made = _Rows(masks, Path(cache) / "images")
+    try:
+        rows = Dataset.from_generator(made, features=FEATURES, cache_dir=str(cache), split=split)
+    except datasets.exceptions.DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None  # what was wrong with a row
     return DatasetDict({split: rows})
 
 

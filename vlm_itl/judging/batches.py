@@ -102,7 +102,7 @@ async def wait_for(
     for file_id in (batch.output_file_id, batch.error_file_id):
         if file_id:
             text = (await client.files.content(file_id)).text
-            replies |= dict(read_line(line) for line in text.splitlines() if line.strip())
+            replies |= dict(read_line(line) for line in text.split("\n") if line.strip())
     return replies
 
 # %% ../../nbs/judging/11_batches.ipynb #batches-line

@@ -521,7 +521,7 @@ class Screen {
     this.root.querySelector("[data-do=hide]").classList.toggle("on", this.hidden);
     this.at("no").hidden = ask !== "verify" || this.differs;
     const label = { draw: "Submit", fix: "Accept", verify: "Yes" }[ask] ?? "Submit";
-    this.at("yes").innerHTML = `${ask !== "draw" && this.differs ? "Submit fix" : label} <kbd>Enter</kbd>`;
+    this.at("yes").innerHTML = `${["fix", "verify"].includes(ask) && this.differs ? "Submit fix" : label} <kbd>Enter</kbd>`;
     this.at("size").value = Math.round((1000 * Math.log(this.size || 1)) / Math.log(501));
     this.at("px").textContent = `${this.size} px`;
   }

@@ -8,7 +8,8 @@ __all__ = ['blank_mask', 'NotebookAnnotator', 'open_canvas']
 # %% ../../nbs/people/05_canvas.ipynb #canvas-imports
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from importlib.resources import files
 from io import BytesIO
@@ -35,6 +36,7 @@ from vlm_itl.people.requests import (
     checked_mask,
     in_order,
     mask_png,
+    refuse_unpainted,
     register_annotator,
     waiting_line,
 )
@@ -138,8 +140,8 @@ class _Kept:
     def take(self, request: Request, verdict: str, mask: np.ndarray | None, seconds: float) -> None:
         "Write an answer down; `DataError` for one that cannot be taken."
         mask = None if mask is None else checked_mask(request, mask, self.labels)
-        if verdict == "drawn" and mask is not None and (mask == VOID).all():
-            raise DataError(f"image {request.id!r}: nothing is painted yet. Paint it, or skip it.")
+        if verdict == "drawn" and mask is not None:
+            refuse_unpainted(f"image {request.id!r}", mask)
         answer = Answer(request.id, request.kind, verdict, mask, seconds, self.who)
         digest, png = answer.digest(), None if mask is None else mask_png(mask, self.labels)
         line = {"id": answer.id, "kind": answer.kind, "verdict": verdict, "digest": digest}
@@ -173,6 +175,15 @@ class _Kept:
                 f"remove {path}, and the canvas asks again."
             )
         return answer
+
+    def files(self, request: Request) -> list[Path]:
+        "The line of an answer, and the mask that it names."
+        path = self.path("answers", request.id)
+        try:
+            name = read_json(path, dict).get("mask")
+        except VlmItlError:  # whoever reads the answer says what is wrong
+            name = None
+        return [path, *([path.parent / str(name)] if name else [])]
 
     def begun(self, request: Request) -> tuple[np.ndarray | None, float, str]:
         "The mask to go on with (None: from the start), the seconds so far, and the verdict if there is one."
@@ -309,8 +320,23 @@ class NotebookAnnotator(Annotator):
 
     def answered(self) -> dict[str, Answer]:
         "Everything answered so far."
-        with self.kept.lock:
-            return {r.id: self.kept.answer(r) for r in self.kept.order() if not self.kept.is_open(r)}
+        return {answer.id: answer for answer in self.answers({})}
+
+    def answers(
+        self,
+        known: Mapping[str, str],  # id -> stamp: hashes of its two files
+    ) -> Iterator[Answer]:
+        "The same one by one, without what is known."
+        for request in self.kept.order():
+            with self.kept.lock:
+                answer = None if self.kept.is_open(request) else self._answer(request, known.get(request.id))
+            if answer is not None:
+                yield answer
+
+    def _answer(self, request: Request, known: str | None) -> Answer | None:
+        "An answer; None where it is known."
+        stamp = " ".join(map(self.hashes.of, self.kept.files(request)))
+        return None if known == stamp else replace(self.kept.answer(request), stamp=stamp)
 
     def left(self) -> list[Request]:
         "What nobody has answered yet, in the order in which people see it."

@@ -90,6 +90,7 @@ class Desk:
     ):
         self.annotator, self.photographs, self.covers = annotator, photographs, frozenset(covers)
         self.store, self.wait = AnswerStore(folder / "answers", annotator.labels), wait
+        annotator.taken = {question: str(line.get("stamp", "")) for question, line in self.store.lines().items()}
         self._put: set[str] = set()  # questions that were put by this process
         self._told: set[str] = set()
         self._line = ""  # what people were last told, where the run waits
@@ -144,17 +145,22 @@ class Desk:
     def take(self) -> None:
         "Freeze what has come back; tell of answers that were changed after they had been taken."
         done, asked = self.store.lines(), self.annotator.asked.all()
-        for answer in self.annotator.answered().values():
+        for answer in self.annotator.answers(self.annotator.taken):
             if answer.id in done:
                 self._tell_change(answer)
-                continue
-            if answer.verdict == "skipped" and answer.kind != "verify":
-                width, height = asked[answer.id].size
-                self.store.masks.write(answer.id, np.full((height, width), VOID, np.uint8))
-            if answer.kind == "verify" and answer.verdict == "fixed":  # who said no has put it right at once
-                self.store.take(replace(answer, id=asked[answer.id].image_id, kind="fix"))
-                answer = replace(answer, seconds=None if answer.seconds is None else 0.0)  # it was one piece of work
-            self.store.take(answer)
+            else:
+                self._freeze(answer, asked[answer.id])
+            self.annotator.taken[answer.id] = answer.stamp
+
+    def _freeze(self, answer: Answer, request: Request) -> None:
+        "Keep an answer, and the mask of the image where it gives it one."
+        if answer.verdict == "skipped" and answer.kind != "verify":
+            width, height = request.size
+            self.store.masks.write(answer.id, np.full((height, width), VOID, np.uint8))
+        if answer.kind == "verify" and answer.verdict == "fixed":  # who said no has put it right at once
+            self.store.take(replace(answer, id=request.image_id, kind="fix"))
+            answer = replace(answer, seconds=None if answer.seconds is None else 0.0)  # it was one piece of work
+        self.store.take(answer)
 
     def _tell_change(self, answer: Answer) -> None:
         "Once in a process."

@@ -15,7 +15,8 @@ import urllib.error
 import urllib.request
 import uuid
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -34,11 +35,11 @@ from vlm_itl.people.requests import (
     Annotator,
     Answer,
     AnswerStore,
+    Lines,
     Request,
-    append_line,
     checked_mask,
     in_order,
-    read_lines,
+    refuse_unpainted,
     register_annotator,
     waiting_line,
 )
@@ -124,6 +125,7 @@ def answer_of(
     if mask is None:  # nothing was painted, or all was rubbed out
         mask = np.full((height, width), rest_of(labels), np.uint8)
     if proposal is None:
+        refuse_unpainted(where, mask)
         return Answer(request.id, "draw", "drawn", mask, seconds, who, source)
     verdict = "accepted" if np.array_equal(mask, proposal) else "fixed"
     if request.kind == "verify" and verdict == "accepted" and "fix" in words:
@@ -364,7 +366,7 @@ class Tasks:
         project: Project,  # where
     ):
         self.project, self.server = project, project.server
-        self._read: dict[int, tuple[Any, list[dict[str, Any]]]] = {}  # task -> when it was changed, its annotations
+        self._made = Lines(project.folder / "tasks.jsonl")
 
     def all(self) -> dict[str, list[dict[str, Any]]]:  # request id -> its tasks; more than one if somebody made a copy
         "The tasks that are there."
@@ -388,8 +390,8 @@ class Tasks:
         request: Request,  # that has no task
     ) -> dict[str, Any]:  # the task
         "Upload the photograph, then make the task with its proposal; warn where there was one already."
-        number, known = self.project.open(), self.project.folder / "tasks.jsonl"
-        if request.id in read_lines(known):
+        number = self.project.open()
+        if self._made.get(request.id) is not None:
             warnings.warn(
                 f"the task of image {request.id!r} was deleted in Label Studio, and is asked again: who does "
                 "not want to answer says skip",
@@ -407,20 +409,30 @@ class Tasks:
             shown = results_of(proposal, self.project.labels, "prediction")
             task["predictions"] = [{"model_version": "vlm_itl", "result": shown}]
         made = self.server.call("POST", f"/api/projects/{number}/import?return_task_ids=true", [task])
-        append_line(known, {"id": request.id, "task": made["task_ids"][0]})
+        self._made.append({"id": request.id, "task": made["task_ids"][0]})
         return {"id": made["task_ids"][0], "data": data}
 
     def annotations(
         self,
         task: Mapping[str, Any],  # of `all`
     ) -> list[dict[str, Any]]:
-        "What was submitted; read again only where something has changed."
-        count = task.get("total_annotations", 0) + task.get("cancelled_annotations", 0)
-        changed = task.get("updated_at"), count
-        if count and self._read.get(task["id"], (None,))[0] != changed:
-            whole = self.server.call("GET", f"/api/tasks/{task['id']}/")  # .../annotations/ leaves out the skipped ones
-            self._read[task["id"]] = changed, whole["annotations"]
-        return self._read[task["id"]][1] if count else []
+        "What was submitted."
+        if not _count(task):
+            return []
+        whole = self.server.call("GET", f"/api/tasks/{task['id']}/")  # .../annotations/ leaves out the skipped ones
+        return list(whole["annotations"])
+
+
+def _count(task: Mapping[str, Any]) -> int:
+    "How many annotations a task has, skipped ones too."
+    return int(task.get("total_annotations", 0) + task.get("cancelled_annotations", 0))
+
+
+def _stamp_of(
+    tasks: Sequence[Mapping[str, Any]],  # of one question
+) -> str:
+    "By what the answer to a question is known: its tasks, when each was changed, and how many annotations it has."
+    return to_json([[task["id"], task.get("updated_at"), _count(task)] for task in tasks])
 
 # %% ../../nbs/people/04_label_studio.ipynb #studio-annotator
 @register_annotator("labelstudio")
@@ -463,11 +475,20 @@ class LabelStudioAnnotator(Annotator):
 
     def answered(self) -> dict[str, Answer]:
         "What people have submitted; `DataError` for an annotation that cannot be taken."
-        found, there = {}, self._there()
+        return {answer.id: answer for answer in self.answers({})}
+
+    def answers(
+        self,
+        known: Mapping[str, str],  # id -> stamp, what the server says of its tasks
+    ) -> Iterator[Answer]:
+        "The same one by one, without what is known."
+        there = self._there()
         for request in self.asked.all().values():
-            if answer := self._answer(request, there.get(request.id, [])):
-                found[request.id] = answer
-        return found
+            tasks = there.get(request.id, [])
+            if known.get(request.id) == (stamp := _stamp_of(tasks)):
+                continue
+            if answer := self._answer(request, tasks):
+                yield replace(answer, stamp=stamp)
 
     def _answer(self, request: Request, tasks: Sequence[Mapping[str, Any]]) -> Answer | None:
         "The answer as it is now, or as it was seen; what is wrong with one that was seen is told only."

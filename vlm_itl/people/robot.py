@@ -6,7 +6,7 @@
 __all__ = ['slipped', 'Robot', 'work', 'RobotAnnotator']
 
 # %% ../../nbs/people/03_robot.ipynb #robot-imports
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -124,7 +124,18 @@ class RobotAnnotator(Annotator):
 
     def answered(self) -> dict[str, Answer]:
         "Everything, as soon as it is asked."
-        return {request.id: self.robot.answer(request) for request in self.asked.all().values()}
+        return {answer.id: answer for answer in self.answers({})}
+
+    def answers(
+        self,
+        known: Mapping[str, str],  # id -> stamp: the hash of the known mask
+    ) -> Iterator[Answer]:
+        "The same one by one, without what is known."
+        for request in self.asked.all().values():
+            truth = self.files.get(request.image_id)
+            stamp = "" if truth is None else self.hashes.of(truth)
+            if truth is None or known.get(request.id) != stamp:
+                yield replace(self.robot.answer(request), stamp=stamp)
 
     def waiting(self) -> str:
         "Nobody is waited for."

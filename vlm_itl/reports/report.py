@@ -290,6 +290,9 @@ def round_table(
     return table[[name for name in _SHORT_COLUMNS if name in told or name in ("round", "labelled") and len(table)]]
 
 # %% ../../nbs/reports/02_report.ipynb #report-interval
+_ENOUGH = 40  # images of which intervals were seen to hold as often as they promise (tests/test_intervals.py)
+
+
 def interval_words(
     measured: Mapping[str, Any],  # metrics of a split; empty: nothing was measured
     what: str = "test",  # how the images are called
@@ -298,11 +301,12 @@ def interval_words(
     found = measured.get("interval")
     if not found:
         return ""
-    more = found["masks_to_halve"]
+    more, few = found["masks_to_halve"], found["images"] < _ENOUGH
+    doubt = "; intervals of so few images are too narrow (of 8, 80 to 85 % held in replays)" if few else ""
     return (
         f"mean IoU {found['miou']:.3f} ({found['low']:.3f} to {found['high']:.3f} at {found['level']:.0%}) over the "
         f"{found['classes']} classes that at least two of the {found['images']} {what} images show; "
-        f"{more:,} more {what} masks would halve the interval"
+        f"{more:,} more {what} masks would halve the interval{doubt}"
     )
 
 # %% ../../nbs/reports/02_report.ipynb #report-aubc
