@@ -25,6 +25,7 @@ from PIL import Image
 from table import Row, compare, publish, same, take_turns
 from transformers import SegformerImageProcessor
 
+from vlm_itl.data import masks, transforms
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.data.masks import read_image, read_mask
 from vlm_itl.data.scenes import make_scenes
@@ -63,6 +64,14 @@ def plain_way(rows: list[dict[str, Any]], processor: Any) -> None:
         processor(picture, segmentation_maps=plain_mask(row["rgb"]), return_tensors="pt")
 
 
+def first_looks(transform: Callable[..., Any], rows: list[dict[str, Any]]) -> None:
+    "Every file as if it were met for the first time."
+    masks._MASKS.forget()
+    transforms._SQUARES.forget()
+    for row in rows:
+        transform(row)
+
+
 def evaluation_rows(rows: list[dict[str, Any]], repeats: int) -> list[Row]:
     "No augmentation."
     processor = SegformerImageProcessor(size={"height": SIZE, "width": SIZE}, do_reduce_labels=False)
@@ -71,8 +80,8 @@ def evaluation_rows(rows: list[dict[str, Any]], repeats: int) -> list[Row]:
     coloured = [{**row, "mask": row["rgb"]} for row in rows]
     seconds = take_turns(
         {
-            "palette": lambda: [transform(row) for row in rows],
-            "rgb": lambda: [transform(row) for row in coloured],
+            "palette": lambda: first_looks(transform, rows),
+            "rgb": lambda: first_looks(transform, coloured),
             "plain": lambda: plain_way(rows, processor),
         },
         repeats,

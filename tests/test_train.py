@@ -455,6 +455,16 @@ def test_training_changes_every_parameter(some):
     assert not still, still
 
 
+def test_no_step_looks_for_packages_on_disk(some, monkeypatch):
+    import accelerate.optimizer
+
+    def looked() -> bool:
+        raise AssertionError("a step has asked whether an optimizer is installed")
+
+    monkeypatch.setattr(accelerate.optimizer, "is_lomo_available", looked)
+    assert trained(some.train, TrainSettings(steps=2, batch_size=4))[1].steps == 2
+
+
 def test_frozen_statistics_stay(some, batchnorm_folder):
     settings = TrainSettings(steps=2, batch_size=4)
     model = load_model(str(batchnorm_folder), SEVEN)

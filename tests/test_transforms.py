@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,18 @@ from torch.utils.data import DataLoader
 from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.labels import VOID, LabelSpace
-from vlm_itl.data.masks import make_rows, raw_rows
+from vlm_itl.data.masks import _MASKS, _Runs, make_rows, raw_rows, read_mask
 from vlm_itl.data.sources import SegData, load_data, toy_images
-from vlm_itl.data.transforms import EvalTransform, TrainingSet, TrainTransform, collate, unpad_one
+from vlm_itl.data.transforms import (
+    _SQUARES,
+    EvalTransform,
+    TrainingSet,
+    TrainTransform,
+    _largest_so_far,
+    collate,
+    largest_class,
+    unpad_one,
+)
 
 TOY = toy_images()
 LABELS = LabelSpace(tuple(f"class {index}" for index in range(200)))
@@ -260,3 +271,61 @@ def test_binary_labels_in_training(scenes_small: SegData) -> None:
     row = raw_rows(scenes_small.train)[0]
     out = TrainTransform(64, scenes_small.labels, binary=True)(row, make_rng(0))
     assert set(out["labels"].unique().tolist()) <= {0, 1, VOID}
+
+
+# --- what is kept between two looks -----------------------------------------------------------------------------------
+
+
+def test_runs_give_every_mask_back() -> None:
+    rng = np.random.default_rng(0)
+    masks = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in ((1, 1), (3, 5), (40, 60))]
+    masks += [np.repeat(mask, 9, axis=1) for mask in masks] + [np.full((30, 20), VOID, np.uint8)]
+    for mask in masks:
+        for view in (mask, mask[:, ::-1]):
+            packed = _Runs.of(view)
+            back = packed.unpack()
+            assert np.array_equal(back, view) and back.dtype == np.uint8 and packed.bytes <= max(5, view.size)
+            back[:] = 7
+            assert np.array_equal(packed.unpack(), view)
+
+
+def old(path: Path) -> None:
+    """A file is not kept in the moment in which it was written."""
+    os.utime(path, (0, 0))
+    time.sleep(0.06)
+
+
+def test_a_file_that_has_changed_is_looked_at_again(tmp_path: Path) -> None:
+    image, mask, transform = tmp_path / "a.png", tmp_path / "a_mask.png", EvalTransform(32, labels=LABELS)
+    row = {"id": "a", "image": str(image), "mask": str(mask)}
+
+    def write(shade: int, side: int) -> None:
+        Image.new("RGB", (side, 20), (shade, 0, 0)).save(image)
+        Image.fromarray(np.full((20, side), shade, np.uint8)).save(mask)
+        for path in (image, mask):
+            old(path)
+
+    write(10, 40)
+    first, again = transform(row), transform(row)
+    assert _SQUARES.kept and _MASKS.kept and all(first[key] == again[key] for key in ("box", "native"))
+    first["pixel_values"][:], first["mask"][:] = 0, 0  # what is done to an answer does not spoil the next one
+    assert torch.equal(again["pixel_values"], transform(row)["pixel_values"]) and again["mask"].max() == 10
+    for shade, side in ((11, 40), (11, 44)):
+        write(shade, side)
+        new = transform(row)
+        assert new["native"] == (20, side) and new["pixel_values"][0, 0, 0] == shade and (new["mask"] == shade).all()
+        assert (read_mask(str(mask), LABELS) == shade).all()
+    image.unlink()
+    with pytest.raises(DataError, match="no such file"):
+        transform(row)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 21, 150, 254])
+def test_the_first_of_the_largest_classes(classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    for shape in ((1, 1), (7, 5), (33, 20)):
+        logits = (3 * torch.randn(classes, *shape, generator=generator)).round()  # many are alike
+        first = torch.from_numpy(logits.numpy().argmax(0)).to(torch.uint8)
+        assert torch.equal(largest_class(logits), first) and torch.equal(_largest_so_far(iter(logits)), first)
+        turned = logits.transpose(1, 2)
+        assert torch.equal(largest_class(turned), first.T)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from datasets import Dataset, Features, Value
@@ -165,24 +165,64 @@ def _stamp(path: str | Path) -> tuple[int, ...]:
         return ()
     return told.st_mtime_ns, told.st_ctime_ns, told.st_size, told.st_ino, told.st_dev, pixel_limit()
 
+# %% ../../nbs/data/02_masks.ipynb #masks-small-runs
+@dataclass(frozen=True)
+class _Runs:
+    "A mask as runs of equal pixels, or as it is where these would not be smaller."
+
+    shape: tuple[int, ...]
+    values: np.ndarray  # of the runs, or of all pixels
+    lengths: np.ndarray | None  # of the runs, uint32; None: one value a pixel
+
+    @classmethod
+    def of(cls, mask: np.ndarray) -> "_Runs":
+        "Pack a mask."
+        pixels = mask.ravel()
+        ends = np.append(np.flatnonzero(pixels[1:] != pixels[:-1]), pixels.size - 1)
+        if 5 * ends.size > pixels.size:  # bytes of a run, and of a pixel
+            return cls(mask.shape, pixels.copy(), None)
+        return cls(mask.shape, pixels[ends], np.diff(ends, prepend=-1).astype(np.uint32))
+
+    def unpack(self) -> np.ndarray:
+        "The mask; a new array each time."
+        pixels = self.values.copy() if self.lengths is None else np.repeat(self.values, self.lengths)
+        return pixels.reshape(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        "How much memory it takes."
+        return self.values.nbytes + (0 if self.lengths is None else self.lengths.nbytes)
+
 # %% ../../nbs/data/02_masks.ipynb #masks-small
-class _Small:
-    "What small masks held that were decoded lately."
+class _Packed(Protocol):
+    "What is kept of a file."
+
+    @property
+    def bytes(self) -> int:
+        "How much memory it takes."
+
+    def unpack(self) -> Any:
+        "What was decoded, or its equal."
+
+
+class _Lately:
+    "What files held that were decoded lately."
 
     def __init__(
         self,
-        each: int = 2**15,  # pixels: larger masks are not kept
-        together: int = 2**24,  # pixels of all that is kept; what nobody has asked for longest goes first
+        pack: Callable[[Any], _Packed],  # of what was decoded
+        each: int = 2**18,  # bytes: what takes more is not kept
+        together: int = 2**24,  # bytes of all that is kept; what nobody has asked for longest goes first
     ) -> None:
-        self.each, self.together, self.pixels = each, together, 0
-        self.lock, self.kept = threading.Lock(), OrderedDict[Any, tuple[tuple[int, ...], np.ndarray]]()
+        self.pack, self.each, self.together, self.bytes = pack, each, together, 0
+        self.lock, self.kept = threading.Lock(), OrderedDict[Any, tuple[tuple[int, ...], _Packed]]()
 
     def read(
         self,
         how: Any,  # what it is decoded to
         cell: Any,  # {"path", "bytes"}, a path, or anything else, which is not kept
-        decode: Callable[[], np.ndarray],  # (H, W) uint8, from the file
-    ) -> np.ndarray:  # the same, or a copy
+        decode: Callable[[], Any],  # from the file
+    ) -> Any:  # the same, or its equal
         "What was decoded before, if the file is as it was; else decode it."
         path = cell.get("path") if isinstance(cell, Mapping) and cell.get("bytes") is None else cell
         stamp = _stamp(path) if isinstance(path, (str, Path)) else ()
@@ -192,22 +232,30 @@ class _Small:
             found = self.kept.get((how, str(path)))
             if found is not None and found[0] == stamp:
                 self.kept.move_to_end((how, str(path)))
-                return found[1].copy()
-        mask = decode()
-        if mask.size <= self.each and time.time_ns() - max(stamp[:2]) > _JUST_NOW:
-            self._keep((how, str(path)), stamp, mask.copy())
-        return mask
+                return found[1].unpack()
+        decoded = decode()
+        if time.time_ns() - max(stamp[:2]) > _JUST_NOW:
+            self._keep((how, str(path)), stamp, self.pack(decoded))
+        return decoded
 
-    def _keep(self, key: tuple[Any, str], stamp: tuple[int, ...], mask: np.ndarray) -> None:
+    def _keep(self, key: tuple[Any, str], stamp: tuple[int, ...], packed: _Packed) -> None:
+        if packed.bytes > self.each:
+            return
         with self.lock:
             before = self.kept.pop(key, None)
-            self.kept[key] = stamp, mask
-            self.pixels += mask.size - (0 if before is None else before[1].size)
-            while self.pixels > self.together:
-                self.pixels -= self.kept.popitem(last=False)[1][1].size
+            self.kept[key] = stamp, packed
+            self.bytes += packed.bytes - (0 if before is None else before[1].bytes)
+            while self.bytes > self.together:
+                self.bytes -= self.kept.popitem(last=False)[1][1].bytes
+
+    def forget(self) -> None:
+        "Keep nothing of what was, for measurements."
+        with self.lock:
+            self.kept.clear()
+            self.bytes = 0
 
 
-_SMALL = _Small()
+_MASKS = _Lately(_Runs.of)
 
 # %% ../../nbs/data/02_masks.ipynb #labels-open-turns
 _TURNS = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 4, 6, 2)), strict=True))  # how to set it upright
@@ -350,7 +398,7 @@ def read_mask(
 ) -> np.ndarray:  # uint8 (H, W), 0..C-1 or 255
     "Decode a mask: palette, grey or RGB. A value outside the label space is a `DataError` with the file and the value."
     labels = labels.binary() if binary else labels
-    return _SMALL.read(labels, cell, lambda: _decode_mask(cell, labels, name))
+    return _MASKS.read(labels, cell, lambda: _decode_mask(cell, labels, name))
 
 
 def _decode_mask(cell: Any, labels: LabelSpace, name: str) -> np.ndarray:
@@ -552,7 +600,7 @@ def read_indices(
     name: str = "",  # the row's id, for messages
 ) -> np.ndarray:  # uint8 (H, W), as stored
     "A mask that this library wrote: one byte per pixel, palette or grey. `DataError` for anything else."
-    return _SMALL.read("indices", cell, lambda: _decode_indices(cell, name))
+    return _MASKS.read("indices", cell, lambda: _decode_indices(cell, name))
 
 
 def _decode_indices(cell: Any, name: str) -> np.ndarray:

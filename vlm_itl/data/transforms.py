@@ -7,7 +7,8 @@ __all__ = ['TrainTransform', 'TrainingSet', 'EvalTransform', 'collate', 'unpad_o
 
 # %% ../../nbs/data/11_transforms.ipynb #transforms-imports
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from torch.utils.data import Dataset
 from ..core.checks import ConfigError, check_choice, check_number
 from ..core.seeds import make_rng
 from .labels import VOID, LabelSpace, MaskWatch
-from .masks import raw_rows, read_image, read_mask, same_size
+from .masks import _Lately, raw_rows, read_image, read_mask, same_size
 
 # %% ../../nbs/data/11_transforms.ipynb #transforms-window
 def _window(
@@ -208,6 +209,27 @@ class TrainingSet(Dataset):
         item = self.transform(self.rows[row], make_rng(self.seed, "augment", index))
         return item if self.weights is None else {**item, "weight": torch.tensor(float(self.weights[row]))}
 
+# %% ../../nbs/data/11_transforms.ipynb #transforms-eval-square
+@dataclass(frozen=True)
+class _Square:
+    "A picture as it is shown."
+
+    pixels: np.ndarray  # uint8 (3, size, size)
+    box: tuple[int, ...]  # rows and columns that are image
+    native: tuple[int, int]  # rows and columns of the file
+
+    def unpack(self) -> "_Square":
+        "The same with pixels of its own."
+        return _Square(self.pixels.copy(), self.box, self.native)
+
+    @property
+    def bytes(self) -> int:
+        "How much memory it takes."
+        return self.pixels.nbytes
+
+
+_SQUARES = _Lately(_Square.unpack, together=2**26)  # a thousand at 147 pixels a side, 340 at 256
+
 # %% ../../nbs/data/11_transforms.ipynb #transforms-eval
 class EvalTransform:
     "A row becomes a square of one size that remembers how to get back."
@@ -236,19 +258,24 @@ class EvalTransform:
         return {key: [square[key] for square in squares] for key in squares[0]} if squares else {}
 
     def _one(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        shown = _SQUARES.read((self.size, self.resize), row["image"], lambda: self._show(row))
+        box, native = shown.box, shown.native
+        out = {"id": row["id"], "pixel_values": torch.from_numpy(shown.pixels), "box": box, "native": native}
+        if self.labels is not None and "mask" in row:
+            out["mask"] = read_mask(row["mask"], self.labels, name=row["id"])
+            if self.watch is not None:
+                self.watch.see(out["mask"])
+            same_size(row["id"], native[::-1], out["mask"].shape[::-1])
+        return out
+
+    def _show(self, row: Mapping[str, Any]) -> _Square:
         image = read_image(row["image"], name=row["id"])
         native, size = (image.height, image.width), self.size
         box = (size, size) if self.resize == "stretch" else tuple(max(1, round(n * size / max(native))) for n in native)
         pixels = np.full((size, size, 3), _PAD, dtype=np.uint8)
         small = image.resize((box[1], box[0]), Image.Resampling.BILINEAR, reducing_gap=2.0)
         pixels[: box[0], : box[1]] = np.asarray(small)
-        out = {"id": row["id"], "pixel_values": _as_tensor(pixels), "box": box, "native": native}
-        if self.labels is not None and "mask" in row:
-            out["mask"] = read_mask(row["mask"], self.labels, name=row["id"])
-            if self.watch is not None:
-                self.watch.see(out["mask"])
-            same_size(row["id"], image.size, out["mask"].shape[::-1])
-        return out
+        return _Square(np.ascontiguousarray(pixels.transpose(2, 0, 1)), box, native)
 
 # %% ../../nbs/data/11_transforms.ipynb #transforms-collate
 def collate(
@@ -280,10 +307,20 @@ _LARGE = 4_000_000  # pixels; from here on one class at a time
 
 
 def largest_class(
-    rows: Iterable[torch.Tensor],  # C maps (H, W), one after the other
+    values: torch.Tensor,  # (C, H, W), finite
 ) -> torch.Tensor:  # (H, W) uint8, the first class whose value is the largest
-    "A running maximum, since `argmax` along the classes takes a CPU four times as long."
-    maps = iter(rows)
+    "`argmax(0)`, ten times as fast on a CPU: the maximum, who reaches it, and of those the first."
+    if values.device.type != "cpu":
+        return _largest_so_far(iter(values))
+    maps = values.numpy()
+    rank = np.arange(len(maps), 0, -1, dtype=np.uint8)[:, None, None]  # C, C - 1, ..., 1
+    reached = (maps == maps.max(0)).view(np.uint8)  # (C, H, W), 0 or 1
+    reached *= rank
+    return torch.from_numpy(len(maps) - reached.max(0))
+
+
+def _largest_so_far(maps: Iterator[torch.Tensor]) -> torch.Tensor:
+    "The same from maps (H, W) that come one after the other."
     best = next(maps).clone()
     classes = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
     for index, other in enumerate(maps, start=1):
@@ -300,6 +337,6 @@ def predicted_classes(
 ) -> torch.Tensor:  # (H, W) whole numbers, the class with the largest logit
     "`unpad_one(...).argmax(0)`; a large image takes 20 bytes per pixel instead of four for each class."
     if native[0] * native[1] >= _LARGE:
-        return largest_class(unpad_one(row[None], box, size, native)[0] for row in logits)
+        return _largest_so_far(unpad_one(row[None], box, size, native)[0] for row in logits)
     whole = unpad_one(logits, box, size, native)
     return largest_class(whole) if whole.device.type == "cpu" else whole.argmax(0)

@@ -24,6 +24,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_model as load_safetensors
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -258,6 +259,19 @@ def _batch_loss(
     return pixel_loss(logits, labels, weights=inputs.get("weight"), pixels=pixels), logits
 
 
+class _Optimizer(AcceleratedOptimizer):
+    "An optimizer as accelerate wraps it, whose step does not look for other kinds of optimizers on disk each time."
+
+    _is_accelerate_prepared = True  # so that accelerate takes it as it is
+
+    def step(self, closure: Any = None) -> None:
+        "A step; scaled (fp16) by accelerate, since it may have to be left out."
+        if self.scaler is None:
+            self.optimizer.step(closure)
+        else:
+            super().step(closure)
+
+
 class _SegTrainer(Trainer):
     "`Trainer` with our loss, order, parameter groups and streaming validation."
 
@@ -265,7 +279,7 @@ class _SegTrainer(Trainer):
         self, model: Segmenter, settings: TrainSettings, view: Inference, share: Share | None = None, **kwargs: Any
     ):
         self.segmenter, self.settings, self.view, self.loss = model, settings, view, RunningLoss()
-        self.share = share
+        self.share, self.in_training = share, False
         super().__init__(model=model, data_collator=collate, **kwargs)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
@@ -273,32 +287,29 @@ class _SegTrainer(Trainer):
         if self.optimizer is None:
             rate, head_scale = learning_rates(self.settings, self.segmenter)
             groups = parameter_groups(self.segmenter, rate, head_scale, self.settings.weight_decay)
-            self.optimizer = torch.optim.AdamW(groups, lr=rate)
+            adamw = torch.optim.AdamW(groups, lr=rate)
+            self.optimizer = _Optimizer(adamw, scaler=self.accelerator.scaler)
             # `Trainer` would walk through all modules after each step, a fiftieth of one; taken back by `_run`
-            self.segmenter.zero_grad = self.optimizer.zero_grad  # type: ignore[method-assign]
+            self.segmenter.zero_grad = adamw.zero_grad  # type: ignore[method-assign]
+            self.weights = list(self.segmenter.parameters())
         return self.optimizer
 
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        "Pixel cross-entropy in float32; the network in the chosen precision."
-        freeze_batchnorm(self.segmenter, self.settings.batch_norm)  # Trainer calls .train() before every step
-        loss, logits = _batch_loss(model, inputs, self.settings, self.share)
-        if self.share is None:
-            self.loss.add(loss)
-        return (loss, logits) if return_outputs else loss
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        "As `Accelerator.clip_grad_norm_`, which would first look for gradients that are spread over machines."
+        self.accelerator.unscale_gradients()  # fp16; nothing otherwise
+        return torch.nn.utils.clip_grad_norm_(self.weights, self.args.max_grad_norm)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         "One step; where several processes share the batch, with what the others found."
-        if self.share is None:
-            return super().training_step(model, inputs, *args, **kwargs)
-        scaler = self.accelerator.scaler
-        self.share.begin_step(self.segmenter, self.state.global_step, 1.0 if scaler is None else scaler.get_scale())
-        loss = self.share.add_gradients(self.segmenter, super().training_step(model, inputs, *args, **kwargs))
+        if not self.in_training:
+            freeze_batchnorm(self.segmenter.train(), self.settings.batch_norm)
+            self.in_training = True
+        scaler, share = self.accelerator.scaler, self.share
+        if share is not None:
+            share.begin_step(self.segmenter, self.state.global_step, 1.0 if scaler is None else scaler.get_scale())
+        loss, _ = _batch_loss(model, inputs, self.settings, share)
+        (loss if scaler is None else scaler.scale(loss)).backward()
+        loss = loss.detach() if share is None else share.add_gradients(self.segmenter, loss.detach())
         self.loss.add(loss)
         return loss
 
@@ -308,6 +319,7 @@ class _SegTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         "Look at the validation images."
+        self.in_training = False
         look = evaluate if self.share is None else self.share.evaluate
         result = look(self.segmenter, self.eval_dataset, self.view, desc="validating")
         metrics = {f"eval_{k}": result[k] for k in ("mean_iou", "pixel_accuracy")}
@@ -423,6 +435,7 @@ def _arguments(task: _Task, folder: str, resumable: bool) -> TrainingArguments:
         dataloader_num_workers=settings.num_workers,
         dataloader_persistent_workers=settings.num_workers > 0,
         dataloader_pin_memory=task.device.type == "cuda",
+        accelerator_config={"non_blocking": task.device.type == "cuda"},  # or each copy waits for the step before
         train_sampling_strategy="sequential",  # the order is already in the data set
         remove_unused_columns=False,
         label_names=["labels"],

@@ -14,8 +14,6 @@ from typing import Any
 
 import datasets
 import numpy as np
-from sklearn.ensemble import ExtraTreesRegressor
-from sklearn.linear_model import LogisticRegression
 
 from ..core.checks import JudgeError, check_number
 from ..core.seeds import derive_seed, make_rng, stable_hash
@@ -123,7 +121,7 @@ TREES = 200
 class Forest:
     "Guesses an IoU from the columns of segments."
 
-    trees: ExtraTreesRegressor
+    trees: Any  # an `ExtraTreesRegressor`
 
     @classmethod
     def grow(
@@ -133,6 +131,8 @@ class Forest:
         seed: int,  # of the trees
     ) -> "Forest":
         "Learn."
+        from sklearn.ensemble import ExtraTreesRegressor  # a second to import
+
         trees = ExtraTreesRegressor(TREES, min_samples_leaf=2, max_features=0.5, random_state=seed % 2**32)
         return cls(trees.fit(np.nan_to_num(columns, nan=-1.0), iou))
 
@@ -156,6 +156,8 @@ def probability_curve(
     if good.all() or not good.any():
         share = (good.sum() + 1) / (len(good) + 2)
         return 0.0, math.log(share / (1 - share))
+    from sklearn.linear_model import LogisticRegression
+
     curve = LogisticRegression(C=100.0).fit(guesses[:, None], good)
     return max(0.0, float(curve.coef_[0, 0])), float(curve.intercept_[0])
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from scipy.special import expit, logit
-from sklearn.linear_model import LogisticRegression
 
 from vlm_itl.core.checks import (
     ConfigError,
@@ -167,6 +166,8 @@ def _regression(features: np.ndarray, good: np.ndarray, whose: str) -> tuple[lis
     "Coefficients (one a column) and intercept; `DataError` where there is nothing to learn from."
     if len(good) == 0 or good.all() or not good.any():
         raise DataError(f"{whose}: good and bad masks are needed to fit, and there are {good.sum()} of {len(good)}.")
+    from sklearn.linear_model import LogisticRegression  # a second to import
+
     fitted = LogisticRegression(C=1.0, max_iter=1000).fit(features, good)
     return [float(value) for value in fitted.coef_[0]], float(fitted.intercept_[0])
 
