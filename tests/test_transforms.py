@@ -329,3 +329,4 @@ def test_the_first_of_the_largest_classes(classes: int) -> None:
         assert torch.equal(largest_class(logits), first) and torch.equal(_largest_so_far(iter(logits)), first)
         turned = logits.transpose(1, 2)
         assert torch.equal(largest_class(turned), first.T)
+        assert torch.equal(largest_class(logits.bfloat16().requires_grad_()), first)  # small whole numbers are kept

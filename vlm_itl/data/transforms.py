@@ -312,7 +312,7 @@ def largest_class(
     "`argmax(0)`, ten times as fast on a CPU: the maximum, who reaches it, and of those the first."
     if values.device.type != "cpu":
         return _largest_so_far(iter(values))
-    maps = values.numpy()
+    maps = (values.float() if values.dtype is torch.bfloat16 else values).detach().numpy()
     rank = np.arange(len(maps), 0, -1, dtype=np.uint8)[:, None, None]  # C, C - 1, ..., 1
     reached = (maps == maps.max(0)).view(np.uint8)  # (C, H, W), 0 or 1
     reached *= rank
