@@ -26,6 +26,7 @@ import torch
 from bench_step import bare_loop
 from table import Row, below, compare, cpu_seconds, publish, take_turns
 
+from vlm_itl.data import masks, transforms
 from vlm_itl.data.masks import MaskStore
 from vlm_itl.data.sources import SegData, load_data
 from vlm_itl.data.transforms import predicted_classes, unpad_one
@@ -84,6 +85,13 @@ def bare_round(model: Segmenter, data: SegData, config: Config) -> None:
         look(model, pool, view, judge if config.mode == "vlm" else score)
 
 
+def afresh(way: Callable[[], object]) -> None:
+    "Nothing is kept of what the other way has decoded."
+    masks._MASKS.forget()
+    transforms._SQUARES.forget()
+    way()
+
+
 def rounds(part: str, goal: str, repeats: int, mode: str, steps: int, **more: Any) -> Row:
     "The first round of a run against its bare parts."
     taken: dict[str, list[float]] = {"ours": [], "bare": []}
@@ -92,7 +100,8 @@ def rounds(part: str, goal: str, repeats: int, mode: str, steps: int, **more: An
         data, model = load_data(**sources(loop.config)), loop.team.learner.segmenter  # `run_round` begins it anew
         bare_loop(model, data, 2, loop.config.image_size)  # to warm up
         ways = {"bare": partial(bare_round, model, data, loop.config), "ours": loop.run_round}
-        for name, seconds in take_turns(ways, 1, warm=0).items():
+        fresh = {name: partial(afresh, way) for name, way in ways.items()}
+        for name, seconds in take_turns(fresh, 1, warm=0).items():
             taken[name] += seconds
         loop.folder.close()
         print(f"{part}, turn {turn + 1}: {taken['ours'][-1]:.2f} s, bare {taken['bare'][-1]:.2f} s", flush=True)
