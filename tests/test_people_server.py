@@ -360,6 +360,7 @@ def spoilt(**fields: Any) -> dict[str, Any]:
             spoilt(value={"rle": results_of(np.ones((9, 9), np.uint8), LABELS)[0]["value"]["rle"]}),
             "no picture of 8 x 8",
         ),
+        (spoilt(image_rotation=90), "painted on the picture turned by 90 degrees"),
         (spoilt(from_name="brush"), "this project asks for brushes only"),
         (spoilt(type="rectanglelabels", value={"x": 1}), "a region of type 'rectanglelabels'"),
         (spoilt(value={"rle": [0, 0, 1]}), "brush"),

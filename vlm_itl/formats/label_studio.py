@@ -98,6 +98,11 @@ def result_regions(
                 f"{told}: it is painted on {own[1]}x{own[0]} pixels, and the photograph has {shape[1]}x{shape[0]}; "
                 "remove it, and paint on the picture of the task"
             )
+        if turned := float(result.get("image_rotation") or 0) % 360:
+            raise DataError(
+                f"{told}: it is painted on the picture turned by {turned:g} degrees, and masks are of the picture as "
+                "its file shows it; turn it back, and paint again"
+            )
         if kind == "rle":
             yield names[str(result.get("id"))], decode_brush(value["rle"], shape, told)
         else:  # in percent of the picture
