@@ -1,4 +1,4 @@
-"""All benchmarks that a quiet ten minutes allow, one after the other, into one table.
+"""All benchmarks that a dozen quiet minutes allow, one after the other, into one table.
 
 Run as `make bench`, or `python benchmarks/bench_all.py [part ...]`. Each part is a script of its own, in a process of
 its own, and says in its first lines what it compares; longer forms (more turns, larger pools) are run by hand. What
@@ -19,15 +19,15 @@ from table import machine, markdown
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "results"
 PARTS: dict[str, list[str]] = {  # script -> its arguments in `make bench`
-    "bench_preprocess": ["5"],
+    "bench_preprocess": ["3"],
     "bench_metrics": ["5"],
-    "bench_startup": ["3"],
+    "bench_startup": ["2"],
     "bench_step": ["2"],
-    "bench_bald": ["2"],
+    "bench_bald": ["1"],
     "bench_round": ["1"],
-    "bench_judge": ["2"],
-    "bench_sweep": ["2"],
-    "bench_processes": ["1"],
+    "bench_judge": ["1"],
+    "bench_sweep": ["1"],
+    "bench_processes": ["3"],
 }
 LIMIT = 600  # seconds for one part
 

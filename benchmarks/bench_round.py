@@ -137,28 +137,8 @@ def demo(repeats: int) -> list[Row]:
     return [below("the whole demo beyond training (steps 0)", taken, 15.0, "s")]
 
 
-def start_up(repeats: int) -> list[Row]:
-    "Commands and imports, each in a process of its own."
-
-    def run(code: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-    trainer = "import torch, datasets; from transformers import Trainer, TrainingArguments"
-    ways = {
-        "list": run("import sys; from vlm_itl.cli.run import main; sys.exit(main(['list']))"),
-        "papermill": run("import papermill, nbformat, click"),
-        "experiment": run("from vlm_itl.experiment import run_al"),
-        "trainer": run(trainer),
-    }
-    taken = take_turns(ways, repeats, warm=1)
-    return [
-        compare("`vlm_itl_run list` / importing papermill", taken["list"], taken["papermill"], "s", "none"),
-        compare("importing run_al / torch, datasets, Trainer", taken["experiment"], taken["trainer"], "s", "none"),
-    ]
-
-
 def main(repeats: int = 3) -> list[Row]:
-    "Rounds on scenes (long ones from two repeats on) and on photographs, start-up, the demo."
+    "Rounds on scenes (long ones from two repeats on) and on photographs, and the demo."
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     rows = [
@@ -171,7 +151,7 @@ def main(repeats: int = 3) -> list[Row]:
     if (photographs := of_photographs()) is not None:
         part = "VOC, MobileNetV2 at 160, vlm with confidence, 50 steps"
         rows.append(rounds(part, "<= 1.15", 1, "vlm", 50, **photographs))
-    return [*rows, *start_up(repeats), *demo(1)]
+    return [*rows, *demo(1)]
 
 
 if __name__ == "__main__":
