@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import ndimage
 from skimage.measure import label as connected_parts
 
 from vlm_itl.core.checks import ConfigError, DataError, RunError
@@ -38,7 +37,6 @@ from vlm_itl.sampler.region_choice import cell_weights, choose_regions, name_reg
 from vlm_itl.sampler.regions import (
     REGIONS,
     Regions,
-    _polygon_points,
     count_clicks,
     cover_of_parts,
     region_id,
@@ -341,17 +339,6 @@ def test_answers(scenes_small: Any):
     assert (region_label(np.full((2, 4), VOID, np.uint8), inside, "dominant") == VOID).all()
     with pytest.raises(ConfigError, match="precise"):
         region_label(truth, inside, "roughly")
-
-
-def test_polygons_have_the_points_that_scikit_image_finds():
-    from skimage.measure import approximate_polygon, find_contours
-
-    rng = np.random.default_rng(0)
-    for sigma in (1, 2, 5):
-        blobs = ndimage.gaussian_filter(rng.normal(size=(90, 120)), sigma) > 0
-        for outline in find_contours(np.pad(blobs, 1).astype(float), 0.5):
-            for tolerance in (0.5, 2.0):
-                assert _polygon_points(outline, tolerance) == len(approximate_polygon(outline, tolerance))
 
 
 def test_clicks():

@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from PIL import Image
 from scipy.ndimage import find_objects
-from skimage.measure import find_contours
+from skimage.measure import approximate_polygon, find_contours
 from skimage.measure import label as connected_parts
 from skimage.segmentation import find_boundaries, slic
 
@@ -247,39 +247,11 @@ def region_label(
     counts[VOID] = 0
     return np.where(inside, counts.argmax() if counts.any() else VOID, VOID).astype(np.uint8)
 
-# %% ../../nbs/sampler/04_regions.ipynb #regions-polygon
-def _far_from(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    "Distances (n,) of points (n, 2) from the straight line between two ends."
-    (r0, c0), (r1, c1), (r, c) = start, end, points.T
-    angle = -np.arctan2(r1 - r0, c1 - c0)
-    line = np.abs(r * np.cos(angle) + c * np.sin(angle) - (c0 * np.sin(angle) + r0 * np.cos(angle)))
-    ends = np.minimum(np.sqrt((c - c0) ** 2 + (r - r0) ** 2), np.sqrt((c - c1) ** 2 + (r - r1) ** 2))
-    beside = ((r - r0) * (r1 - r0) + (c - c0) * (c1 - c0) > 0) & (-(r - r1) * (r1 - r0) - (c - c1) * (c1 - c0) > 0)
-    return np.where(beside, line, ends)
-
-
-def _polygon_points(
-    outline: np.ndarray,  # (n, 2), n >= 2; closed where the last point is the first
-    tolerance: float,  # pixels
-) -> int:  # the first and the last point included
-    "How many points of an outline describe it (Douglas and Peucker 1973)."
-    count, pieces = 2, [(0, len(outline) - 1)]
-    while pieces:
-        start, end = pieces.pop()
-        if end - start < 2:
-            continue
-        far = _far_from(outline[start + 1 : end], outline[start], outline[end])
-        if (far > tolerance).any():
-            middle = start + 1 + int(far.argmax())
-            pieces += [(start, middle), (middle, end)]
-            count += 1
-    return count
-
 # %% ../../nbs/sampler/04_regions.ipynb #regions-partial-corners
 def _corners(segment: np.ndarray) -> int:
     "Corners of a segment's outline."
     outlines = find_contours(np.pad(segment, 1).astype(float), 0.5)
-    return sum(max(1, _polygon_points(line, tolerance=2.0) - 1) for line in outlines)
+    return sum(max(1, len(approximate_polygon(line, tolerance=2.0)) - 1) for line in outlines)
 
 # %% ../../nbs/sampler/04_regions.ipynb #regions-partial-count-clicks
 def count_clicks(
