@@ -1,11 +1,12 @@
 """Two processes against one: a training and a pass over a pool, on a machine with two idle cores (or more).
 
-Run as `python benchmarks/bench_processes.py [repeats]` (three minutes). One thread in each process, turns in
-alternation, by two clocks: wall-clock seconds, which say something on a quiet machine only, and the CPU seconds of the
-busier process, which are what is left of the wall clock where both have a core to themselves. The rows say how many
-others wanted a core meanwhile (the load of the last minute, less our own). SegFormer-B0
-(random weights) at 256 px is large enough that a step (seconds) hides the exchange of its 3.7 million weights and
-gradients (some 20 ms); `cnn-nano` is shown beside it as what is too small. What both find is compared first.
+Run as `python benchmarks/bench_processes.py [repeats]` (two minutes). One thread in each process, turns in
+alternation, by two clocks at once: wall-clock seconds, which say something on a quiet machine only, and the CPU seconds
+of the busier process, which are what is left of the wall clock where both have a core to themselves. The rows say how
+many others wanted a core meanwhile (the load of the last minute, less our own). SegFormer-B0 (random weights) at 256 px
+is large enough that a step (a second) hides the exchange of its 3.7 million weights and gradients (some 40 ms), and a
+dozen steps hide what a training costs once (a fifth of a second); `cnn-nano` is shown beside it as what is too small.
+What both find is compared first.
 """
 
 import os
@@ -20,7 +21,7 @@ os.environ.setdefault("VLM_ITL_PROGRESS", "0")
 import numpy as np
 import psutil
 import torch
-from table import Row, compare, publish, same, take_turns
+from table import Row, compare, publish, same
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 from vlm_itl.core.processes import Processes
@@ -31,7 +32,7 @@ from vlm_itl.model.segmenter import Segmenter, load_model
 from vlm_itl.model.train import TrainSettings, fit
 from vlm_itl.sampler.together import Together, put_together
 
-STEPS = 4
+STEPS = 12
 
 
 def cpu_of_each() -> list[float]:
@@ -39,11 +40,17 @@ def cpu_of_each() -> list[float]:
     return [time.process_time(), *(sum(child.cpu_times()[:2]) for child in psutil.Process().children())]
 
 
-def busier(way: Callable[[], object]) -> float:
-    "CPU seconds that the process with most to do takes."
-    before = cpu_of_each()
-    way()
-    return max(after - start for after, start in zip(cpu_of_each(), before, strict=True))
+def by_both_clocks(ways: dict[str, Callable[[], object]], repeats: int) -> tuple[dict[str, list[float]], ...]:
+    "Turns of all ways: their wall-clock seconds, and the CPU seconds of the process with most to do."
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    work: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            before, started = cpu_of_each(), time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - started)
+            work[name].append(max(after - start for after, start in zip(cpu_of_each(), before, strict=True)))
+    return seconds, work
 
 
 def segformer_b0(data: SegData) -> Segmenter:
@@ -75,9 +82,8 @@ def rows_of(make: Any, data: SegData, size: int, batch: int, repeats: int, goal:
         "pass 1": lambda: score_pool(model, images, view),
         "pass 2": lambda: team.look(score_pool, images, None, {}),
     }
-    seconds = take_turns(ways, repeats, clock=time.perf_counter)
+    seconds, work = by_both_clocks(ways, repeats)  # all of them have run once for the comparison
     others = max(0.0, os.getloadavg()[0] - 1.5)  # one way keeps one core busy, the other two
-    work = {name: [busier(way) for _ in range(repeats)] for name, way in ways.items()}
     pair.stop()
     what = f"{model.name} at {size}, batches of {batch}"
     return [
@@ -91,10 +97,10 @@ def rows_of(make: Any, data: SegData, size: int, batch: int, repeats: int, goal:
     ]
 
 
-def main(repeats: int = 5) -> list[Row]:
+def main(repeats: int = 3) -> list[Row]:
     "All rows."
     torch.set_num_threads(1)
-    data = load_data("scenes", val_share=2, options={"n_train": 34, "n_test": 2, "size": (256, 256)})
+    data = load_data("scenes", val_share=2, options={"n_train": 66, "n_test": 2, "size": (256, 256)})
     small = rows_of(lambda d: load_model("cnn-nano", d.labels), data, 96, 8, repeats, "none")
     return [*rows_of(segformer_b0, data, 256, 8, repeats, ">= 1.7"), *small]
 
