@@ -266,6 +266,7 @@ def test_accepted_classes_are_learnt_and_the_rest_is_void(toy: SegData, tmp_path
     assert [i for i, text in loop.team.handler.asked if "Is every one of them coloured" in text] == ["toy-0"]
     assert record.judge["empty_dropped"] == 1 and 0.5 < record.judge["kept_pixels"] < 1
     assert record.judge["images"] == 4 and record.judge["n"] == 5  # one red each, red and blue, and the empty one
+    assert record.selection["ids"] == ["toy-3"]  # blue of it was rejected: the human may be asked, as about toy-0
 
 
 def test_pixels_that_both_agree_on(toy: SegData, tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_an_empty_mask_needs_the_word_that_nothing_is_missing(toy: SegData, tmp_
             return Judgement("no" if query.question == "exhaustive" else "yes", p_yes=1.0, usd=0.25)
 
     more = proposals_of(toy, tmp_path / "masks", {"toy-1": "toy-0"})
-    loop = loop_of(toy, tmp_path / "run", Believer(), **more)
+    loop = loop_of(toy, tmp_path / "run", Believer(), accept_by="image", **more)
     record = loop.run_round()
     loop.folder.close()
     assert record.start_pseudo_ids == ["toy-2", "toy-3"] and record.judge["empty_dropped"] == 1

@@ -267,6 +267,11 @@ class Told:
         p_yes = probability_of(self.judgement)
         return -1.0 if p_yes is None else p_yes
 
+    @property
+    def is_whole(self) -> bool:
+        "Was the judge asked about the whole mask, or said yes to each of its classes?"
+        return not any(alone for alone, _ in self.answers) or len(self.classes) == len(self.answers)
+
 
 def _questions(team: Team, query: JudgeQuery) -> list[JudgeQuery]:
     "What is asked about a mask. A judge that looks at probabilities cannot say whether anything is missing."
@@ -564,6 +569,7 @@ class JudgeTurn:
 
     judgements: list[Judgement] = field(default_factory=list)  # one per judged image
     accepted: list[str] = field(default_factory=list)  # images of whose mask something trains the next round
+    whole: list[str] = field(default_factory=list)  # those of them of which nothing was rejected
     measures: dict[str, Any] | None = None  # how good the judge was; None without one
     ious: dict[str, float] = field(default_factory=dict)  # how right each judged mask was
     masks: MaskStore | None = None  # what was judged
@@ -654,7 +660,8 @@ def judge(
         accepted = [i for i in accepted if i not in audit["bad"]]
         measures["certified"] = {**made.certified, "audit": audit}
     measures["foreseen"] = _foresee(team, state, here)
-    return JudgeTurn(judgements, accepted, measures, ious, chosen)
+    whole = [i for i in accepted if made.told[i].is_whole]
+    return JudgeTurn(judgements, accepted, whole, measures, ious, chosen)
 
 
 def judge_first(

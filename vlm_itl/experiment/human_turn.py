@@ -31,7 +31,7 @@ from ..vlm.handler import Judgement
 def policy_groups(
     free: Sequence[str],  # images without a human mask
     verdicts: dict[str, str],  # image -> yes, no, abstain; empty without a judge
-    accepted: Sequence[str],  # images whose mask was accepted
+    accepted: Sequence[str],  # images whose whole mask was accepted
     policy: str,  # observe, pseudo, triage, fix
     p_yes: Mapping[str, float | None] | None = None,  # image -> how sure the judge is; for triage
     rng: np.random.Generator | None = None,  # draws the order of equal rejections; None: that of `free`
@@ -58,7 +58,7 @@ def choose(
     pool: Pool,  # who labelled what
     k: int,  # images for the human
     verdicts: dict[str, str],  # image -> yes, no, abstain; empty without a judge
-    accepted: Sequence[str],  # images whose mask was accepted
+    accepted: Sequence[str],  # images whose whole mask was accepted
     policy: str,  # observe, pseudo, triage, fix
     rng: np.random.Generator,  # for this round
     p_yes: Mapping[str, float | None] | None = None,  # image -> how sure the judge is; for triage

@@ -325,9 +325,9 @@ def choose_next(
     verdicts, p_yes = {j.id: j.verdict for j in turn.judgements}, {j.id: j.p_yes for j in turn.judgements}
     if team.unit is None:
         k = aim - len(pool.human)
-        return choose(team.sampler, scores, pool, k, verdicts, turn.accepted, config.policy, rng, p_yes)
+        return choose(team.sampler, scores, pool, k, verdicts, turn.whole, config.policy, rng, p_yes)
     assert scores is not None
-    groups = policy_groups(pool.unlabelled, verdicts, turn.accepted, config.policy, p_yes, rng)
+    groups = policy_groups(pool.unlabelled, verdicts, turn.whole, config.policy, p_yes, rng)
     free = set(pool.unlabelled)
     asked = [name for name in team.annotator.asked_regions() if split_region(name)[0] in free]
     left = max(1, round(aim / len(pool.ids) * team.unit.pool_pixels - paid_pixels(team, state)))

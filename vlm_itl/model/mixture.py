@@ -68,7 +68,8 @@ WEIGHTS = ("none", "p_yes")
 class Mixture:
     "How people's masks and pseudo-labels are mixed in a training."
 
-    human_share: float | None = None  # of the draws of each batch, in [0, 1]; None: as many as there are images
+    human_share: float | None = None  # of the draws of each batch, in [0, 1]; None: see human_times
+    human_times: float = 1.0  # how often a mask of people is drawn for one draw of a pseudo-label, above 0
     pseudo_weight: float = 1.0  # of a pseudo-labelled image in the loss, in [0, 1]; a human mask has 1
     weight_by: str = "none"  # none, or p_yes: times the judge's probability that it is good
     class_cap: float | None = None  # largest share of pseudo-labelled draws in which a class may be; None: no cap
@@ -92,6 +93,7 @@ class Mixture:
 # %% ../../nbs/model/07_mixture.ipynb #mixture-read
 _LIMITS: dict[str, dict[str, Any]] = {
     "human_share": {"low": 0, "high": 1},
+    "human_times": {"low": 0.01, "high": 1000},
     "pseudo_weight": {"low": 0, "high": 1},
     "class_cap": {"low": 0.01, "high": 1},
     "balance": {"low": 0, "high": 2},
@@ -112,8 +114,10 @@ def read_mixture(
     mixture = Mixture(**options)
     for name, limits in _LIMITS.items():
         value = getattr(mixture, name)
-        if value is not None or name in ("pseudo_weight", "balance"):
+        if value is not None or name not in ("human_share", "class_cap"):
             check_number(f"mixture: {name}", value, **limits)
+    if mixture.human_share is not None and "human_times" in options:
+        raise ConfigError("mixture: human_share and human_times say the same in two ways: give one of them.")
     check_choice("mixture: weight_by", mixture.weight_by, WEIGHTS)
     return mixture
 
@@ -137,7 +141,8 @@ def mixed_order(
     steps: int,  # batches
     batch_size: int,  # images in each
     rng: np.random.Generator,  # decides everything
-    human_share: float | None = None,  # of each batch; None: as many as there are images
+    human_share: float | None = None,  # of each batch; None: by how many there are of either kind
+    human_times: float = 1.0,  # then: how often a mask of people comes for once that a pseudo-label does
     class_cap: float | None = None,  # largest share of pseudo-labelled draws in which a class may be
     balance: float = 0.0,  # exponent of a class's rarity
 ) -> np.ndarray:  # int (steps * batch_size,) rows, batch by batch
@@ -145,7 +150,8 @@ def mixed_order(
     own, other = (np.flatnonzero(kind & (weight > 0)) for kind in (human, ~human))
     if not len(own) + len(other):
         raise ConfigError("mixture: every image has the weight 0, so nothing is left to learn from.")
-    share = len(own) / (len(own) + len(other)) if human_share is None or not len(own) or not len(other) else human_share
+    by_number = human_share is None or not len(own) or not len(other)
+    share = human_times * len(own) / (human_times * len(own) + len(other)) if by_number else float(human_share or 0)
     first = _human_draws(steps, batch_size, share)
     is_human = np.arange(batch_size) < first[:, None]  # (steps, batch_size)
     order = np.empty(steps * batch_size, dtype=np.int64)
@@ -193,7 +199,6 @@ def draws_of(
     if mixture == Mixture():
         return Draws(None, in_loss)
     classes = classes_shown(rows, labels) if mixture.needs_classes else None
-    how: dict[str, Any] = {"human_share": mixture.human_share, "class_cap": mixture.class_cap}
-    how["balance"] = mixture.balance
+    how: dict[str, Any] = {n: getattr(mixture, n) for n in ("human_share", "human_times", "class_cap", "balance")}
     order = mixed_order(human, weights, classes, steps, batch_size, make_rng(seed, "mixture"), **how)
     return Draws(order, in_loss)
