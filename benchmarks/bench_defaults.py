@@ -1,6 +1,6 @@
 """Does the pipeline that the library is named after win with its own defaults, or lose? On generated scenes.
 
-    python benchmarks/bench_defaults.py            # 5 seeds, half an hour on two cores; goes on where it stopped
+    python benchmarks/bench_defaults.py            # 5 seeds, an hour on two cores; goes on where it stopped
     python benchmarks/bench_defaults.py --show     # the table of what is there
 
 `mode=al` and `mode=vlm` with nothing else set but the seed, so that both have the same human masks, network, steps and
@@ -26,10 +26,11 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS: dict[str, dict[str, Any]] = {
     "al": {"mode": "al"},
     "vlm": {"mode": "vlm"},
-    "vlm, accept_by=class": {"mode": "vlm", "accept_by": "class"},
+    "vlm, accept_by=image": {"mode": "vlm", "accept_by": "image"},
     "vlm, tau=0.5": {"mode": "vlm", "tau": 0.5},
     "vlm, policy=triage": {"mode": "vlm", "policy": "triage"},
     "vlm, no mixture": {"mode": "vlm", "mixture": {}},
+    "vlm, human_share=.5": {"mode": "vlm", "mixture": {"human_share": 0.5}},
     "vlm, proposer=own": {"mode": "vlm", "proposer": "own"},
 }
 

@@ -113,14 +113,14 @@ class Config(TrainSettings):
     audit: float = 0.0  # share of the accepted masks that people look at, at least one; what they find bad is dropped
     tau: float = 0.7  # a mask is good if its mean IoU reaches this
     seed: int = 0  # of everything random
-    initial: float | int = 0.1  # labelled before round 0: share (float up to 1.0) or count
-    increment: float | int = 0.1  # labelled more each round
-    max_labelled: float | int = 0.4  # the last round's labelled share or count
+    initial: float | int = 0.05  # labelled before round 0: share (float up to 1.0) or count
+    increment: float | int = 0.05  # labelled more each round
+    max_labelled: float | int = 0.2  # the last round's labelled share or count
     stop: dict[str, Any] = field(default_factory=dict)  # end earlier: {"seconds": 36000}, see `StopRule`
     image_size: int = 96  # long side in evaluation, pixels
     resize: str = "keep"  # evaluation: keep the aspect and pad, or stretch to a square
     eval_batch_size: int = 8  # images at once when not training
-    steps: int | Literal["auto"] = 400  # optimizer steps per round; 0: only evaluate; auto: as many as help
+    steps: int | Literal["auto"] = 800  # optimizer steps per round; 0: only evaluate; auto: as many as help
     warm_start: bool = False  # go on from the last round's weights instead of the initial ones
     goal: Goal = "model"  # model; or dataset: after the last round the rest of the pool is labelled, too
     goal_options: dict[str, Any] = field(default_factory=dict)  # {"quality": 0.8} or {"bad": 0.1}, see `LabelGoal`
@@ -128,7 +128,7 @@ class Config(TrainSettings):
     test_every_round: bool = True  # at the end, evaluate every round's model on test (False: the last one only)
     gallery: int = 6  # example pictures kept per round
     log_with: str = "none"  # none, wandb, tensorboard
-    mixture: dict[str, Any] = field(default_factory=lambda: {"human_share": 0.5})  # of people's masks, see `Mixture`
+    mixture: dict[str, Any] = field(default_factory=lambda: {"human_times": 4})  # of people's masks, see `Mixture`
     project: str = "vlm_itl"  # wandb project
     keep_models: KeepModels = "last"  # which rounds' weights stay on disk: last, all, none
     output_dir: str = ""  # the run folder; empty: a name of its own under runs/
