@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_POINTS', 'DONE', 'FAILED', 'STOPPED', 'LOST', 'WAITS', 'RUNNING', 'combine', 'Point', 'make_points', 'Record',
-           'Sweep', 'hold', 'open_sweep', 'result_text', 'table_rows', 'table_csv', 'table_text', 'write_table']
+           'Sweep', 'hold', 'check_defaults', 'open_sweep', 'result_text', 'table_rows', 'table_csv', 'table_text',
+           'write_table']
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-imports
 import csv
@@ -13,7 +14,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,20 @@ def _computes(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
 
 
+def _alike(value: Any) -> Any:
+    "The same for values that mean the same: 1 and 1.0, and dictionaries in any order."
+    if isinstance(value, dict):
+        return {name: _alike(value[name]) for name in sorted(value, key=str)}
+    if isinstance(value, list):
+        return [_alike(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def make_points(
     told: Mapping[str, Any],  # the content of a grid file
     notebook: Path,  # that is run
-    known: Mapping[str, str],  # key -> name, of points this sweep has already; they keep their names
+    known: Mapping[str, str],  # key -> name, of points this sweep has or had; they keep their names
+    taken: Collection[str] = (),  # more names that a new point must not have
 ) -> list[Point]:
     "The points of a grid, checked against the notebook's parameters; `ConfigError` for what cannot be."
     kinds = notebook_parameters(notebook)
@@ -111,14 +122,14 @@ def make_points(
     usual = notebook_defaults(notebook)
     combined, names = combine(told)
     points: list[Point] = []
-    taken = set(known.values())
+    taken = {*taken, *known.values()}
     seen: dict[str, int] = {}
     for number, given in enumerate(combined):
         settings = check_parameters(given, kinds)
         if "output_dir" in settings:
             raise ConfigError("output_dir is not yours to set in a sweep: each point has a run folder of its own.")
         varying = {name: settings.get(name) for name in names}
-        same = to_json(dict(sorted({**usual, **_computes(settings)}.items())))
+        same = to_json(_alike({**usual, **_computes(settings)}))
         if same in seen:
             how = [n for n in names if n in FREE_SETTINGS]
             why = f": {how[0]} changes nothing of what comes out" if how else ""
@@ -163,6 +174,9 @@ class Sweep:
         told = read_json(self.path / "sweep.json", dict)
         self.notebook, self.cwd = Path(told["notebook"]), Path(told["cwd"])
         self.points = [Point(**point) for point in told["points"]]
+        self.names: dict[str, str] = {point.key: point.name for point in self.points}
+        self.names |= told.get("names", {})  # also of points that the grid had once: what they left is theirs
+        self.usual: dict[str, Any] = told.get("usual", {})  # the notebook's defaults when the points were made
 
     def run_folder(self, point: Point) -> Path:
         "Where a point's results go."
@@ -215,6 +229,23 @@ def hold(
     return lock
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-open
+def check_defaults(
+    sweep: Sweep,  # as its folder says
+    points: Sequence[Point],  # that it shall have
+    notebook: Path,  # as it is now
+) -> None:
+    "`ConfigError` where a point is done with a default that is another by now: one table would mix the two."
+    now = notebook_defaults(notebook) if notebook.is_file() else {}
+    other = {n: was for n, was in sweep.usual.items() if n in now and to_json(_alike(now[n])) != to_json(_alike(was))}
+    for point in points:
+        name = next((name for name in other if name not in point.settings), None)
+        if name is not None and sweep.is_done(point):
+            raise ConfigError(
+                f"{name} is {show(now[name], 80)} in {notebook.name} now, and was {show(other[name], 80)} when "
+                f"{point.name} was done: put it back, or choose another --out, or say it under settings to do all anew."
+            )
+
+
 def open_sweep(
     grid: str | Path | Mapping[str, Any],  # a YAML file, or the content of one
     out: str | Path | None = None,  # the folder; None: runs/sweeps/NAME, after the file
@@ -229,14 +260,19 @@ def open_sweep(
     path = folder / "sweep.json"
     if folder.is_dir() and not path.is_file() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no sweep (no sweep.json): choose another --out.")
-    earlier = Sweep(folder).points if path.is_file() else []
-    points = make_points(told, notebook, {point.key: point.name for point in earlier})
+    earlier = Sweep(folder) if path.is_file() else None
+    left = [record.stem for record in folder.glob("*.json")]  # by points of whatever grid
+    points = make_points(told, notebook, earlier.names if earlier else {}, left)
+    if earlier:
+        check_defaults(earlier, points, notebook)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot create {folder}: {error.strerror}. Choose another --out.") from error
     lock = hold(folder / ".lock", f"the sweep {folder}")
-    write_json(path, {"notebook": str(notebook), "cwd": os.getcwd(), "points": [vars(point) for point in points]})
+    content = {"notebook": str(notebook), "cwd": os.getcwd(), "points": [vars(point) for point in points]}
+    names = {**(earlier.names if earlier else {}), **{point.key: point.name for point in points}}
+    write_json(path, {**content, "names": names, "usual": _computes(notebook_defaults(notebook))})
     if lock is not None:
         lock.release()
     return Sweep(folder)
