@@ -444,10 +444,13 @@ def _agreement(config: JudgeConfig, asked: _Asked) -> np.ndarray | None:  # (N,)
     return believed if (~np.isnan(believed)).sum() >= 10 else None
 
 
-def _cards(config: JudgeConfig, asked: _Asked) -> tuple[dict[str, dict[str, Any]], Ranking]:
-    "Every judge's report card, the one of the judge on trial also by group; and all beside each other."
+def _cards(
+    config: JudgeConfig, asked: _Asked, groups: Mapping[str, str]
+) -> tuple[dict[str, dict[str, Any]], Ranking]:
+    "Every judge's report card, the one of the judge on trial also by column; and all beside each other."
     table, ious = asked.table, asked.table["iou"].to_numpy(dtype=float)
-    more: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "images": table["id"].tolist()}
+    together = [("group", groups[name]) if name in groups else name for name in table["id"]]  # what is drawn as one
+    more: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "images": together}
     by = {name: table[name].tolist() for name in _GROUPS}
     tried: dict[str, dict[str, Any]] = {config.handler: {"by": by, "agreement": _agreement(config, asked)}}
     cards = {
@@ -505,7 +508,7 @@ def _try(
     "Ask all judges, then measure, draw and write."
     asked = _ask_all(config, run.path, handlers, data, model)
     _write_answers(run.path, asked)
-    cards, ranking = _cards(config, asked)
+    cards, ranking = _cards(config, asked, data.groups)
     report = _report(config, asked, cards, ranking, handlers[config.handler].needs_truth, data.groups)
     figures = _figures(config, asked, ranking)
     for name, figure in figures.items():
