@@ -444,9 +444,7 @@ def _agreement(config: JudgeConfig, asked: _Asked) -> np.ndarray | None:  # (N,)
     return believed if (~np.isnan(believed)).sum() >= 10 else None
 
 
-def _cards(
-    config: JudgeConfig, asked: _Asked, groups: Mapping[str, str]
-) -> tuple[dict[str, dict[str, Any]], Ranking]:
+def _cards(config: JudgeConfig, asked: _Asked, groups: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], Ranking]:
     "Every judge's report card, the one of the judge on trial also by column; and all beside each other."
     table, ious = asked.table, asked.table["iou"].to_numpy(dtype=float)
     together = [("group", groups[name]) if name in groups else name for name in table["id"]]  # what is drawn as one
