@@ -424,6 +424,9 @@ def test_cards_of_runs_without_a_round_or_a_test_are_honest(nano_run: Path, tmp_
     (tmp_path / "round_000" / "record.json").write_text('{"index": 0}')
     assert "was not measured" in model_card(tmp_path) and ModelCard(model_card(tmp_path)).data.eval_results is None
     assert "**measured**" in human_time({"images": 3, "timed_masks": 3, "human_seconds": 60.0})
+    looks = {"images": 3, "timed_masks": 3, "checks": 4, "human_seconds": 96.0}  # the looks at 9 seconds, untimed
+    assert "assumed for the others" in human_time(looks)
+    assert "**measured** in the tool" in human_time({**looks, "timed_checks": 4})
 
 
 def entries(repo: dict[str, Any]) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from vlm_itl.probe.features import FeatureCache, look_once
 COMMAND = [sys.executable, "-c", "import sys; from vlm_itl.cli.sweep import main; sys.exit(main())"]
 PARAMETERS = """\
 labelled: int = 2  # images with a mask
+share: float | int = 1.0  # a share of them, or a count
 seed: int = 0  # of everything random
 seconds: float = 0.0  # how long it takes
 fill: int = 0  # bytes it writes
@@ -120,6 +121,13 @@ def test_a_bad_grid_is_one_line_and_starts_nothing(
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("vlm_itl_sweep: ") and err.count("\n") == 1 and said in err
     assert not (home / "runs").exists()
+
+
+def test_one_image_is_not_all_of_them(home: Path) -> None:
+    """`initial=1` and `initial=1.0` are two settings of a run; where a float is wanted, 1 and 1.0 are one."""
+    assert len(open_sweep(grid("grid: {share: [1, 1.0]}"), "s").points) == 2
+    with pytest.raises(ConfigError, match="points 1 and 2 of the grid compute the same"):
+        open_sweep(grid("grid: {seconds: [1, 1.0]}"), "s")
 
 
 def test_an_oversized_grid_is_counted_not_built(home: Path) -> None:

@@ -11,6 +11,7 @@ __all__ = ['MOST_POINTS', 'DONE', 'FAILED', 'STOPPED', 'LOST', 'WAITS', 'RUNNING
 import csv
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -23,7 +24,7 @@ import filelock
 
 from .run import check_parameters, find_notebook, notebook_defaults, notebook_parameters, read_yaml_file
 from ..core.checks import ConfigError, RunError, check_number, one_line, show
-from ..core.files import project_root, read_json, resolve_path, to_json, write_json, write_text
+from ..core.files import plain, project_root, read_json, resolve_path, to_json, write_json, write_text
 from ..core.runfolder import FREE_SETTINGS
 from ..core.seeds import stable_hash
 
@@ -100,13 +101,10 @@ def _computes(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
 
 
-def _alike(value: Any) -> Any:
-    "The same for values that mean the same: 1 and 1.0, and dictionaries in any order."
-    if isinstance(value, dict):
-        return {name: _alike(value[name]) for name in sorted(value, key=str)}
-    if isinstance(value, list):
-        return [_alike(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def _alike(settings: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
+    "One text for settings that mean the same: dictionaries in any order, and 1 and 1.0 where a float is wanted."
+    floats = (name for name, value in settings.items() if kinds.get(name) == "float" and type(value) is int)
+    return json.dumps(plain({**settings, **{name: float(settings[name]) for name in floats}}), sort_keys=True)
 
 
 def make_points(
@@ -129,7 +127,7 @@ def make_points(
         if "output_dir" in settings:
             raise ConfigError("output_dir is not yours to set in a sweep: each point has a run folder of its own.")
         varying = {name: settings.get(name) for name in names}
-        same = to_json(_alike({**usual, **_computes(settings)}))
+        same = _alike({**usual, **_computes(settings)}, kinds)
         if same in seen:
             how = [n for n in names if n in FREE_SETTINGS]
             why = f": {how[0]} changes nothing of what comes out" if how else ""
@@ -235,8 +233,9 @@ def check_defaults(
     notebook: Path,  # as it is now
 ) -> None:
     "`ConfigError` where a point is done with a default that is another by now: one table would mix the two."
-    now = notebook_defaults(notebook) if notebook.is_file() else {}
-    other = {n: was for n, was in sweep.usual.items() if n in now and to_json(_alike(now[n])) != to_json(_alike(was))}
+    now, kinds = (notebook_defaults(notebook), notebook_parameters(notebook)) if notebook.is_file() else ({}, {})
+    known = {name: was for name, was in sweep.usual.items() if name in now}
+    other = {name: was for name, was in known.items() if _alike({name: now[name]}, kinds) != _alike({name: was}, kinds)}
     for point in points:
         name = next((name for name in other if name not in point.settings), None)
         if name is not None and sweep.is_done(point):
