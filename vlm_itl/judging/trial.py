@@ -35,7 +35,7 @@ from ..core.plugins import described, load_plugins
 from ..core.runfolder import FREE_SETTINGS, RunFolder, protected
 from ..core.seeds import make_rng
 from ..core.settings import named_run, read_settings
-from ..data.groups import take_groups
+from ..data.groups import number_groups, take_groups
 from ..data.labels import MeaningError
 from ..data.leaks import LEAKS
 from ..data.masks import DecodeRows, MaskStore, raw_rows, truth_reader
@@ -447,7 +447,7 @@ def _agreement(config: JudgeConfig, asked: _Asked) -> np.ndarray | None:  # (N,)
 def _cards(config: JudgeConfig, asked: _Asked, groups: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], Ranking]:
     "Every judge's report card, the one of the judge on trial also by column; and all beside each other."
     table, ious = asked.table, asked.table["iou"].to_numpy(dtype=float)
-    together = [("group", groups[name]) if name in groups else name for name in table["id"]]  # what is drawn as one
+    together = number_groups(table["id"].tolist(), groups)  # what is drawn as one
     more: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "images": together}
     by = {name: table[name].tolist() for name in _GROUPS}
     tried: dict[str, dict[str, Any]] = {config.handler: {"by": by, "agreement": _agreement(config, asked)}}

@@ -301,11 +301,13 @@ def interval_words(
     found = measured.get("interval")
     if not found:
         return ""
-    more, few = found["masks_to_halve"], found["images"] < _ENOUGH
+    more, groups = found["masks_to_halve"], found.get("groups")
+    few, shown = (groups or found["images"]) < _ENOUGH, f"{found['images']} {what} images"
+    shown = f"{groups} groups that the {shown} belong to" if groups else shown
     doubt = "; intervals of so few images are too narrow (of 8, 80 to 85 % held in replays)" if few else ""
     return (
         f"mean IoU {found['miou']:.3f} ({found['low']:.3f} to {found['high']:.3f} at {found['level']:.0%}) over the "
-        f"{found['classes']} classes that at least two of the {found['images']} {what} images show; "
+        f"{found['classes']} classes that at least two of the {shown} show; "
         f"{more:,} more {what} masks would halve the interval{doubt}"
     )
 
