@@ -28,7 +28,7 @@ import torch
 
 from vlm_itl.cli import cluster, local, points, run
 from vlm_itl.cli.cluster import SlurmCrew, read_cluster, run_dask
-from vlm_itl.cli.grid import MOST_POINTS, Record, Sweep, make_points, open_sweep
+from vlm_itl.cli.grid import MOST_POINTS, Record, Sweep, make_points, open_sweep, table_rows
 from vlm_itl.cli.local import Crew
 from vlm_itl.cli.points import work_on
 from vlm_itl.cli.sweep import main
@@ -193,6 +193,11 @@ def test_a_changed_grid_never_shows_what_another_one_did(home: Path) -> None:
     del told["names"], told["usual"]  # as it was written before it remembered
     (sweep.path / "sweep.json").write_text(json.dumps(told | {"points": []}))
     assert open_sweep(grid("settings: {labelled: 4}\ngrid: {fill: [0, 1]}"), "s").left() == [0, 1]
+
+
+def test_a_setting_that_is_named_like_a_column_is_in_the_table(home: Path) -> None:
+    rows = table_rows(open_sweep(grid("grid: {seconds: [0, 3], labelled: [2]}"), "s"))
+    assert [(row["setting_seconds"], row["labelled"], row["seconds"]) for row in rows] == [(0, 2, 0.0), (3, 2, 0.0)]
 
 
 def test_what_was_done_with_other_defaults_is_not_mixed_in(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

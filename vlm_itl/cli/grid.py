@@ -287,6 +287,7 @@ def _number(value: Any, *path: str | int) -> float | int | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+_OURS = ("point", "state", "attempts", "seconds", "error")  # columns; a setting of that name is called otherwise
 _TOLD = {  # column -> where it stands in summary.json
     "test_mean_iou": ("test", "mean_iou"),
     "val_mean_iou": ("curve", "val_mean_iou", -1),
@@ -319,7 +320,8 @@ def table_rows(
     for point in sweep.points:
         record, path = sweep.record(point) or Record("not yet"), sweep.run_folder(point) / "summary.json"
         summary = read_json(path, dict) if record.state == DONE and path.is_file() else {}
-        row = {**point.varying, "state": record.state, "attempts": record.attempts, "seconds": round(record.seconds, 1)}
+        row = {f"setting_{name}" if name in _OURS else name: value for name, value in point.varying.items()}
+        row |= {"state": record.state, "attempts": record.attempts, "seconds": round(record.seconds, 1)}
         row |= {f"result_{n}" if n in row else n: _number(summary, *where) for n, where in _TOLD.items()}
         rows.append({"point": point.name, **row, "error": record.error})
     empty = {name for name in rows[0] if all(row[name] is None for row in rows)} if rows else set()

@@ -44,7 +44,9 @@ def _write_as(kind: str, table: Any, out: Path, files: Any, labels: Any, who: st
 @click.argument("folder")
 @click.option("--out", required=True, help="Where masks/, overlays/ and scores.csv go; the same again goes on.")
 @click.option("--image-size", type=int, help="Long side in pixels; left out: as the model was measured.")
-@click.option("--resize", type=click.Choice(["keep", "stretch"]), help="Keep the aspect, or stretch; left out: as measured.")
+@click.option(
+    "--resize", type=click.Choice(["keep", "stretch"]), help="Keep the aspect, or stretch; left out: as measured."
+)
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Photographs at once.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps")
 @click.option("--overlays/--no-overlays", default=True, help="Also photographs with their masks over them.")
