@@ -170,6 +170,8 @@ def test_settings_are_checked(tmp_path: Path):
         ({"style": "contour"}, "leave style empty"),
         ({"tau": 2}, "tau"),
         ({"limit": -1}, "limit"),
+        ({"split": "test+test"}, "each split once"),
+        ({"split": "auto+train"}, "'auto' alone"),
         ({"options": "sensitivity"}, "dictionary"),
         ({"confidences": ["margn"]}, "Did you mean 'margin'"),
         ({"question": "qualty"}, "Did you mean 'quality'"),

@@ -76,8 +76,11 @@ def _check_names(config: "JudgeConfig") -> None:
     for kind in config.confidences:
         check_choice("confidences", kind, CONFIDENCE_KINDS)
     check_choice("resize", config.resize, ("keep", "stretch"))
-    for part in config.split.split("+"):
+    parts = config.split.split("+")
+    for part in parts:
         check_choice("split", part, ("auto", "train", "val", "test"))
+    if len(set(parts)) < len(parts) or (len(parts) > 1 and "auto" in parts):
+        raise ConfigError(f"split={config.split!r}: name each split once, such as 'train+val', or 'auto' alone.")
     if config.masks == "model" and not config.model:
         raise ConfigError("masks='model' needs model: a segmenter's folder, built-in name or Hub id.")
     if config.style and "style" not in options:
