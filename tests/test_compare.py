@@ -153,6 +153,10 @@ def test_compare_without_test_metrics_points_to_val(tmp_path):
     with pytest.raises(RunError, match="metric='val'"):
         compare(runs)
     assert compare(runs, metric="val").metric == "val_mean_iou"
+    runs[0].rounds[1]["metrics"]["val"] = None
+    with pytest.raises(RunError, match="metric='test'"):
+        compare(runs, metric="val")
+    runs[0].rounds[1]["metrics"]["val"] = runs[1].rounds[1]["metrics"]["val"]
     assert compare(runs, metric="test", measure="final").measure == "final"
 
 

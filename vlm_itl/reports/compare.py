@@ -182,7 +182,8 @@ def _usable(runs: Sequence[Run], metric: str, measure: str, notes: list[str]) ->
         else:
             values = table[metric_column(metric, table)]
             if not (values.notna().all() if measure == "aubc" else values.notna().iloc[-1]):
-                raise RunError(f"{run.name} has no {values.name} for every round: compare with metric='val'.")
+                other = "test" if str(values.name).startswith("val") else "val"
+                raise RunError(f"{run.name} has no {values.name} for every round: compare with metric='{other}'.")
             tables[run.path] = table
     return tables
 
