@@ -243,7 +243,8 @@ def _warn_of_certificates(team: Team) -> None:
         return
     taken = [0 if team.regions else count - team.schedule[0] for count in team.schedule]
     shares = [share_left(team, count) for count in taken]
-    if line := check_certifiable(team.config, len(team.data.val), shares):
+    count = len({*number_groups(row_ids(team.data.val), team.data.groups)})  # one of each counts
+    if line := check_certifiable(team.config, count, shares):
         print(line)
 
 # %% ../../nbs/experiment/10_loop.ipynb #loop-finish
