@@ -142,6 +142,20 @@ def test_what_fails_abstains_and_is_asked_again(office: Office, tmp_path: Path) 
     assert [a.verdict for a in again if not a.cached] and all(a.error is None for a in again if a.id != "im1")
 
 
+@pytest.mark.parametrize("ends", ["expired", "completed"])
+def test_a_batch_that_ended_without_an_answer_is_not_fetched_for_ever(
+    office: Office, tmp_path: Path, ends: str
+) -> None:
+    """The day was too short, or every request failed for a while: the same questions are handed in anew."""
+    office.ends, office.unanswered = ends, {0, 1, 2} if ends == "expired" else set()
+    busy = {"response": {"status_code": 500, "body": {"error": {"message": "busy"}}}, "error": None}
+    office.broken = {} if ends == "expired" else dict.fromkeys(range(3), busy)
+    judge = CachedHandler(judge=judge_at(office), path=tmp_path / "judge.sqlite")
+    assert {a.verdict for a in judge.judge([ask(i) for i in range(3)])} == {"abstain"}
+    office.ends, office.unanswered, office.broken = "completed", set(), {}
+    assert [a.verdict for a in judge.judge([ask(i) for i in range(3)])] == ["yes", "no", "yes"]
+
+
 def test_a_refused_file_is_one_clear_line(office: Office) -> None:
     office.ends = "failed"
     with pytest.raises(JudgeStopped, match=r"the batch batch0 has failed: no reason given\."):

@@ -11,6 +11,7 @@ import pytest
 from scipy import optimize, stats
 
 from vlm_itl.core.checks import ConfigError, DataError
+from vlm_itl.data.groups import one_of_each
 from vlm_itl.judging.certify import (
     CERTIFY_GRID,
     METHODS,
@@ -320,3 +321,26 @@ def test_estimates_refuse_bad_input():
         estimate_good_rate([0.5] * 5, [0.5] * 3, [True] * 3, level=2)
     with pytest.raises(DataError, match="pair up"):
         rogan_gladen(["yes"], ["yes"], [])
+
+
+def test_a_certificate_from_one_frame_of_each_film_keeps_its_promise():
+    """Forty films of twenty frames, a third of the films bad: all frames together break the promise far too often."""
+    rng, name = np.random.default_rng(0), [f"{film} {frame}" for film in range(40) for frame in range(20)]
+    groups = {frame: frame.split()[0] for frame in name}
+
+    def films(count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and truths of all frames."""
+        film = np.repeat(np.arange(count), 20)
+        good = rng.random(count * 20) < np.where(rng.random(count) < 0.35, 0.1, 0.97)[film]
+        noise = rng.normal(0, 0.25, count * 20) + rng.normal(0, 0.15, count)[film]
+        return (0.4 + 0.2 * good + noise).clip(0.001, 0.999), good
+
+    wide, truly = films(4000)
+    broken = {"all": 0, "one": 0}
+    for seed in range(200):
+        scores, good = films(40)
+        for how, places in (("all", list(range(800))), ("one", one_of_each(name, groups, seed))):
+            found = certify(scores[places], good[places], alpha=0.2, delta=0.1)["threshold"]
+            broken[how] += found is not None and (~truly[wide >= found]).mean() > 0.2
+    assert len(one_of_each(name, groups, 0)) == 40 and one_of_each(name, {}, 0) == list(range(800))
+    assert broken["all"] > 40 and broken["one"] <= 200 * 0.1 + 3 * math.sqrt(200 * 0.1 * 0.9)

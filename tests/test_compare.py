@@ -9,6 +9,7 @@ from scipy import stats
 from test_report import study, write_run
 
 from vlm_itl.core.checks import ConfigError, RunError
+from vlm_itl.core.files import write_json
 from vlm_itl.reports.compare import compare, holm, paired_interval, plot_compare
 from vlm_itl.reports.report import list_runs, read_run
 
@@ -104,11 +105,58 @@ def test_compare_refuses_what_is_no_pair(tmp_path):
         compare(write_run(tmp_path / "x", finished=False))
 
 
+def stamp_files(run, **changed):
+    "What a run notes of its files; `changed`: id -> hash of its mask."
+    names = ["a", "b"]
+    image = {"size": [9, 9], "written": [1, 2], "changed": [0, 0], "hash": ["", ""]}
+    mask = {"size": [5, 5], "hash": [changed.get(name, name * 32) for name in names]}
+    write_json(run.path / "stamps.json", {"test": {"ids": names, "image": image, "mask": mask}})
+
+
+def test_compare_refuses_a_data_set_that_has_changed(tmp_path):
+    """A folder keeps its name when a mask of its test split is mended, and the settings are the same."""
+    runs = study(tmp_path, seeds=range(2))
+    for run in runs:
+        stamp_files(run)
+    assert compare(runs).notes == ["fewer than 5 pairs for entropy: too few for a claim."]
+    stamp_files(runs[0], b="")  # not hashed: nothing speaks against it
+    assert len(compare(runs).pairs) == 2
+    stamp_files(runs[0], b="mended")
+    with pytest.raises(RunError, match="no pair, they were measured on other test files, such as those of b"):
+        compare(runs)
+    assert compare(runs, metric="val").pairs["seed"].tolist() == [0, 1]
+    stamp_files(runs[0])
+    (runs[0].path / "stamps.json").write_text("{")  # not known: nothing speaks against it either
+    for run in runs:
+        run.data["sizes"] = {"test": 2}
+    assert len(compare(runs).pairs) == 2
+    runs[0].data["sizes"] = {"test": 3}
+    with pytest.raises(RunError, match="measured on 2 and 3 test images|measured on 3 and 2 test images"):
+        compare(runs)
+    runs[0].data["sizes"] = {"test": 2}
+    runs[0].summary["labels"] = ["background", "dog", "cat"]
+    with pytest.raises(RunError, match="measured on other classes"):
+        compare(runs)
+
+
+def test_compare_says_where_budgets_have_nothing_in_common(tmp_path):
+    write_run(tmp_path / "one", (0.4, 0.5, 0.6))
+    write_run(tmp_path / "two", (0.5,), strategy="entropy")
+    with pytest.raises(RunError, match=r"no range of budgets is common to all runs .two ends at 10.0%"):
+        compare(list_runs(tmp_path))
+    notes = compare(list_runs(tmp_path), measure="final").notes
+    assert notes[0] == "budgets differ: the last rounds are at 10.0% to 30.0% of the pool."
+
+
 def test_compare_without_test_metrics_points_to_val(tmp_path):
     runs = study(tmp_path, seeds=range(2), tests=False)
     with pytest.raises(RunError, match="metric='val'"):
         compare(runs)
     assert compare(runs, metric="val").metric == "val_mean_iou"
+    runs[0].rounds[1]["metrics"]["val"] = None
+    with pytest.raises(RunError, match="metric='test'"):
+        compare(runs, metric="val")
+    runs[0].rounds[1]["metrics"]["val"] = runs[1].rounds[1]["metrics"]["val"]
     assert compare(runs, metric="test", measure="final").measure == "final"
 
 

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from vlm_itl.core.checks import ConfigError, DataError
-from vlm_itl.judging.intervals import draw_sample, miou_interval, quality_strata
+from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.loop import run_al
+from vlm_itl.judging.intervals import draw_sample, miou_interval, quality_strata, told_interval
 from vlm_itl.model.metrics import class_counts, count_pairs
-from vlm_itl.reports.report import interval_words
+from vlm_itl.reports.report import interval_words, read_run
 
 LABELLED, REPLAYS = 40, 200
 
@@ -103,6 +105,55 @@ def test_the_estimate_is_that_of_evaluate_where_all_is_labelled(tables: np.ndarr
     found = miou_interval(tables, sizes=[len(tables)], least=1)
     assert found.miou == pytest.approx(of_all(tables, found.classes)) and found.low == found.high
     assert found.masks_to_halve == 0 and found.images == len(tables)
+
+
+def test_frames_of_films_count_as_films():
+    """Twelve films of twenty frames, alike in a film: by frame the intervals hold seldom, by film as promised."""
+    rng = np.random.default_rng(2)
+    held: dict[str, list[bool]] = {"frame": [], "film": []}
+    for _ in range(REPLAYS):
+        true = rng.integers(50, 150, (12, 2)).repeat(20, axis=0)
+        found = rng.beta(6, 3, (12, 2)).repeat(20, axis=0) * rng.uniform(0.95, 1.05, (240, 2))
+        right = (true * found.clip(0, 1)).astype(int)
+        counts = np.stack([right, true, right + (true - right) // 2], axis=1)
+        for name, together in (("frame", None), ("film", np.repeat(range(12), 20))):
+            told = told_interval(counts, together)
+            assert told["images"] == 240 and told.get("groups") == (12 if name == "film" else None)
+            held[name].append(told["low"] <= TRUE_MIOU <= told["high"])
+    assert np.mean(held["frame"]) < 0.6 and np.mean(held["film"]) > 0.88
+
+
+def of_many() -> float:
+    """The mean IoU of endlessly many of these films."""
+    rng = np.random.default_rng(3)
+    true, found = rng.integers(50, 150, (200_000, 2)), rng.beta(6, 3, (200_000, 2))
+    right = (true * found).astype(int)
+    return float((right.sum(0) / (true + (true - right) // 2).sum(0)).mean())
+
+
+TRUE_MIOU = of_many()
+
+
+def test_a_run_knows_which_of_its_images_belong_together(tmp_path: Path):
+    """What keeps films in one split also makes them one observation: of validation, test and the rule to stop."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "d" / "images").mkdir(parents=True)
+    (tmp_path / "d" / "masks").mkdir()
+    for place in range(33):
+        mask = np.zeros((24, 24), np.uint8)
+        mask[: 6 + place % 12, :12] = 1
+        name = f"film{place // 3}_{place % 3}.png"
+        Image.fromarray(rng.integers(0, 255, (24, 24, 3), dtype=np.uint8)).save(tmp_path / "d" / "images" / name)
+        Image.fromarray(mask).save(tmp_path / "d" / "masks" / name)
+    data = {"classes": ["background", "crack"], "groups": r"(film\d+)_"}
+    settings = {"dataset": str(tmp_path / "d"), "data_options": data, "val_share": 6, "steps": 1, "gallery": 0}
+    settings |= {"mode": "al", "image_size": 32, "initial": 3, "increment": 3, "max_labelled": 6, "leaks": "off"}
+    out = tmp_path / "run"
+    rounds = list(run_al(make_config(settings, stop={"gain": 0.0, "rounds": 1}, output_dir=str(out))))
+    told = rounds[0].metrics["val"]["interval"]
+    assert (told["images"], told["groups"]) == (6, 2)
+    tested = read_run(out).metrics(0, "test")["interval"]
+    assert tested["groups"] * 3 == tested["images"] and "groups that the" in interval_words({"interval": tested})
 
 
 def test_what_is_no_sample_is_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.core.files import to_json
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.judging.cards import card_table, interval_text, mask_groups, paired_difference, rank_judges, report_card
+from vlm_itl.judging.certify import exact_interval
 from vlm_itl.judging.judge_figures import (
     plot_acceptance,
     plot_break_even,
@@ -402,6 +404,23 @@ def test_a_judge_that_knows_nothing_is_seldom_trusted():
     assert trusted <= 40 * 0.05 + 3 * math.sqrt(40 * 0.05 * 0.95)
 
 
+@pytest.mark.parametrize("images", [1, 2, 5])
+def test_few_images_are_no_proof_however_many_their_masks(images: int):
+    """The bootstrap draws images: of one, every sample is the same, and what is the same looks certain."""
+    rng = np.random.default_rng(images)
+    ious = rng.random(40 * images)
+    places = np.repeat(np.arange(images), 40).tolist()
+    sees = [Judgement("yes" if iou > 0.7 else "no", p_yes=float(iou)) for iou in ious]
+    nods = [Judgement("yes", p_yes=1.0)] * len(ious)
+    ranking = rank_judges({"vlm": sees, "always_yes": nods}, ious, images=places, resamples=100)
+    assert ranking.trusted == () and f"masks of {images} images or groups" in ranking.sentence
+    card = report_card([replace(j, p_yes=0.5 + 0.1 * (j.p_yes > 0.6)) for j in sees], ious, images=places)["measures"]
+    assert card["roc_auc"]["low"] is None and card["base_rate"]["low"] is None
+    assert card["specificity"]["low"] == pytest.approx(0.025 ** (1 / images))  # an exact interval needs no resampling
+    many = rank_judges({"vlm": sees, "always_yes": nods}, ious, resamples=100)
+    assert many.trusted == ("vlm",)  # were each mask of an image of its own
+
+
 def test_report_card_bad_input():
     for call in (
         lambda: report_card(["yes"], []),
@@ -476,6 +495,17 @@ def test_reliability_leaves_hard_judges_out():
     order = np.argsort(p, kind="stable")
     wanted = [[p[rows].mean(), (iou[rows] >= 0.7).mean()] for rows in np.array_split(order, 5)]
     assert np.allclose(points, wanted)
+
+
+def test_bars_count_images_not_their_masks():
+    """Twenty masks of each of five images say little more than five masks: the bars of ten images' worth of both."""
+    rng = np.random.default_rng(3)
+    p, ious = rng.random(100), rng.random(100)
+    said = [Judgement("yes", p_yes=float(value), id=f"image {row % 5}") for row, value in enumerate(p)]
+    for figure in (plot_reliability({"vlm": said}, ious, bins=2), plot_acceptance({"vlm": said}, ious, edges=(0, 1))):
+        (container,) = figure.axes[0].containers
+        share, bar = container.lines[0].get_xydata()[0, 1], container.lines[2][0].get_segments()[0][:, 1]
+        assert bar == pytest.approx(exact_interval(5 * share, 5))
 
 
 def test_no_empty_panels():

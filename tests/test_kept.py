@@ -360,6 +360,13 @@ def test_the_command_predicts(nano_run: Path, scenes_small: SegData, tmp_path: P
     assert main(["predict", str(nano_run), str(folder), "--out", str(out), "--format", "cocoa"]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 4 and "'coco'" in told and "Traceback" not in told
+    (folder / "broken.jpg").unlink()
+    shutil.copytree(kept_folder(nano_run), other := tmp_path / "stretched")
+    note = json.loads((other / "vlm_itl.json").read_text())
+    (other / "vlm_itl.json").write_text(json.dumps({**note, "resize": "stretch"}))
+    words = [str(folder), "--image-size", "40", "--no-overlays", "--out"]
+    assert main(["predict", str(other), *words, str(tmp_path / "larger")]) == 0
+    assert "at 40 px (stretch)" in capsys.readouterr().out  # another size alone does not change how it is brought to it
 
 
 def test_real_photographs_are_predicted(voc: Path, weights: Path, tmp_path: Path):
@@ -424,6 +431,9 @@ def test_cards_of_runs_without_a_round_or_a_test_are_honest(nano_run: Path, tmp_
     (tmp_path / "round_000" / "record.json").write_text('{"index": 0}')
     assert "was not measured" in model_card(tmp_path) and ModelCard(model_card(tmp_path)).data.eval_results is None
     assert "**measured**" in human_time({"images": 3, "timed_masks": 3, "human_seconds": 60.0})
+    looks = {"images": 3, "timed_masks": 3, "checks": 4, "human_seconds": 96.0}  # the looks at 9 seconds, untimed
+    assert "assumed for the others" in human_time(looks)
+    assert "**measured** in the tool" in human_time({**looks, "timed_checks": 4})
 
 
 def entries(repo: dict[str, Any]) -> list[dict[str, Any]]:

@@ -207,6 +207,27 @@ def test_where_chance_or_distance_is_missing_only_validation_counts(
     assert card["sample"] == 4 and card["images"] == N - 4
 
 
+def test_one_frame_of_each_film_tells_how_good_masks_are(
+    scenes: Path, proposed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pairs of pictures that belong together: the promise is made on one of each, of validation and of the start."""
+    known, data = room.known_sample, load_data(str(scenes), val_share=0.1, leaks="off")
+    names = sorted(row["id"] for split in data.splits.values() for row in split)
+    films = {name: f"film {place // 2}" for place, name in enumerate(names)}
+    samples: list[list[str]] = []
+
+    def watched(team: Any, ids: Any, *rest: Any) -> Any:
+        samples.append([*ids])
+        return known(team, ids, *rest)
+
+    monkeypatch.setattr(room, "known_sample", watched)
+    more = {"goal_options": {"quality": 0.7}, "data_options": {"groups": films}, "judge_options": {"accuracy": 0.9}}
+    label(scenes, proposed, tmp_path / "run", **more)
+    for ids in samples[:2]:
+        assert ids and len({films[name] for name in ids}) == len(ids)
+    assert len(samples[0]) < 12 and len(samples[1]) == 2  # some of the twelve at the start are pairs; two in validation
+
+
 def test_share_of_bad_masks(scenes: Path, proposed: Path, tmp_path: Path) -> None:
     card = label(scenes, proposed, tmp_path / "run", goal_options={"bad": 0.3}, initial=20, max_labelled=20)
     assert card["measured"]["bad"] <= 0.3 and "at most" in card["promise"]

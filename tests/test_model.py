@@ -44,7 +44,7 @@ from vlm_itl.data.transforms import EvalTransform, predicted_classes
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_baseline
 from vlm_itl.model.pixels import processor_of, watch_processor
-from vlm_itl.model.predict import Inference, predict_batches
+from vlm_itl.model.predict import Inference, predict_batches, predict_folder
 from vlm_itl.model.pretrained import fix_batchnorm
 from vlm_itl.model.segmenter import (
     MODELS,
@@ -592,6 +592,25 @@ def test_fault_12_a_run_leaves_a_model_that_answers_elsewhere_as_it_was_measured
             assert same.float().mean() >= share
         text = (saved / "README.md").read_text()
         assert "64" in text and "of the pixels got the same class" in text
+
+
+def test_the_page_of_a_model_turns_photographs_as_they_were_turned_when_it_was_measured(tmp_path):
+    """A camera that was held upright writes a lying picture and a word about it."""
+    torch.manual_seed(0)
+    model = load_model("cnn-nano", SEVEN)
+    for parameter in model.net.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    folder = save_model(model, tmp_path / "model", 64, "keep")
+    (tmp_path / "photographs").mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    NOISE.resize((90, 50)).save(path := tmp_path / "photographs" / "a.png", exif=turned)
+    predict_folder(model, path.parent, tmp_path / "out", Inference(64, "keep"))
+    code = (folder / "README.md").read_text().split("```")[1].removeprefix("python")
+    names: dict[str, Any] = {}
+    exec(code.replace('Image.open("...")', f"Image.open({str(path)!r})").replace('"..."', repr(str(folder))), names)
+    ours = np.array(Image.open(tmp_path / "out" / "masks" / "a.png"))
+    assert ours.shape == (90, 50) and (ours == names["mask"].numpy()).mean() > 0.999
 
 
 @pytest.mark.parametrize("name", ["mobilevit", "beit", "upernet"])

@@ -353,6 +353,10 @@ def test_references_are_the_twin_without_a_judge_and_full_supervision(tmp_path):
         "unfinished": {"mode": "baseline", "levels": (0.9,), "finished": False},
     }.items():
         write_run(tmp_path / name, **{"dataset": "scenes", **more})
+    for folder in (run, tmp_path / "twin"):
+        write_json(folder / "data.json", {"labels": NAMES, "sizes": {"test": 9}})
+    write_run(tmp_path / "newer", mode="baseline", levels=(0.7,), dataset="scenes")  # of a folder that has grown
+    write_json(tmp_path / "newer" / "data.json", {"labels": NAMES, "sizes": {"test": 12}})
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "summary.json").write_text("{")
     assert sorted(other.name for other in find_references(run)) == ["full", "twin"]

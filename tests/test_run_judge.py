@@ -41,10 +41,11 @@ def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_spoilt_masks_reported_and_remembered(tmp_path: Path):
-    config = make_judge_config(TINY, output_dir=str(tmp_path / "run"))
+    settings = {**TINY, "limit": 6}  # of three images nobody would be trusted
+    config = make_judge_config(settings, output_dir=str(tmp_path / "run"))
     trial = try_judge(config)
     report = json.loads((tmp_path / "run/report.json").read_text())
-    assert report["queries"] > 30 and report["images"] == 3 and report["simulated"]
+    assert report["queries"] > 30 and report["images"] == 6 and report["simulated"]
     assert set(trial.cards) == {"mock", "always_yes", "always_no"} == set(report["cards"])
     assert {path.stem for path in (tmp_path / "run/figures").glob("*.png")} == FIGURES == set(trial.figures)
     assert report["sentence"].startswith("Deserves trust: mock") and "simulated" in report["sentence"]
@@ -56,7 +57,7 @@ def test_spoilt_masks_reported_and_remembered(tmp_path: Path):
     again = try_judge(config)
     assert again.report["cost"] == trial.report["cost"] and again.cards == trial.cards
     with pytest.raises(RunError, match="another configuration"):
-        try_judge(make_judge_config(TINY, output_dir=str(tmp_path / "run"), seed=1))
+        try_judge(make_judge_config(settings, output_dir=str(tmp_path / "run"), seed=1))
 
 
 def test_one_changed_pixel_is_one_question(masks: Path, tmp_path: Path):
@@ -142,8 +143,22 @@ def test_certificate_tears_no_group(masks: Path, tmp_path: Path, monkeypatch: py
         halves.clear()
         found = try_judge(config).report["certified"]["mock"]
         if groups == pairs:
-            assert len(halves[0]) == 4 and halves[0][0::2] == halves[0][1::2]
+            assert len(halves[0]) == len({*halves[0]}) == 2  # one of each: two frames of a film are no two observations
         assert len(set(groups.values())) != 1 or found["reason"] == "no image to certify on"
+
+
+def test_frames_of_one_film_are_drawn_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Intervals by image would be those of independent pictures, which the frames of a film are not."""
+    settings = {**TINY, "data_options": {"n_train": 6, "n_test": 8}, "limit": 0, "per_image": 4}
+    alone = try_judge(make_judge_config(settings, output_dir=str(tmp_path / "alone")))
+    loaded = load_data("scenes", options=settings["data_options"])
+    films = {name: f"film {place % 2}" for place, name in enumerate(loaded.test["id"])}
+    monkeypatch.setattr(judging, "load_data", lambda *_, **__: replace(loaded, groups=films))
+    films_only = try_judge(make_judge_config(settings, output_dir=str(tmp_path / "films")))
+    assert alone.cards["mock"]["images"] == 8 and alone.cards["mock"]["measures"]["roc_auc"]["low"] is not None
+    assert films_only.cards["mock"]["images"] == 2 and films_only.cards["mock"]["measures"]["roc_auc"]["low"] is None
+    assert alone.ranking.trusted == ("mock",)
+    assert films_only.ranking.trusted == () and films_only.report["images"] == 8
 
 
 def test_settings_are_checked(tmp_path: Path):
@@ -155,6 +170,8 @@ def test_settings_are_checked(tmp_path: Path):
         ({"style": "contour"}, "leave style empty"),
         ({"tau": 2}, "tau"),
         ({"limit": -1}, "limit"),
+        ({"split": "test+test"}, "each split once"),
+        ({"split": "auto+train"}, "'auto' alone"),
         ({"options": "sensitivity"}, "dictionary"),
         ({"confidences": ["margn"]}, "Did you mean 'margin'"),
         ({"question": "qualty"}, "Did you mean 'quality'"),

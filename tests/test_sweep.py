@@ -28,7 +28,7 @@ import torch
 
 from vlm_itl.cli import cluster, local, points, run
 from vlm_itl.cli.cluster import SlurmCrew, read_cluster, run_dask
-from vlm_itl.cli.grid import MOST_POINTS, Record, Sweep, make_points, open_sweep
+from vlm_itl.cli.grid import MOST_POINTS, Record, Sweep, make_points, open_sweep, table_rows
 from vlm_itl.cli.local import Crew
 from vlm_itl.cli.points import work_on
 from vlm_itl.cli.sweep import main
@@ -40,6 +40,7 @@ from vlm_itl.probe.features import FeatureCache, look_once
 COMMAND = [sys.executable, "-c", "import sys; from vlm_itl.cli.sweep import main; sys.exit(main())"]
 PARAMETERS = """\
 labelled: int = 2  # images with a mask
+share: float | int = 1.0  # a share of them, or a count
 seed: int = 0  # of everything random
 seconds: float = 0.0  # how long it takes
 fill: int = 0  # bytes it writes
@@ -103,6 +104,7 @@ def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
         ("seeds: three", "seeds must be how many, or a list of whole numbers"),
         ("grid: {labelled: [1, 2, 1]}", "grid: labelled has 1 twice"),
         ("cases: [{labelled: 2}, {seed: 0}]", "points 1 and 2 of the grid compute the same"),
+        ("grid: {seconds: [1, 1.0]}", "points 1 and 2 of the grid compute the same"),
         ("grid: {device: [cpu, cuda]}", "device changes nothing of what comes out"),
         ("grid: {seed: [1]}\nseeds: 2", "seed is set in two places"),
         ("seeds: 0", "seeds must be a whole number >= 1"),
@@ -119,6 +121,13 @@ def test_a_bad_grid_is_one_line_and_starts_nothing(
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("vlm_itl_sweep: ") and err.count("\n") == 1 and said in err
     assert not (home / "runs").exists()
+
+
+def test_one_image_is_not_all_of_them(home: Path) -> None:
+    """`initial=1` and `initial=1.0` are two settings of a run; where a float is wanted, 1 and 1.0 are one."""
+    assert len(open_sweep(grid("grid: {share: [1, 1.0]}"), "s").points) == 2
+    with pytest.raises(ConfigError, match="points 1 and 2 of the grid compute the same"):
+        open_sweep(grid("grid: {seconds: [1, 1.0]}"), "s")
 
 
 def test_an_oversized_grid_is_counted_not_built(home: Path) -> None:
@@ -169,6 +178,42 @@ def test_a_folder_of_something_else_is_left_alone(home: Path, capsys: pytest.Cap
     assert main([grid("seeds: 1"), "--out", "mine"]) == 2
     assert "holds no sweep" in capsys.readouterr().err
     assert os.listdir(home / "mine") == ["thesis.tex"]
+
+
+def test_a_changed_grid_never_shows_what_another_one_did(home: Path) -> None:
+    """The names of points that a grid has dropped are not given to others, and go back to whose they were."""
+    for labelled in (1, 2, 3):
+        sweep = open_sweep(grid(f"settings: {{labelled: {labelled}}}\ngrid: {{fill: [0, 1]}}"), "s")
+        assert sweep.left() == [0, 1]
+        for point in sweep.points:
+            sweep.run_folder(point).mkdir()
+            sweep.write(point, Record("done"))
+    assert open_sweep(grid("settings: {labelled: 1}\ngrid: {fill: [0, 1]}"), "s").points[1].name == "fill=1"
+    told = json.loads((sweep.path / "sweep.json").read_text())
+    del told["names"], told["usual"]  # as it was written before it remembered
+    (sweep.path / "sweep.json").write_text(json.dumps(told | {"points": []}))
+    assert open_sweep(grid("settings: {labelled: 4}\ngrid: {fill: [0, 1]}"), "s").left() == [0, 1]
+
+
+def test_a_setting_that_is_named_like_a_column_is_in_the_table(home: Path) -> None:
+    rows = table_rows(open_sweep(grid("grid: {seconds: [0, 3], labelled: [2]}"), "s"))
+    assert [(row["setting_seconds"], row["labelled"], row["seconds"]) for row in rows] == [(0, 2, 0.0), (3, 2, 0.0)]
+
+
+def test_what_was_done_with_other_defaults_is_not_mixed_in(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Somebody edits the parameters of the notebook, and gives the same command."""
+    sweep = open_sweep(grid("grid: {fill: [0]}\nsettings: {seed: 3}"), "s")
+    sweep.run_folder(sweep.points[0]).mkdir()
+    sweep.write(sweep.points[0], Record("done"))
+    text = (home / "run_toy.ipynb").read_text()
+    (home / "run_toy.ipynb").write_text(text.replace("seed: int = 0", "seed: int = 9").replace('\\"auto', '\\"cpu'))
+    assert main(["s"]) == 0  # the seed is given, and the device changes no result
+    (home / "run_toy.ipynb").write_text(text.replace("labelled: int = 2", "labelled: int = 3"))
+    for words in (["s"], ["grid.yaml", "--out", "s"], ["s", "--print"]):
+        assert main(words) == 2
+        assert "labelled is 3 in run_toy.ipynb now, and was 2 when fill=0 was done" in capsys.readouterr().err
+    (home / "run_toy.ipynb").unlink()
+    assert main(["s"]) == 0  # nothing is left to do
 
 
 @pytest.mark.slow

@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['MOST_POINTS', 'DONE', 'FAILED', 'STOPPED', 'LOST', 'WAITS', 'RUNNING', 'combine', 'Point', 'make_points', 'Record',
-           'Sweep', 'hold', 'open_sweep', 'result_text', 'table_rows', 'table_csv', 'table_text', 'write_table']
+           'Sweep', 'hold', 'check_defaults', 'open_sweep', 'result_text', 'table_rows', 'table_csv', 'table_text',
+           'write_table']
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-imports
 import csv
 import io
 import itertools
+import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import filelock
 
 from .run import check_parameters, find_notebook, notebook_defaults, notebook_parameters, read_yaml_file
 from ..core.checks import ConfigError, RunError, check_number, one_line, show
-from ..core.files import project_root, read_json, resolve_path, to_json, write_json, write_text
+from ..core.files import plain, project_root, read_json, resolve_path, to_json, write_json, write_text
 from ..core.runfolder import FREE_SETTINGS
 from ..core.seeds import stable_hash
 
@@ -99,10 +101,17 @@ def _computes(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in FREE_SETTINGS}
 
 
+def _alike(settings: Mapping[str, Any], kinds: Mapping[str, str]) -> str:
+    "One text for settings that mean the same: dictionaries in any order, and 1 and 1.0 where a float is wanted."
+    floats = (name for name, value in settings.items() if kinds.get(name) == "float" and type(value) is int)
+    return json.dumps(plain({**settings, **{name: float(settings[name]) for name in floats}}), sort_keys=True)
+
+
 def make_points(
     told: Mapping[str, Any],  # the content of a grid file
     notebook: Path,  # that is run
-    known: Mapping[str, str],  # key -> name, of points this sweep has already; they keep their names
+    known: Mapping[str, str],  # key -> name, of points this sweep has or had; they keep their names
+    taken: Collection[str] = (),  # more names that a new point must not have
 ) -> list[Point]:
     "The points of a grid, checked against the notebook's parameters; `ConfigError` for what cannot be."
     kinds = notebook_parameters(notebook)
@@ -111,14 +120,14 @@ def make_points(
     usual = notebook_defaults(notebook)
     combined, names = combine(told)
     points: list[Point] = []
-    taken = set(known.values())
+    taken = {*taken, *known.values()}
     seen: dict[str, int] = {}
     for number, given in enumerate(combined):
         settings = check_parameters(given, kinds)
         if "output_dir" in settings:
             raise ConfigError("output_dir is not yours to set in a sweep: each point has a run folder of its own.")
         varying = {name: settings.get(name) for name in names}
-        same = to_json(dict(sorted({**usual, **_computes(settings)}.items())))
+        same = _alike({**usual, **_computes(settings)}, kinds)
         if same in seen:
             how = [n for n in names if n in FREE_SETTINGS]
             why = f": {how[0]} changes nothing of what comes out" if how else ""
@@ -163,6 +172,9 @@ class Sweep:
         told = read_json(self.path / "sweep.json", dict)
         self.notebook, self.cwd = Path(told["notebook"]), Path(told["cwd"])
         self.points = [Point(**point) for point in told["points"]]
+        self.names: dict[str, str] = {point.key: point.name for point in self.points}
+        self.names |= told.get("names", {})  # also of points that the grid had once: what they left is theirs
+        self.usual: dict[str, Any] = told.get("usual", {})  # the notebook's defaults when the points were made
 
     def run_folder(self, point: Point) -> Path:
         "Where a point's results go."
@@ -215,6 +227,24 @@ def hold(
     return lock
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-open
+def check_defaults(
+    sweep: Sweep,  # as its folder says
+    points: Sequence[Point],  # that it shall have
+    notebook: Path,  # as it is now
+) -> None:
+    "`ConfigError` where a point is done with a default that is another by now: one table would mix the two."
+    now, kinds = (notebook_defaults(notebook), notebook_parameters(notebook)) if notebook.is_file() else ({}, {})
+    known = {name: was for name, was in sweep.usual.items() if name in now}
+    other = {name: was for name, was in known.items() if _alike({name: now[name]}, kinds) != _alike({name: was}, kinds)}
+    for point in points:
+        name = next((name for name in other if name not in point.settings), None)
+        if name is not None and sweep.is_done(point):
+            raise ConfigError(
+                f"{name} is {show(now[name], 80)} in {notebook.name} now, and was {show(other[name], 80)} when "
+                f"{point.name} was done: put it back, or choose another --out, or say it under settings to do all anew."
+            )
+
+
 def open_sweep(
     grid: str | Path | Mapping[str, Any],  # a YAML file, or the content of one
     out: str | Path | None = None,  # the folder; None: runs/sweeps/NAME, after the file
@@ -229,14 +259,19 @@ def open_sweep(
     path = folder / "sweep.json"
     if folder.is_dir() and not path.is_file() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no sweep (no sweep.json): choose another --out.")
-    earlier = Sweep(folder).points if path.is_file() else []
-    points = make_points(told, notebook, {point.key: point.name for point in earlier})
+    earlier = Sweep(folder) if path.is_file() else None
+    left = [record.stem for record in folder.glob("*.json")]  # by points of whatever grid
+    points = make_points(told, notebook, earlier.names if earlier else {}, left)
+    if earlier:
+        check_defaults(earlier, points, notebook)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot create {folder}: {error.strerror}. Choose another --out.") from error
     lock = hold(folder / ".lock", f"the sweep {folder}")
-    write_json(path, {"notebook": str(notebook), "cwd": os.getcwd(), "points": [vars(point) for point in points]})
+    content = {"notebook": str(notebook), "cwd": os.getcwd(), "points": [vars(point) for point in points]}
+    names = {**(earlier.names if earlier else {}), **{point.key: point.name for point in points}}
+    write_json(path, {**content, "names": names, "usual": _computes(notebook_defaults(notebook))})
     if lock is not None:
         lock.release()
     return Sweep(folder)
@@ -252,6 +287,7 @@ def _number(value: Any, *path: str | int) -> float | int | None:
     return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
+_OURS = ("point", "state", "attempts", "seconds", "error")  # columns; a setting of that name is called otherwise
 _TOLD = {  # column -> where it stands in summary.json
     "test_mean_iou": ("test", "mean_iou"),
     "val_mean_iou": ("curve", "val_mean_iou", -1),
@@ -284,7 +320,8 @@ def table_rows(
     for point in sweep.points:
         record, path = sweep.record(point) or Record("not yet"), sweep.run_folder(point) / "summary.json"
         summary = read_json(path, dict) if record.state == DONE and path.is_file() else {}
-        row = {**point.varying, "state": record.state, "attempts": record.attempts, "seconds": round(record.seconds, 1)}
+        row = {f"setting_{name}" if name in _OURS else name: value for name, value in point.varying.items()}
+        row |= {"state": record.state, "attempts": record.attempts, "seconds": round(record.seconds, 1)}
         row |= {f"result_{n}" if n in row else n: _number(summary, *where) for n, where in _TOLD.items()}
         rows.append({"point": point.name, **row, "error": record.error})
     empty = {name for name in rows[0] if all(row[name] is None for row in rows)} if rows else set()

@@ -7,6 +7,7 @@ __all__ = ['predict', 'publish']
 
 # %% ../../nbs/cli/02_keep.ipynb #keep-imports
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def _write_as(kind: str, table: Any, out: Path, files: Any, labels: Any, who: st
 @click.argument("folder")
 @click.option("--out", required=True, help="Where masks/, overlays/ and scores.csv go; the same again goes on.")
 @click.option("--image-size", type=int, help="Long side in pixels; left out: as the model was measured.")
-@click.option("--resize", type=click.Choice(["keep", "stretch"]), help="Keep the aspect, or stretch to a square.")
+@click.option(
+    "--resize", type=click.Choice(["keep", "stretch"]), help="Keep the aspect, or stretch; left out: as measured."
+)
 @click.option("--batch-size", type=int, default=8, show_default=True, help="Photographs at once.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, mps")
 @click.option("--overlays/--no-overlays", default=True, help="Also photographs with their masks over them.")
@@ -64,6 +67,8 @@ def predict(
     if resize and not size:
         raise ConfigError("--resize says how pictures are brought to --image-size: say both.")
     segmenter = load_model(name)
+    with suppress(ConfigError):  # it says nothing of how it was measured
+        resize = resize or measured_view(name).resize
     measured = Inference(size, resize or "keep") if size else measured_view(name)
     shown = Inference(measured.image_size, measured.resize, view["batch_size"], device=view["device"])
     click.echo(f"{model}: {len(segmenter.labels)} classes, pictures at {shown.image_size} px ({shown.resize})")

@@ -25,6 +25,7 @@ from vlm_itl.cli.grid import (
     WAITS,
     Record,
     Sweep,
+    check_defaults,
     hold,
     open_sweep,
     result_text,
@@ -171,6 +172,7 @@ def sweep(grid: str, out: str | None, only: tuple[str, ...], script: bool, **opt
     "Run a notebook at every point of GRID (a YAML file, or the folder of a sweep), and write one table."
     options, folder = _checked(options), resolve_path(grid)
     here = Sweep(folder) if folder.is_dir() else open_sweep(grid, out)
+    check_defaults(here, here.points, here.notebook)
     left = _choose(here, only) or here.left()
     if script:
         if not left:

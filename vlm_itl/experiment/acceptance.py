@@ -10,6 +10,7 @@ __all__ = ['ANSWERS', 'COVERS', 'AUDIT_SHARE', 'proposal_images', 'kept_proposal
            'decide', 'judge', 'judge_first']
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-imports
+import math
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ import numpy as np
 from ..core.checks import ConfigError, JudgeError, LeakError
 from ..core.files import read_json, to_json, write_json, write_text
 from ..core.seeds import make_rng
+from ..data.groups import one_of_each
 from ..data.labels import VOID, LabelSpace
 from ..data.leaks import check_apart
 from ..data.masks import MaskStore, raw_rows, row_ids, truth_reader
@@ -523,7 +525,10 @@ def certify_round(
     pool: Sequence[Judgement] = (),  # answers about the pool's masks
     journal: Journal | None = None,  # of the validation images; None: that of the round, and it is paid here
 ) -> dict[str, Any]:
-    "Judge the validation images on masks of the same proposers, pay for it, and certify a threshold."
+    """Judge the validation images on masks of the same proposers, pay for it, and certify a threshold.
+
+    Frames of a film are no independent observations: one image of each group counts.
+    """
     val, book = team.data.val, journal or journal_of(team, state, "held_out")
     check_validation(team, state)
     with held_out(team, state, here, judged=True) as shown:
@@ -535,6 +540,9 @@ def certify_round(
         pay_judge(state.ledger, [], book)
         _keep_answers(team, here, [book])
     _write_answers(here / "calibration.jsonl", answers, ious)
+    known = [place for place, iou in enumerate(ious) if not math.isnan(iou)]
+    alone = one_of_each([answers[place].id for place in known], team.data.groups, team.config.seed)
+    answers, ious = [answers[known[place]] for place in alone], [ious[known[place]] for place in alone]
     left = share_left(team, len(state.pool.ids) - len(state.pool.unlabelled) - team.schedule[0])
     return certify_answers(answers, ious, team.config, len(team.schedule), left, pool)
 

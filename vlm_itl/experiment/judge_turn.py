@@ -338,7 +338,7 @@ def certify_answers(
 # %% ../../nbs/experiment/05_judge_turn.ipynb #turns-certified-check-certifiable
 def check_certifiable(
     config: Config,  # alpha, delta
-    count: int,  # validation masks
+    count: int,  # validation masks, those of a group counted once
     shares: Sequence[float],  # share of the pool that the strategy has left in it, for each round; 0: nothing
 ) -> str | None:  # one line about rounds in which nothing can pass; None: all can
     "`ConfigError` where no round can certify anything, with the number of masks that it takes."

@@ -20,6 +20,7 @@ import numpy as np
 from ..core.checks import ConfigError
 from ..core.files import progress, read_json, to_json, write_json, write_text
 from ..core.seeds import make_rng
+from ..data.groups import one_of_each
 from ..data.masks import MaskStore, row_ids, truth_reader
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-imports-1
@@ -155,6 +156,11 @@ def _wake(team: Team, state: State, work: Path) -> None:
     bind_payer(team.handler, work / "payer")
 
 
+def _apart(team: Team, ids: Sequence[str]) -> list[str]:
+    "One image of each group: a promise counts independent observations, which frames of a film are not."
+    return [ids[place] for place in one_of_each(ids, team.data.groups, team.config.seed)]
+
+
 def ask_for_labels(
     team: Team,
     state: State,
@@ -165,7 +171,7 @@ def ask_for_labels(
     assert handler is not None
     _wake(team, state, work)
     journal = None if changes(handler) else journal_of(team, state, "labels")
-    parts, start = [], sample_start(team, state)
+    parts, start = [], _apart(team, sample_start(team, state))
     if start:
         paid = {row["id"]: row["mask"] for row in team.annotator.labelled(start)}
         parts.append(
@@ -184,7 +190,7 @@ def ask_for_labels(
     val = team.data.val.remove_columns("mask")
     with held_out(team, state, work) as shown:
         about = ask_judge(team, val, shown, journal)
-        parts.append(known_sample(team, row_ids(val), about, truth_reader(team.data.val), cost))
+        parts.append(known_sample(team, _apart(team, row_ids(val)), about, truth_reader(team.data.val), cost))
     if journal is not None:
         pay_judge(state.ledger, [], journal)
     sample = join_samples(parts)

@@ -22,6 +22,7 @@ from ..core.checks import ConfigError, JudgeError, LeakError, RunError, check_ch
 from ..core.files import read_json, write_json, write_text
 from ..core.processes import Processes, working_together
 from ..core.runfolder import FREE_SETTINGS, RunFolder, protected
+from ..data.groups import number_groups
 from ..data.labels import MeaningError
 from ..data.leaks import seal
 from ..data.masks import row_ids, truth_reader
@@ -242,7 +243,8 @@ def _warn_of_certificates(team: Team) -> None:
         return
     taken = [0 if team.regions else count - team.schedule[0] for count in team.schedule]
     shares = [share_left(team, count) for count in taken]
-    if line := check_certifiable(team.config, len(team.data.val), shares):
+    count = len({*number_groups(row_ids(team.data.val), team.data.groups)})  # one of each counts
+    if line := check_certifiable(team.config, count, shares):
         print(line)
 
 # %% ../../nbs/experiment/10_loop.ipynb #loop-finish
@@ -435,7 +437,8 @@ class Loop:
             self.team.learner.load(self.folder.round_path(index) / "model")
             counts: list[np.ndarray] = []
             found = self.team.learner.evaluate(self._test, f"testing round {index}", counts)
-            write_json(path, {**found, "interval": told_interval(np.stack(counts))} if counts else found)
+            together = number_groups(row_ids(self._test), self.team.data.groups)
+            write_json(path, {**found, "interval": told_interval(np.stack(counts), together)} if counts else found)
         return read_json(path, dict)
 
     def run(self) -> Iterator[Round]:

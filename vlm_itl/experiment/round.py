@@ -24,6 +24,7 @@ from ..core.checks import ConfigError, LeakError
 from ..core.files import plain, to_json, write_json, write_text
 from ..core.processes import Processes
 from ..core.seeds import derive_seed, make_rng
+from ..data.groups import number_groups
 from ..data.labels import LabelSpace
 from ..data.masks import MaskStore, row_ids, truth_reader
 from ..data.sources import SegData
@@ -58,7 +59,7 @@ from vlm_itl.experiment.state import (
     Team,
     make_region_unit,
 )
-from ..judging.intervals import told_interval
+from ..judging.intervals import counts_of_groups, told_interval
 from ..judging.measures import verdict_metrics
 from ..judging.stopping import Point, StopRule, why_stop
 
@@ -392,7 +393,7 @@ def _validate(team: Team, here: Path) -> dict[str, Any] | None:
     if not counts:
         return val
     np.savez_compressed(here / _VAL_COUNTS, counts=np.stack(counts))
-    return {**val, "interval": told_interval(np.stack(counts))}
+    return {**val, "interval": told_interval(np.stack(counts), number_groups(row_ids(team.data.val), team.data.groups))}
 
 
 def _learn(team: Team, state: State, here: Path, clock: Clock) -> tuple[FitResult, dict[str, Any] | None]:
@@ -407,10 +408,14 @@ def _learn(team: Team, state: State, here: Path, clock: Clock) -> tuple[FitResul
     return result, val
 
 # %% ../../nbs/experiment/08_round.ipynb #round-stop
-def _point(labelled: int, budget: Mapping[str, Any], val: Mapping[str, Any] | None, folder: Path) -> Point:
-    "A round, as a rule to stop by sees it."
+def _point(
+    labelled: int, budget: Mapping[str, Any], val: Mapping[str, Any] | None, folder: Path, together: Sequence[int]
+) -> Point:
+    "A round, as a rule to stop by sees it; validation images that belong together count as one, where there are two."
     path, measured = folder / _VAL_COUNTS, val or {}
     counts = np.load(path)["counts"] if path.is_file() else None
+    if counts is not None and told_interval(counts, together) is not None:
+        counts = counts_of_groups(counts, together)
     miou = (measured.get("interval") or measured).get("miou", measured.get("mean_iou"))
     return Point(labelled, budget["human_seconds"], math.nan if miou is None else miou, counts, budget["images"])
 
@@ -422,7 +427,8 @@ def _why_stop(team: Team, state: State, here: Path, val: Mapping[str, Any] | Non
         return ""
     known = [(r.labelled, r.budget, r.metrics["val"], state.folder.round_path(r.index)) for r in state.rounds]
     now = (labelled_now(team, state)[0], state.ledger.record(), val, here)
-    points = [_point(*row) for row in (*known, now)]
+    together = number_groups(row_ids(team.data.val), team.data.groups)
+    points = [_point(*row, together) for row in (*known, now)]
     return why_stop(StopRule(**team.config.stop), points, team.schedule[index + 1])
 
 # %% ../../nbs/experiment/08_round.ipynb #round-turns

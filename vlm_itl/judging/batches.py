@@ -69,13 +69,15 @@ async def hand_in(
     client: Any,  # of `open_client`
     path: Path,  # a file of questions
 ) -> Any:  # the batch
-    "The batch of a file: the one that is there already, or a new one."
+    "The batch of a file: the one that is there already, or a new one; of one that has ended without an answer, too."
     import openai
 
     mark = hashlib.sha256(path.read_bytes()).hexdigest()
     try:
         async for batch in client.batches.list(limit=100):
-            if (batch.metadata or {}).get(_MARK) == mark and batch.status not in ("failed", "cancelled", "cancelling"):
+            gone = batch.status in ("failed", "cancelled", "cancelling")
+            gone = gone or (batch.status in _ENDED and not batch.output_file_id)  # it would give the same again
+            if (batch.metadata or {}).get(_MARK) == mark and not gone:
                 return batch
     except openai.NotFoundError:  # a server that keeps no list
         pass

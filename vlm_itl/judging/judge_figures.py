@@ -114,12 +114,14 @@ def plot_risk_coverage(
 
 # %% ../../nbs/judging/06_judge_figures.ipynb #judge-figures-reliability
 def _draw_shares(
-    axes: Axes, x: np.ndarray, count: np.ndarray, of: np.ndarray, name: str, style: dict[str, Any]
+    axes: Axes, x: np.ndarray, parts: Sequence[np.ndarray], hit: np.ndarray, image: np.ndarray, **style: Any
 ) -> None:
-    "Shares with their exact intervals."
-    share, (low, high) = count / of, exact_interval(count, of)
+    "Shares of the rows of each part that are hit, with exact intervals over images: masks of one may all be alike."
+    share = np.array([hit[part].mean() for part in parts])
+    images = np.array([len(np.unique(image[part])) for part in parts])
+    low, high = exact_interval(share * images, images)
     bars = [share - low, high - share]
-    axes.errorbar(x, share, bars, marker="o", markersize=5, capsize=2, elinewidth=0.9, label=name, **style)
+    axes.errorbar(x, share, bars, marker="o", markersize=5, capsize=2, elinewidth=0.9, **style)
 
 # %% ../../nbs/judging/06_judge_figures.ipynb #judge-figures-reliability-plot-reliability
 def plot_reliability(
@@ -139,8 +141,7 @@ def plot_reliability(
         parts = np.array_split(np.flatnonzero(scored)[np.argsort(a.p_yes[scored], kind="stable")], bins)
         parts = [part for part in parts if len(part)]
         claimed = np.array([a.p_yes[part].mean() for part in parts])
-        good, size = np.array([a.good[part].sum() for part in parts]), np.array([len(part) for part in parts])
-        _draw_shares(axes, claimed, good, size, name, style)
+        _draw_shares(axes, claimed, parts, a.good, a.image, label=name, **style)
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
     tidy_axes(axes, "p_yes (mean of a bin)", "share of good masks")
     _legend(axes, "no judge gives graded scores")
@@ -159,10 +160,9 @@ def plot_acceptance(
     figure, ((axes,),) = make_figure(6.4, 3.8)
     for place, (name, a, style) in enumerate(gathered):
         which = np.clip(np.digitize(a.iou, cuts) - 1, 0, len(centres) - 1)
-        size = np.array([(a.judged & (which == b)).sum() for b in centres])
-        yes = np.array([(a.yes & (which == b)).sum() for b in centres])
-        there, aside = size > 0, 0.08 * (place - (len(gathered) - 1) / 2)
-        _draw_shares(axes, centres[there] + aside, yes[there], size[there], name, style)
+        bins = {b: rows for b in centres if len(rows := np.flatnonzero(a.judged & (which == b)))}
+        x = np.array([*bins]) + 0.08 * (place - (len(gathered) - 1) / 2)
+        _draw_shares(axes, x, [*bins.values()], a.yes, a.image, label=name, **style)
     counts = np.histogram(gathered[0][1].iou, cuts)[0]
     texts = [f"{low:g} to {high:g}\n{n}" for low, high, n in zip(cuts, cuts[1:], counts, strict=False)]
     axes.set_xticks(centres, texts, fontsize=8)

@@ -35,7 +35,7 @@ from ..core.plugins import described, load_plugins
 from ..core.runfolder import FREE_SETTINGS, RunFolder, protected
 from ..core.seeds import make_rng
 from ..core.settings import named_run, read_settings
-from ..data.groups import take_groups
+from ..data.groups import number_groups, one_of_each, take_groups
 from ..data.labels import MeaningError
 from ..data.leaks import LEAKS
 from ..data.masks import DecodeRows, MaskStore, raw_rows, truth_reader
@@ -76,8 +76,11 @@ def _check_names(config: "JudgeConfig") -> None:
     for kind in config.confidences:
         check_choice("confidences", kind, CONFIDENCE_KINDS)
     check_choice("resize", config.resize, ("keep", "stretch"))
-    for part in config.split.split("+"):
+    parts = config.split.split("+")
+    for part in parts:
         check_choice("split", part, ("auto", "train", "val", "test"))
+    if len(set(parts)) < len(parts) or (len(parts) > 1 and "auto" in parts):
+        raise ConfigError(f"split={config.split!r}: name each split once, such as 'train+val', or 'auto' alone.")
     if config.masks == "model" and not config.model:
         raise ConfigError("masks='model' needs model: a segmenter's folder, built-in name or Hub id.")
     if config.style and "style" not in options:
@@ -373,13 +376,18 @@ def _certify_half(ids: Sequence[str], groups: Mapping[str, str], seed: int) -> n
     return half
 
 
-def _certified(said: Sequence[Judgement], ious: np.ndarray, first: np.ndarray, config: JudgeConfig) -> dict[str, Any]:
-    "A threshold from one half of the images, and what it accepts of the other."
-    half = first[~np.isnan(ious)]
+def _certified(
+    said: Sequence[Judgement], table: pd.DataFrame, first: np.ndarray, groups: Mapping[str, str], config: JudgeConfig
+) -> dict[str, Any]:
+    "A threshold from one half of the images, one of each group, and what it accepts of the other."
+    ious = table["iou"].to_numpy(dtype=float)
+    half, ids = first[~np.isnan(ious)], table["id"][~np.isnan(ious)].tolist()
     answers = gather_answers(said, ious.tolist(), config.tau)
     if not half.any():
         return {"threshold": None, "reason": "no image to certify on"}
-    known, rest = answers.take(half), answers.take(~half)
+    places = np.flatnonzero(half)
+    alone = one_of_each([ids[place] for place in places], groups, config.seed)
+    known, rest = answers.take(places[alone]), answers.take(~half)
     promise = certify(known.p_yes.tolist(), known.good.tolist(), config.alpha, config.delta, config.min_share)
     if promise["threshold"] is None:
         return {**promise, "accepted_share": 0.0, "bad_share": None}
@@ -444,10 +452,11 @@ def _agreement(config: JudgeConfig, asked: _Asked) -> np.ndarray | None:  # (N,)
     return believed if (~np.isnan(believed)).sum() >= 10 else None
 
 
-def _cards(config: JudgeConfig, asked: _Asked) -> tuple[dict[str, dict[str, Any]], Ranking]:
-    "Every judge's report card, the one of the judge on trial also by group; and all beside each other."
+def _cards(config: JudgeConfig, asked: _Asked, groups: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], Ranking]:
+    "Every judge's report card, the one of the judge on trial also by column; and all beside each other."
     table, ious = asked.table, asked.table["iou"].to_numpy(dtype=float)
-    more: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "images": table["id"].tolist()}
+    together = number_groups(table["id"].tolist(), groups)  # what is drawn as one
+    more: dict[str, Any] = {"resamples": config.resamples, "seed": config.seed, "images": together}
     by = {name: table[name].tolist() for name in _GROUPS}
     tried: dict[str, dict[str, Any]] = {config.handler: {"by": by, "agreement": _agreement(config, asked)}}
     cards = {
@@ -466,9 +475,10 @@ def _report(
     groups: Mapping[str, str],
 ) -> dict[str, Any]:
     "The content of `report.json`."
-    ids, ious = asked.table["id"].tolist(), asked.table["iou"].to_numpy(dtype=float)
-    half, one_each = _certify_half(ids, groups, config.seed), asked.table["id"].is_unique
-    certified = {name: _certified(said, ious, half, config) for name, said in asked.said.items()} if one_each else None
+    ids, certified = asked.table["id"].tolist(), None
+    if asked.table["id"].is_unique:
+        half = _certify_half(ids, groups, config.seed)
+        certified = {name: _certified(said, asked.table, half, groups, config) for name, said in asked.said.items()}
     return {
         "judge": config.handler,
         "model": asked.cost[config.handler]["model"],
@@ -505,7 +515,7 @@ def _try(
     "Ask all judges, then measure, draw and write."
     asked = _ask_all(config, run.path, handlers, data, model)
     _write_answers(run.path, asked)
-    cards, ranking = _cards(config, asked)
+    cards, ranking = _cards(config, asked, data.groups)
     report = _report(config, asked, cards, ranking, handlers[config.handler].needs_truth, data.groups)
     figures = _figures(config, asked, ranking)
     for name, figure in figures.items():

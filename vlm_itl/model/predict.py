@@ -368,6 +368,14 @@ def photographs_of(
     return dict(zip(safe_ids(list(files)), files.values(), strict=True))
 
 
+def _is_done(line: Mapping[str, Any], path: Path, out: Path, store: MaskStore, overlays: bool) -> bool:
+    "Is the photograph what its line of the journal says, and is there still what was written for it?"
+    if line.get("content") != _content(path):
+        return False
+    there = line["id"] in store and (not overlays or inside(out / "overlays", f"{line['id']}.jpg").is_file())
+    return bool(line.get("error")) or there
+
+
 def predict_folder(
     model: Segmenter | str | Path,  # a segmenter, a name that `load_model` takes, or a run folder
     folder: str | Path,  # photographs, also in folders below it
@@ -386,10 +394,10 @@ def predict_folder(
     weights = [part for key, value in model.net.state_dict().items() for part in (key, value.cpu().numpy())]
     about = {"model": stable_hash(*weights).hex()[:16], "classes": model.labels.names, "overlays": overlays}
     about |= {"image_size": view.image_size, "resize": view.resize, "precision": view.precision}
-    done, ids = _open_results(out, about), list(files)
+    done, ids, store = _open_results(out, about), list(files), MaskStore(out / "masks", model.labels)
     with file_errors(f"writing into {out}"), progress(desc="predicting", total=len(ids), unit="img") as bar:
         for part in (ids[start : start + view.batch_size] for start in range(0, len(ids), view.batch_size)):
-            if any(done.get(name, {}).get("content") != _content(files[name]) for name in part):
+            if not all(_is_done(done.get(name, {}), files[name], out, store, overlays) for name in part):
                 lines = _do_batch(model, {name: files[name] for name in part}, out, view, overlays)
                 with (out / _JOURNAL).open("a", encoding="utf-8") as journal:
                     journal.write("".join(to_json(line) + "\n" for line in lines))

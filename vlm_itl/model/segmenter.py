@@ -350,10 +350,10 @@ Classes, in the order of the channels: {classes}.
 {how}
 """
 _USE = """```python
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-folder, picture = "...", Image.open("...").convert("RGB")
+folder, picture = "...", ImageOps.exif_transpose(Image.open("...")).convert("RGB")
 processor = AutoImageProcessor.from_pretrained(folder{padded})
 net = AutoModelForSemanticSegmentation.from_pretrained(folder{own})
 out = net(**processor(picture, return_tensors="pt"))

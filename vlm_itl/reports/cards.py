@@ -45,7 +45,7 @@ def human_time(
     price = f"{budget.get('mask_seconds', 0):g} seconds a mask"
     if not timed:
         return f"{told}, **assumed**: {price}, nobody was timed"
-    if timed >= masks:
+    if timed >= masks and (budget.get("timed_checks") or 0) >= checks:
         return f"{told}, **measured** in the tool that they were drawn in"
     return f"{told}: **measured** for {timed} masks, assumed for the others ({price})"
 

@@ -21,7 +21,17 @@ from scipy import stats
 from ..core.checks import RunError, check_choice
 from ..core.figures import COLORS, make_figure, tidy_axes
 from ..core.seeds import make_rng
-from .report import Run, as_runs, aubc, group_runs, guarded, metric_column, recipe, round_table
+from vlm_itl.reports.report import (
+    Run,
+    as_runs,
+    aubc,
+    group_runs,
+    guarded,
+    metric_column,
+    other_data,
+    recipe,
+    round_table,
+)
 
 # %% ../../nbs/reports/04_compare.ipynb #compare-holm
 def holm(
@@ -131,6 +141,15 @@ def _by_seed(name: str, runs: Sequence[Run]) -> dict[int, Run]:
     return by_seed
 
 
+def _check_data(run: Run, other: Run, split: str) -> None:
+    "Refuse a pair that was not measured on the same images."
+    if differ := other_data(run, other, split):
+        raise RunError(
+            f"{run.name} and {other.name} are no pair, they were measured on {differ}: the data set has changed "
+            "between them. Run one of them again, or compare those that share it."
+        )
+
+
 def _check_start(run: Run, other: Run) -> None:
     "Refuse a pair that did not start from the same images, unless the start is what differs."
     if run.config.get("cold_start", "random") != other.config.get("cold_start", "random"):
@@ -163,7 +182,8 @@ def _usable(runs: Sequence[Run], metric: str, measure: str, notes: list[str]) ->
         else:
             values = table[metric_column(metric, table)]
             if not (values.notna().all() if measure == "aubc" else values.notna().iloc[-1]):
-                raise RunError(f"{run.name} has no {values.name} for every round: compare with metric='val'.")
+                other = "test" if str(values.name).startswith("val") else "val"
+                raise RunError(f"{run.name} has no {values.name} for every round: compare with metric='{other}'.")
             tables[run.path] = table
     return tables
 
@@ -174,11 +194,33 @@ def _common_span(tables: Iterable[pd.DataFrame]) -> tuple[float, float, bool]:
     return max(low for low, _ in spans), min(high for _, high in spans), len(set(spans)) > 1
 
 
+def _note_budgets(
+    tables: Mapping[Path, pd.DataFrame],  # run folder -> its rounds
+    measure: str,  # aubc or final
+    notes: list[str],  # a note is added where budgets differ
+) -> tuple[float, float]:  # the labelled shares between which areas are taken
+    "Where runs can be compared; `RunError` where areas have no range in common."
+    low, high, differ = _common_span(tables.values())
+    last = {path.name: table["labelled_share"].iloc[-1] for path, table in tables.items()}
+    if measure == "aubc" and not low < high:
+        raise RunError(
+            f"no range of budgets is common to all runs ({min(last, key=lambda name: last[name])} ends at {high:.1%} "
+            f"of the pool, another begins at {low:.1%}): leave some out, or compare with measure='final'."
+        )
+    if measure == "aubc" and differ:
+        notes.append(f"budgets differ: areas are over the common range, {low:.1%} to {high:.1%} of the pool.")
+    if measure == "final" and len(set(last.values())) > 1:
+        ends = f"{min(last.values()):.1%} to {max(last.values()):.1%}"
+        notes.append(f"budgets differ: the last rounds are at {ends} of the pool.")
+    return low, high
+
+
 def _pair_up(
     series: Mapping[str, list[Run]],  # name -> runs
     reference: str,  # the series that the others are compared with
     value: Callable[[Run], float],  # what is compared
     notes: list[str],  # seeds that one side lacks are added
+    split: str = "test",  # on which it was measured
 ) -> pd.DataFrame:  # strategy, seed, value, baseline_value, difference
     "One row for each seed that a strategy and the reference share."
     theirs = _by_seed(reference, series[reference])
@@ -191,6 +233,7 @@ def _pair_up(
             if missing:
                 notes.append(f"{name}: {side} has no run of seed {', '.join(map(str, sorted(missing)))}: left out.")
         for seed in sorted(ours.keys() & theirs.keys()):
+            _check_data(ours[seed], theirs[seed], split)
             _check_start(ours[seed], theirs[seed])
             rows.append((name, seed, value(ours[seed]), value(theirs[seed])))
     pairs = pd.DataFrame(rows, columns=["strategy", "seed", "value", "baseline_value"])
@@ -210,8 +253,8 @@ def compare(
     """Compare strategies in pairs of the same seed.
 
     `RunError` where runs differ in more than mode, strategy, start, unit, judge and policy, where a seed occurs twice,
-    or where the runs of a pair started from different images by the same rule. Seeds that one side lacks and
-    unfinished runs are left out and named.
+    where the runs of a pair were measured on other files or started from different images by the same rule, or where
+    no range of budgets is common to all. Seeds that one side lacks and unfinished runs are left out and named.
     """
     check_choice("measure", measure, ("aubc", "final"))
     check_choice("test", test, ("t", "wilcoxon"))
@@ -225,15 +268,13 @@ def compare(
     series = group_runs(complete, whole=False)
     reference = _find_baseline(baseline, series)
     column = metric_column(metric, next(iter(tables.values())))
-    low, high, differ = _common_span(tables.values())
-    if measure == "aubc" and differ:
-        notes.append(f"budgets differ: areas are over the common range, {low:.1%} to {high:.1%} of the pool.")
+    low, high = _note_budgets(tables, measure, notes)
 
     def value(run: Run) -> float:
         table = tables[run.path]
         return aubc(table["labelled_share"], table[column], low, high) if measure == "aubc" else table[column].iloc[-1]
 
-    pairs = _pair_up(series, reference, value, notes)
+    pairs = _pair_up(series, reference, value, notes, column.split("_")[0])
     if pairs.empty:
         raise RunError(f"no run shares a seed with {reference!r}: nothing to compare. {' '.join(notes)}".strip())
     table = _test_pairs(pairs, test, resamples, seed)

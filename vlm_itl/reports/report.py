@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JUDGE_RATES', 'Run', 'read_run', 'list_runs', 'as_runs', 'guarded', 'round_table', 'interval_words', 'aubc',
-           'metric_column', 'summary_table', 'recipe', 'group_runs', 'find_references']
+           'metric_column', 'summary_table', 'recipe', 'group_runs', 'other_data', 'find_references']
 
 # %% ../../nbs/reports/02_report.ipynb #report-imports
 import json
@@ -301,11 +301,13 @@ def interval_words(
     found = measured.get("interval")
     if not found:
         return ""
-    more, few = found["masks_to_halve"], found["images"] < _ENOUGH
+    more, groups = found["masks_to_halve"], found.get("groups")
+    few, shown = (groups or found["images"]) < _ENOUGH, f"{found['images']} {what} images"
+    shown = f"{groups} groups that the {shown} belong to" if groups else shown
     doubt = "; intervals of so few images are too narrow (of 8, 80 to 85 % held in replays)" if few else ""
     return (
         f"mean IoU {found['miou']:.3f} ({found['low']:.3f} to {found['high']:.3f} at {found['level']:.0%}) over the "
-        f"{found['classes']} classes that at least two of the {found['images']} {what} images show; "
+        f"{found['classes']} classes that at least two of the {shown} show; "
         f"{more:,} more {what} masks would halve the interval{doubt}"
     )
 
@@ -423,6 +425,36 @@ def _task(run: Run) -> dict[str, Any]:
     return {name: run.config.get(name) for name in _TASK}
 
 
+def _files(run: Run, split: str) -> dict[str, list[tuple[int, str]]]:
+    "Image id -> bytes and hash (empty: not taken) of its photograph and its mask; {} where they are not known."
+    with suppress(RunError, KeyError, TypeError, ValueError):  # no such file, or no good one
+        noted = read_json(run.path / "stamps.json", dict)[split]
+        columns = [list(zip(noted[name]["size"], noted[name]["hash"], strict=True)) for name in ("image", "mask")]
+        return {name: list(cells) for name, *cells in zip(noted["ids"], *columns, strict=True)}
+    return {}
+
+
+def other_data(
+    run: Run,
+    other: Run,
+    split: str,  # "test" or "val"
+) -> str:  # empty: the same, as far as is known
+    "In what the images differ on which two runs were measured; a data set may change while its name stays."
+    if run.labels and other.labels and run.labels != other.labels:
+        return "other classes"
+    ours, theirs = ((one.data.get("sizes") or {}).get(split) for one in (run, other))
+    if None not in (ours, theirs) and ours != theirs:
+        return f"{ours} and {theirs} {split} images"
+    mine, yours = _files(run, split), _files(other, split)
+    if alone := sorted(mine.keys() ^ yours.keys()) if mine and yours else []:
+        return f"other {split} images, such as {alone[0]}"
+    for name in mine if yours else ():
+        for (size, content), (other_size, other_content) in zip(mine[name], yours[name], strict=True):
+            if size != other_size or (content and other_content and content != other_content):
+                return f"other {split} files, such as those of {name}"
+    return ""
+
+
 def _twin(run: Run) -> dict[str, Any]:
     "What a run shares with its twin without a judge."
     return {**recipe(run.config), **_arm({**run.config, "mode": "al"}), "seed": run.seed}
@@ -443,10 +475,13 @@ def find_references(
     run: Run | str | Path,  # a finished run or its folder
 ) -> list[Run]:  # the newest of each kind; empty if there is none
     """Finished runs that a run should be seen against: full supervision, and, for a run with a judge, its twin
-    without one. The same data, seed, model and training; a baseline may train for longer."""
+    without one. The same data, seed, model and training; a baseline may train for longer. Where the files of the
+    data set have changed in between, a run is no reference."""
     run = as_runs(run)[0]
     kinds: dict[str, Run] = {}
     for other in _neighbours(run):
+        if other_data(run, other, "test"):
+            continue
         if (run.mode, other.mode) == ("vlm", "al") and _twin(run) == _twin(other):
             kinds["without a judge"] = other
         elif other.mode == "baseline" and run.mode != "baseline" and _task(run) == _task(other):
