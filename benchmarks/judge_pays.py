@@ -13,6 +13,7 @@ differences are paired.
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -107,17 +108,41 @@ def settings_of(row: str, masks: int, seed: int, out: Path, steps: int = BASE["s
     return {**BASE, **ROWS[row], **sizes, "steps": steps, "seed": seed, "output_dir": str(out)}
 
 
+PLACES = ("output_dir", "seed", "initial", "increment", "max_labelled", "dataset", "model", "plugins", "device")
+PLACES += ("proposer_options", "judge_options")  # hold folders
+
+
+def recipe_of(settings: dict[str, Any]) -> str:
+    "A word for all settings of a row, defaults among them: rows of two recipes must not stand under one name."
+    from vlm_itl.experiment import make_config
+
+    told = {name: value for name, value in make_config(settings).to_dict().items() if name not in PLACES}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def refuse_mixing(lines: list[dict[str, Any]], rows: list[str], steps: int) -> None:
+    "End where a row was measured under another recipe before, since a default has changed."
+    known = {(line["row"], line["recipe"]) for line in lines if line.get("recipe")}
+    for row, recipe in sorted(known):
+        if row in rows and recipe != recipe_of(settings_of(row, 40, 0, Path("x"), steps)):
+            raise SystemExit(
+                f"{row!r} was measured with other settings than it has now (recipe {recipe}): say in ROWS or BASE what "
+                "has changed, or give what is new an --out of its own."
+            )
+
+
 def run_one(row: str, masks: int, seed: int, work: Path, steps: int = BASE["steps"]) -> dict[str, Any]:
     "One run, and what came of it."
     from vlm_itl.experiment import make_config, run_al
 
     out = work / f"{row}-{masks}-{seed}".replace(" ", "_").replace(",", "")
     shutil.rmtree(out, ignore_errors=True)  # of a process that was killed; the settings may have changed since
-    found: dict[str, Any] = {"row": row, "masks": masks, "seed": seed}
+    settings = settings_of(row, masks, seed, out, steps)
+    found: dict[str, Any] = {"row": row, "masks": masks, "seed": seed, "recipe": recipe_of(settings)}
     start = time.process_time()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            list(run_al(make_config(settings_of(row, masks, seed, out, steps))))
+            list(run_al(make_config(settings)))
     except Exception as error:  # the others go on
         return {**found, "error": f"{type(error).__name__}: {error}"[:500]}
     summary = json.loads((out / "summary.json").read_text())
@@ -173,6 +198,7 @@ FIELDS = (
     "kept_pixels",
     "cpu_seconds",
     "device",
+    "recipe",
 )
 ENOUGH = 5  # seeds for a point of a curve
 RAW, SUMMARY = ROOT / "results/judge_pays.csv", ROOT / "results/judge_pays.json"
@@ -182,7 +208,7 @@ def read_raw(path: Path) -> pd.DataFrame:
     "What was measured so far, one line per run; the last of equal ones."
     lines = path.read_text().splitlines() if path.is_file() else []
     kept = [found for found in map(json.loads, lines) if "error" not in found]
-    table = pd.DataFrame(kept, columns=list(FIELDS)).fillna({"device": "cpu"})
+    table = pd.DataFrame(kept, columns=list(FIELDS)).fillna({"device": "cpu", "recipe": ""})
     return table.drop_duplicates(["row", "masks", "seed"], keep="last").sort_values(["row", "masks", "seed"])
 
 
@@ -327,8 +353,10 @@ def main() -> None:
         parser.error("rows with other --steps must not be mixed with those of the study: give them an --out of theirs.")
     if given.show:
         return show(read_raw(given.out) if given.out.is_file() else pd.read_csv(RAW))
-    lines = given.out.read_text().splitlines() if given.out.is_file() else []
-    done = {(r["row"], r["masks"], r["seed"]) for r in map(json.loads, lines) if "error" not in r}
+    text = given.out.read_text().splitlines() if given.out.is_file() else []
+    lines = [line for line in map(json.loads, text) if "error" not in line]
+    refuse_mixing(lines, given.rows, given.steps)
+    done = {(line["row"], line["masks"], line["seed"]) for line in lines}
     todo = [(r, m, s) for r in given.rows for s in range(given.seeds) for m in given.masks if (r, m, s) not in done]
     todo = sorted((key for key in todo if key[0] != "all masks" or key[1] == given.masks[0]), key=lambda key: key[2])
     given.out.parent.mkdir(exist_ok=True)

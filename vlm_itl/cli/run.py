@@ -11,6 +11,7 @@ __all__ = ['SCHEDULER', 'RESTS', 'GO_ON', 'command', 'COMMANDS', 'passed_over', 
 # %% ../../nbs/cli/01_run.ipynb #run-imports
 import ast
 import base64
+import math
 import os
 import platform
 import re
@@ -216,6 +217,12 @@ def read_yaml_file(
         raise ConfigError(f"cannot read the {what} {path}: {error.strerror}.") from error
 
 # %% ../../nbs/cli/01_run.ipynb #run-check
+def _endless(value: Any) -> bool:
+    "Is a number without a value, or without end, in it?"
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return (isinstance(value, float) and not math.isfinite(value)) or any(map(_endless, inside))
+
+
 def check_parameters(
     given: Mapping[str, Any],  # name -> value
     known: Mapping[str, str],  # name -> annotation, from `notebook_parameters`
@@ -230,7 +237,10 @@ def check_parameters(
         raise ConfigError(f"the notebook has no parameter {listed}.{hints} It has: {', '.join(known)}.")
     for name, value in given.items():
         refuse_secrets(name, value)  # before it is shown, and written into the executed notebook
-    return {name: typed_value(name, value, known[name]) for name, value in given.items()}
+    typed = {name: typed_value(name, value, known[name]) for name, value in given.items()}
+    for name in filter(lambda name: _endless(typed[name]), typed):
+        raise ConfigError(f"{name}={show(typed[name])}: a run takes finite numbers; leave {name} out for its default.")
+    return typed
 
 # %% ../../nbs/cli/01_run.ipynb #run-output
 def _by_papermill(path: Path) -> bool:
