@@ -163,7 +163,9 @@ def test_number_2_questions_that_were_paid_are_kept(tmp_path: Path) -> None:
 
     root, out = flat(tmp_path / "data", black_and_white, 2, "background lesion"), tmp_path / "out"
     small = dict(image_size=32, steps=1, batch_size=2, val_share=2, gallery=0, device="cpu", leaks="off", initial=2)
-    config = make_config(dataset=str(root), output_dir=str(out), mode="vlm", judge="always_yes", **small)
+    config = make_config(
+        dataset=str(root), output_dir=str(out), mode="vlm", judge="always_yes", max_labelled=2, **small
+    )
     for _ in range(2):
         with pytest.raises(DataError, match="'values'"):
             list(run_al(config))
