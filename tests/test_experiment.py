@@ -22,7 +22,7 @@ from vlm_itl.data.sources import load_data, toy_images
 from vlm_itl.experiment.annotator import Oracle, training_rows
 from vlm_itl.experiment.config import Config, make_config, run_path
 from vlm_itl.experiment.human_turn import choose
-from vlm_itl.experiment.loop import Loop, run_al, run_baseline
+from vlm_itl.experiment.loop import Loop, load_run_data, run_al, run_baseline
 from vlm_itl.experiment.pool import Ledger, Pool
 from vlm_itl.model.metrics import image_iou
 from vlm_itl.model.predict import Inference, evaluate
@@ -117,6 +117,24 @@ def test_same_seed_same_bytes(scenes, tmp_path):
     assert lines_without_clock(tmp_path / "a") == lines_without_clock(tmp_path / "b")
     run(scenes, tmp_path / "c", mode="vlm", judge_options={"accuracy": 0.8}, seed=1)
     assert lines_without_clock(tmp_path / "a") != lines_without_clock(tmp_path / "c")
+
+
+def test_runs_may_share_their_data(scenes, tmp_path):
+    """Loaded once, or by each for itself: the same rounds. Data that the settings do not name are refused."""
+    named = {"dataset": str(scenes), "judge": "mock", "proposer": "simulated"}
+    with_judge = make_config({**TINY, **named, "mode": "vlm", "output_dir": str(tmp_path / "shared-judged")})
+    data = load_run_data(with_judge)
+    for mode in ("al", "vlm"):
+        config = make_config({**TINY, **named, "mode": mode, "output_dir": str(tmp_path / f"shared-{mode}")})
+        alone = make_config({**TINY, **named, "mode": mode, "output_dir": str(tmp_path / f"alone-{mode}")})
+        assert len(list(run_al(config, data))) == len(list(run_al(alone)))
+        assert lines_without_clock(tmp_path / f"shared-{mode}") == lines_without_clock(tmp_path / f"alone-{mode}")
+    for other in ({"seed": 1}, {"val_share": 3}, {"dataset": "toy"}, {"binary": True}):
+        config = make_config({**TINY, **named, "mode": "al", "output_dir": str(tmp_path / "other"), **other})
+        with pytest.raises(ConfigError, match="load_run_data"):
+            next(run_al(config, data))
+    with pytest.raises(ConfigError, match="load_run_data"):
+        next(run_al(with_judge, toy_images()))
 
 
 def test_strategies_share_start_and_first_weights(scenes, tmp_path):

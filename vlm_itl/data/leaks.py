@@ -63,6 +63,13 @@ class _Views:
 _BACK = (0, 1, 2, 3, 4, 6, 5, 7)  # the turn that undoes a turn
 
 
+def _agreement(few: np.ndarray, many: np.ndarray, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    "How many more signs (-1, 1) agree than differ, for some pairs of rows; where they are many, all are compared."
+    if 8 * len(left) > len(few) * len(many):
+        return (few @ many.T)[left, right]
+    return np.einsum("nw,nw->n", few[left], many[right])
+
+
 def _candidates(few: _Views, many: _Views) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     "Views of one, of the other, and turns, a block of rows at a time; of a row the likeliest first."
     rows, flat = max(1, _BLOCK // max(1, len(many))), 64  # waves of a view
@@ -75,7 +82,7 @@ def _candidates(few: _Views, many: _Views) -> Iterator[tuple[np.ndarray, np.ndar
             left, right = np.nonzero(likely >= _STRONG)
             likely = likely[left, right]
             bits = turn_waves(wave_signs(few.view["bits"][block]), back).reshape(-1, flat)
-            near = (bits[left] * signs[right]).sum(1) >= flat - 2 * _NEAR_BITS
+            near = _agreement(bits, signs, left, right) >= flat - 2 * _NEAR_BITS
             kept = (near | (likely >= _ALIKE)) & ((few is not many) | (left + start < right))
             parts.append((left[kept], right[kept], np.full(kept.sum(), how), likely[kept]))
         left, right, hows, likely = (np.concatenate(column) for column in zip(*parts, strict=True))

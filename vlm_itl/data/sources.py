@@ -63,6 +63,7 @@ class SegData:
     watch: MaskWatch | None = None  # sees the masks that are read, and says when 255 must be a class
     groups: Mapping[str, str] = field(default_factory=dict)  # image -> its group, where several belong together
     unlabelled: frozenset[str] = frozenset()  # images that have no mask yet
+    asked: Mapping[str, Any] = field(default_factory=dict)  # what `load_data` was given, the cache apart
 
     @property
     def splits(self) -> dict[str, Dataset]:
@@ -497,6 +498,8 @@ def load_data(
 ) -> SegData:  # decoded when a row is asked for
     "Load a data set: reads headers, looks once at every image, at no mask. `DataError` says what is wrong and where."
     source, options = str(source), dict(options or {})
+    asked = {"source": source, "seed": seed, "val_share": val_share, "test_share": test_share}
+    asked |= {"unlabelled": unlabelled, "binary": binary, "options": dict(options), "leaks": leaks}
     limits = {name: options.pop(name, None) for name in ("max_train", "max_test")}
     grouping = options.pop("groups", None)
     kind = _kind(source, unlabelled)
@@ -523,6 +526,7 @@ def load_data(
         watch=watch,
         groups=groups,
         unlabelled=_without_mask(parts) if unlabelled else frozenset(),
+        asked=asked,
     )
 
 # %% ../../nbs/data/10_sources.ipynb #data-check

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/experiment/00_experiment.ipynb #experiment-imports
+import atexit
 import gc
 from typing import Any
 
@@ -18,12 +19,15 @@ _load, __dir__, __all__ = lazy_loader.attach(
         "config": ["Config", "make_config", "notebook_settings", "run_path"],
         "pool": ["Ledger", "Pool"],
         "state": ["Round"],
-        "loop": ["Loop", "run_al", "run_baseline"],
+        "loop": ["Loop", "load_run_data", "run_al", "run_baseline"],
         "export": ["run_masks", "export_run"],
     },
 )
 
 # %% ../../nbs/experiment/00_experiment.ipynb #experiment-getattr
+atexit.register(gc.freeze)  # who leaves need not look through a million objects twice: a second of every short run
+
+
 def __getattr__(name: str) -> Any:
     "Import what is asked for, without collecting garbage, which is an eighth of the time."
     collects = gc.isenabled()
@@ -32,4 +36,7 @@ def __getattr__(name: str) -> Any:
         return _load(name)
     finally:
         if collects:
+            if not gc.get_freeze_count():  # a million young objects become old ones, and nobody looks through them
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()

@@ -414,11 +414,13 @@ def find_empty(
     "Images whose mask marks nothing and may not be accepted: the judge does not say that nothing is missing."
     config, handler = team.config, team.handler
     assert handler is not None
+    if config.question in COVERS or config.accept_by == "class":
+        return []  # before every mask is read
     chosen = ChosenMasks(team.data.labels, {i: t.shown.masks for i, t in told.items()})
     may = config.acceptance == "certified"
     open_ = [i for i, t in told.items() if t.judgement.verdict != "abstain" and (may or accepts(t.judgement, config))]
     empty = [i for i in open_ if is_empty(chosen[i], team.data.labels)]
-    if not empty or config.question in COVERS or config.accept_by == "class":
+    if not empty:
         return []
     if changes(handler):
         return empty

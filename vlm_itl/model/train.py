@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Scheduler', 'SCHEDULERS', 'AUGMENT', 'TrainSettings', 'total_steps', 'learning_rates', 'crop_px', 'train_transform',
-           'pixel_loss', 'Share', 'in_fixed_order', 'FitResult', 'fit', 'learn_along', 'try_once']
+           'pixel_loss', 'Share', 'in_fixed_order', 'old_objects_frozen', 'FitResult', 'fit', 'learn_along', 'try_once']
 
 # %% ../../nbs/model/09_train.ipynb #train-imports
 import gc
@@ -497,7 +497,7 @@ def _generators_kept() -> Iterator[None]:
 
 # %% ../../nbs/model/09_train.ipynb #train-frozen
 @contextmanager
-def _old_objects_frozen() -> Iterator[None]:
+def old_objects_frozen() -> Iterator[None]:
     "What exists already is left out of garbage collections inside; a caller who has frozen it keeps it frozen."
     ours = gc.get_freeze_count() == 0
     if ours:
@@ -506,6 +506,7 @@ def _old_objects_frozen() -> Iterator[None]:
         yield
     finally:
         if ours:
+            gc.collect()
             gc.unfreeze()
 
 # %% ../../nbs/model/09_train.ipynb #train-build
@@ -564,7 +565,7 @@ def _run(task: _Task, folder: str, watch: Checkpoints | None) -> FitResult:
     fixed = in_fixed_order(task.settings.deterministic, task.device)
     with (
         warnings.catch_warnings(),
-        _old_objects_frozen(),
+        old_objects_frozen(),
         _denormals_flushed(),
         fixed,
         worker_errors(),
