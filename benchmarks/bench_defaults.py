@@ -4,8 +4,9 @@
     python benchmarks/bench_defaults.py --show     # the table of what is there
 
 `mode=al` and `mode=vlm` with nothing else set but the seed, so that both have the same human masks, network, steps and
-strategy; then `mode=vlm` with one default changed. Measured: test mean IoU after each round. Everything about the judge
-and its proposals is simulated here: this compares settings, and says nothing about a real judge.
+strategy; both with trainings twice as long, since what is gained from too little training is no gain; all masks of the
+pool (`mode=baseline`); then `mode=vlm` with one default changed. Measured: test mean IoU after each round. Everything
+about the judge and its proposals is simulated here: this compares settings, and says nothing about a real judge.
 """
 
 import argparse
@@ -26,6 +27,9 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS: dict[str, dict[str, Any]] = {
     "al": {"mode": "al"},
     "vlm": {"mode": "vlm"},
+    "all masks": {"mode": "baseline"},
+    "al, twice the steps": {"mode": "al", "steps": 1600},
+    "vlm, twice the steps": {"mode": "vlm", "steps": 1600},
     "vlm, accept_by=image": {"mode": "vlm", "accept_by": "image"},
     "vlm, tau=0.5": {"mode": "vlm", "tau": 0.5},
     "vlm, policy=triage": {"mode": "vlm", "policy": "triage"},
@@ -34,18 +38,21 @@ ROWS: dict[str, dict[str, Any]] = {
     "vlm, proposer=own": {"mode": "vlm", "proposer": "own"},
 }
 
+LONGER = {"vlm, twice the steps": "al, twice the steps"}  # compared with its like
+
 
 def run_one(key: tuple[str, int]) -> dict[str, Any]:
     "Test mean IoU after each round of one run."
     import torch
 
-    from vlm_itl.experiment import make_config, run_al
+    from vlm_itl.experiment import make_config
+    from vlm_itl.experiment.loop import run_experiment
 
     torch.set_num_threads(1)
     row, seed = key
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         out = Path(folder) / "run"
-        rounds = list(run_al(make_config({**ROWS[row], "seed": seed, "gallery": 0, "output_dir": str(out)})))
+        rounds = list(run_experiment(make_config({**ROWS[row], "seed": seed, "gallery": 0, "output_dir": str(out)})))
         curve = json.loads((out / "summary.json").read_text())["curve"]
     accepted = [r.judge["accepted"] if r.judge else None for r in rounds]
     return {
@@ -63,19 +70,21 @@ def interval(values: np.ndarray) -> list[float]:  # mean, low, high
 
 
 def summarise(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    "For each row and round: mean IoU, and what it is over `al`, in pairs of seeds."
+    "For each row and round: mean IoU, and what it is over `al` of as many steps, in pairs of seeds."
     curves = {(line["row"], line["seed"]): np.array(line["test_mean_iou"]) for line in lines}
     table = []
     for row in ROWS:
-        seeds = sorted(seed for name, seed in curves if name == row and ("al", seed) in curves)
+        rival = LONGER.get(row, "al")
+        seeds = sorted(seed for name, seed in curves if name == row and (rival, seed) in curves)
         if not seeds:
             continue
-        own = np.stack([curves[row, seed] for seed in seeds])
-        more = own - np.stack([curves["al", seed] for seed in seeds])
+        own, other = (np.stack([curves[name, seed] for seed in seeds]) for name in (row, rival))
+        compared = row not in ("al", *LONGER.values()) and own.shape == other.shape
         labelled = next(line["labelled"] for line in lines if line["row"] == row)
         for index, masks in enumerate(labelled):
             found = {"row": row, "masks": masks, "seeds": len(seeds), "miou": interval(own[:, index])}
-            table.append({**found, "over al": interval(more[:, index]) if row != "al" else None})
+            more = interval((own - other)[:, index]) if compared else None
+            table.append({**found, "over al": more})
     return table
 
 

@@ -594,17 +594,21 @@ def test_fault_12_a_run_leaves_a_model_that_answers_elsewhere_as_it_was_measured
         assert "64" in text and "of the pixels got the same class" in text
 
 
-def test_the_page_of_a_model_turns_photographs_as_they_were_turned_when_it_was_measured(tmp_path):
-    """A camera that was held upright writes a lying picture and a word about it."""
+@pytest.mark.parametrize("kind", ["turned", "16 bits"])
+def test_the_page_of_a_model_reads_photographs_as_they_were_read_when_it_was_measured(tmp_path, kind):
+    """A camera that was held upright writes a lying picture and a word about it; a microscope writes 16 bits."""
     torch.manual_seed(0)
     model = load_model("cnn-nano", SEVEN)
     for parameter in model.net.parameters():
         parameter.data += 0.3 * torch.randn_like(parameter)
     folder = save_model(model, tmp_path / "model", 64, "keep")
     (tmp_path / "photographs").mkdir()
-    turned = Image.Exif()
+    turned, path = Image.Exif(), tmp_path / "photographs" / "a.png"
     turned[0x0112] = 6
-    NOISE.resize((90, 50)).save(path := tmp_path / "photographs" / "a.png", exif=turned)
+    if kind == "turned":
+        NOISE.resize((90, 50)).save(path, exif=turned)
+    else:
+        Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (90, 50), dtype=np.uint16)).save(path)
     predict_folder(model, path.parent, tmp_path / "out", Inference(64, "keep"))
     code = (folder / "README.md").read_text().split("```")[1].removeprefix("python")
     names: dict[str, Any] = {}

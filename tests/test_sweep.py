@@ -27,7 +27,7 @@ import pytest
 import torch
 
 from vlm_itl.cli import cluster, local, points, run
-from vlm_itl.cli.cluster import SlurmCrew, read_cluster, run_dask
+from vlm_itl.cli.cluster import SlurmCrew, batch_script, read_cluster, run_dask
 from vlm_itl.cli.grid import MOST_POINTS, Record, Sweep, make_points, open_sweep, table_rows
 from vlm_itl.cli.local import Crew
 from vlm_itl.cli.points import work_on
@@ -214,6 +214,25 @@ def test_what_was_done_with_other_defaults_is_not_mixed_in(home: Path, capsys: p
         assert "labelled is 3 in run_toy.ipynb now, and was 2 when fill=0 was done" in capsys.readouterr().err
     (home / "run_toy.ipynb").unlink()
     assert main(["s"]) == 0  # nothing is left to do
+
+
+def test_points_that_other_code_has_done_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They stay, and whoever reads the table knows; nothing is said of an edited text, or of a notebook that is gone."""
+    sweep = open_sweep(grid("grid: {labelled: [2, 3]}"), "s")
+    assert work_on(sweep, 0).state == "done"
+    sweep.run_folder(sweep.points[1]).mkdir()
+    sweep.write(sweep.points[1], Record("done"))  # by a library that did not look
+    notebook = json.loads((home / "run_toy.ipynb").read_text())
+    notebook["cells"].insert(0, {"cell_type": "markdown", "metadata": {}, "source": "# A title"})
+    (home / "run_toy.ipynb").write_text(json.dumps(notebook))
+    assert main(["s"]) == 0 and "other code" not in capsys.readouterr().out
+    notebook["cells"].append({**notebook["cells"][-1], "source": "labelled += 1"})
+    (home / "run_toy.ipynb").write_text(json.dumps(notebook))
+    assert main(["s"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 of the points that are done ran other code than run_toy.ipynb has now" in said and "labelled=2" in said
+    (home / "run_toy.ipynb").unlink()
+    assert main(["s"]) == 0 and "other code" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -448,6 +467,20 @@ def test_features_are_written_once(tmp_path: Path) -> None:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
     assert len((tmp_path / "log").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "threads"), [({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({"OMP_NUM_THREADS": "5"}, "5"), ({}, "2")]
+)
+def test_a_job_has_as_many_threads_as_processors(home: Path, given: dict[str, str], threads: str) -> None:
+    """Torch would take all that it sees, and end elsewhere than the same run with its share."""
+    (home / "slurm.yaml").write_text("cpus: 2\n")
+    script = batch_script(open_sweep(grid("seeds: 1"), "s"), [["seed=0"]], read_cluster(home / "slurm.yaml"))
+    shell = script[: script.index("points=(")] + "echo $OMP_NUM_THREADS\n"
+    environment = {"PATH": os.environ["PATH"], **given}
+    assert (
+        subprocess.run(["bash"], input=shell, env=environment, capture_output=True, text=True).stdout == threads + "\n"
+    )
 
 
 def test_without_slurm_or_dask_there_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ class OnSlurm:
         words = [*COMMAND, "grid.yaml", "--out", str(self.out), "--engine", engine, "--cluster", "slurm.yaml", *more]
         environment = {**os.environ, **self.slurm.environment}
         environment.pop("VLM_ITL_MAX_STEPS", None)
+        environment["OMP_NUM_THREADS"] = "1"  # with two, sums end elsewhere after a thousand steps
         pipe = subprocess.PIPE
         return subprocess.Popen(
             words, cwd=self.folder, env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT

@@ -123,6 +123,12 @@ def _sbatch_options(cluster: Cluster) -> dict[str, Any]:
     return {**told, "signal": f"USR1@{cluster.grace}", **cluster.extra}
 
 
+def _setup(cluster: Cluster) -> list[str]:
+    "Shell lines before Python; whoever sets OMP_NUM_THREADS, before or in `setup`, has it."
+    threads = f"${{OMP_NUM_THREADS:-${{SLURM_CPUS_PER_TASK:-{cluster.cpus}}}}}"
+    return [f"export OMP_NUM_THREADS={threads}", *cluster.setup]
+
+
 def batch_script(
     sweep: Sweep,  # the folder must be seen by all nodes
     groups: Sequence[Sequence[str]],  # of `group_points`
@@ -140,7 +146,7 @@ def batch_script(
     call = shlex.join([sys.executable, "-c", start, str(sweep.path)])
     return "\n".join(
         [
-            *("#!/bin/bash", *lines, *cluster.setup, "points=(", *points, ")"),
+            *("#!/bin/bash", *lines, *_setup(cluster), "points=(", *points, ")"),
             'only=(); for name in ${points[$SLURM_ARRAY_TASK_ID]}; do only+=(--only "$name"); done',
             f'srun --unbuffered {call} "${{only[@]}}"',
             f'code=$?; if [ $code -eq {GO_ON} ]; then scontrol requeue "$SLURM_JOB_ID"; fi; exit $code',
@@ -263,7 +269,7 @@ class SlurmCrew:
         more = {"requeue": True, **cluster.extra}
         executor.update_parameters(
             **told, job_name=path.name, signal_delay_s=cluster.grace, array_parallelism=cluster.at_once,
-            setup=cluster.setup, additional_parameters=more, stderr_to_stdout=True,
+            setup=_setup(cluster), additional_parameters=more, stderr_to_stdout=True,
         )  # fmt: skip
         try:
             with executor.batch():

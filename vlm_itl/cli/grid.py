@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_POINTS', 'DONE', 'FAILED', 'STOPPED', 'LOST', 'WAITS', 'RUNNING', 'combine', 'Point', 'make_points', 'Record',
-           'Sweep', 'hold', 'check_defaults', 'open_sweep', 'result_text', 'table_rows', 'table_csv', 'table_text',
-           'write_table']
+           'code_of', 'Sweep', 'hold', 'check_defaults', 'done_by_other_code', 'open_sweep', 'result_text',
+           'table_rows', 'table_csv', 'table_text', 'write_table']
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-imports
 import csv
@@ -22,6 +22,7 @@ from typing import Any
 
 import filelock
 
+from .. import __version__
 from .run import check_parameters, find_notebook, notebook_defaults, notebook_parameters, read_yaml_file
 from ..core.checks import ConfigError, RunError, check_number, one_line, show
 from ..core.files import plain, project_root, read_json, resolve_path, to_json, write_json, write_text
@@ -157,6 +158,20 @@ class Record:
     host: str = ""  # where the last one ran
     signal: int = 0  # which one stopped it, if one did
     peak_gb: float = 0.0  # the most memory it was seen to hold; 0: nobody looked
+    code: str = ""  # of the last attempt, see `code_of`; empty: nobody looked
+
+
+def code_of(
+    notebook: Path,  # that is run
+) -> str:  # empty where it cannot be read
+    "A hash of what a notebook runs, the parameters left out, and of this library's version."
+    try:
+        cells = read_json(notebook, dict)["cells"]
+        code = [cell for cell in cells if cell["cell_type"] == "code"]
+        told = ["".join(c["source"]) for c in code if "parameters" not in c["metadata"].get("tags", [])]
+    except (RunError, KeyError, TypeError, AttributeError):
+        return ""
+    return stable_hash(__version__, *told).hex()[:16]
 
 # %% ../../nbs/cli/04_grid.ipynb #grid-sweep
 class Sweep:
@@ -243,6 +258,18 @@ def check_defaults(
                 f"{name} is {show(now[name], 80)} in {notebook.name} now, and was {show(other[name], 80)} when "
                 f"{point.name} was done: put it back, or choose another --out, or say it under settings to do all anew."
             )
+
+
+def done_by_other_code(
+    sweep: Sweep,  # as its folder says
+) -> list[str]:  # names
+    "The points that were done by another notebook of that name, or another version of this library, than there is now."
+    if not (now := code_of(sweep.notebook)):
+        return []
+    records = {point.name: sweep.record(point) for point in sweep.points}
+    return [
+        name for name, record in records.items() if record and record.state == DONE and record.code not in ("", now)
+    ]
 
 
 def open_sweep(

@@ -23,7 +23,7 @@ from typing import Any
 
 import filelock
 
-from .grid import DONE, FAILED, LOST, RUNNING, STOPPED, WAITS, Point, Record, Sweep, hold
+from .grid import DONE, FAILED, LOST, RUNNING, STOPPED, WAITS, Point, Record, Sweep, code_of, hold
 from .run import SCHEDULER, NotebookRun, run_notebook
 from ..core.checks import RunError, VlmItlError
 from ..core.runfolder import on_signals
@@ -103,6 +103,7 @@ def work_on(
         if sweep.is_done(point):
             return record
         record = Record(RUNNING, None, record.attempts + 1, record.seconds, socket.gethostname(), 0, record.peak_gb)
+        record.code = code_of(sweep.notebook)
         _try(sweep, point, record)
     except RunError as error:  # the disk is full
         if record.state != DONE:

@@ -26,6 +26,7 @@ from vlm_itl.cli.grid import (
     Record,
     Sweep,
     check_defaults,
+    done_by_other_code,
     hold,
     open_sweep,
     result_text,
@@ -186,6 +187,11 @@ def sweep(grid: str, out: str | None, only: tuple[str, ...], script: bool, **opt
         with closing(_Teller(here, len(left))) as tell:
             stopped = work_through(here, left, tell)
         return _code({(here.record(here.points[number]) or Record(LOST)).state for number in left}, stopped)
+    if other := done_by_other_code(here):
+        click.echo(
+            f"{len(other)} of the points that are done ran other code than {here.notebook.name} has now, or another "
+            f"version of this library: they stay as they are. Remove a folder, such as {other[0]}, to do it anew."
+        )
     lock = hold(here.path / ".lock", f"the sweep {here.path}")
     try:
         with closing(_Teller(here, len(left))) as tell:

@@ -350,10 +350,14 @@ Classes, in the order of the channels: {classes}.
 {how}
 """
 _USE = """```python
+import numpy as np
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-folder, picture = "...", ImageOps.exif_transpose(Image.open("...")).convert("RGB")
+folder, picture = "...", ImageOps.exif_transpose(Image.open("..."))
+if picture.mode.startswith("I"):  # grey of 16 bits: the network has seen the upper ones, and convert would clip
+    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+picture = picture.convert("RGB")
 processor = AutoImageProcessor.from_pretrained(folder{padded})
 net = AutoModelForSemanticSegmentation.from_pretrained(folder{own})
 out = net(**processor(picture, return_tensors="pt"))
