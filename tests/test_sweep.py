@@ -217,7 +217,7 @@ def test_what_was_done_with_other_defaults_is_not_mixed_in(home: Path, capsys: p
 
 
 def test_points_that_other_code_has_done_are_named(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They stay, and whoever reads the table knows; nothing is said of an edited text, or of a notebook that is gone."""
+    """They stay, and whoever reads the table knows; an edited text is no other code."""
     sweep = open_sweep(grid("grid: {labelled: [2, 3]}"), "s")
     assert work_on(sweep, 0).state == "done"
     sweep.run_folder(sweep.points[1]).mkdir()
@@ -226,7 +226,7 @@ def test_points_that_other_code_has_done_are_named(home: Path, capsys: pytest.Ca
     notebook["cells"].insert(0, {"cell_type": "markdown", "metadata": {}, "source": "# A title"})
     (home / "run_toy.ipynb").write_text(json.dumps(notebook))
     assert main(["s"]) == 0 and "other code" not in capsys.readouterr().out
-    notebook["cells"].append({**notebook["cells"][-1], "source": "labelled += 1"})
+    notebook["cells"].append({**notebook["cells"][-1], "source": "labelled += 1", "id": "more"})
     (home / "run_toy.ipynb").write_text(json.dumps(notebook))
     assert main(["s"]) == 0
     said = " ".join(capsys.readouterr().out.split())
@@ -469,18 +469,18 @@ def test_features_are_written_once(tmp_path: Path) -> None:
     assert len((tmp_path / "log").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize(
-    ("given", "threads"), [({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({"OMP_NUM_THREADS": "5"}, "5"), ({}, "2")]
-)
+SHARES = [({"SLURM_CPUS_PER_TASK": "3"}, "3"), ({"OMP_NUM_THREADS": "5"}, "5"), ({}, "2")]
+
+
+@pytest.mark.parametrize(("given", "threads"), SHARES)
 def test_a_job_has_as_many_threads_as_processors(home: Path, given: dict[str, str], threads: str) -> None:
     """Torch would take all that it sees, and end elsewhere than the same run with its share."""
     (home / "slurm.yaml").write_text("cpus: 2\n")
     script = batch_script(open_sweep(grid("seeds: 1"), "s"), [["seed=0"]], read_cluster(home / "slurm.yaml"))
     shell = script[: script.index("points=(")] + "echo $OMP_NUM_THREADS\n"
     environment = {"PATH": os.environ["PATH"], **given}
-    assert (
-        subprocess.run(["bash"], input=shell, env=environment, capture_output=True, text=True).stdout == threads + "\n"
-    )
+    said = subprocess.run(["bash"], input=shell, env=environment, capture_output=True, text=True).stdout
+    assert said.strip() == threads
 
 
 def test_without_slurm_or_dask_there_is_one_line(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
