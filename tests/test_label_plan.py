@@ -97,6 +97,21 @@ def test_promises_are_kept(noise: float) -> None:
     assert np.mean(np.array(losses["bad"]) > 0.1) <= 0.1 + 3 * np.sqrt(0.09 / 150)
 
 
+@pytest.mark.parametrize("taken", ["right ones", "doubtful ones"])
+def test_promises_are_kept_whatever_a_strategy_took(taken: str) -> None:
+    """Half of the pool is drawn, chosen by what nobody should know: the promise holds if it is not counted as done."""
+    failed = {0.0: 0, 0.5: 0}
+    for seed in range(60):
+        sample, pool = draw(60, 2 * seed), draw(400, 2 * seed + 1)
+        right, doubt = -np.nan_to_num(pool.iou), np.abs(np.nan_to_num(pool.p_yes) - 0.5)
+        left = pool.take(np.argsort(right if taken == "right ones" else doubt)[200:])
+        for done in failed:
+            plan = plan_labels(sample, left.p_yes, BAD, done=done, seed=seed)
+            actions = np.array([ACTIONS.index(action) for action in plan["actions"]])
+            failed[done] += losses_left(actions, left.iou, BAD).sum() / 400 > BAD.limit
+    assert failed[0.0] <= 6 + 3 * np.sqrt(0.09 * 60) and failed[0.5] > failed[0.0]
+
+
 def test_a_better_judge_saves_where_nobody_can_correct() -> None:
     spent = []
     for noise in (0.05, 50.0):

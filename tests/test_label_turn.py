@@ -228,6 +228,22 @@ def test_one_frame_of_each_film_tells_how_good_masks_are(
     assert len(samples[0]) < 12 and len(samples[1]) == 2  # some of the twelve at the start are pairs; two in validation
 
 
+@pytest.mark.parametrize(("more", "by_chance"), [({}, 6), ({"cold_start": "typiclust"}, 0)])
+def test_what_a_strategy_took_helps_no_promise(
+    more: dict[str, Any], by_chance: int, scenes: Path, proposed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have left what is bad: only images that chance took allow more loss in the rest."""
+    planned, shares = room.plan_labels, list[float]()
+
+    def watched(sample: Any, p_yes: Any, goal: Any, cost: Any, mask: Any, done: float, **rest: Any) -> Any:
+        shares.append(done)
+        return planned(sample, p_yes, goal, cost, mask, done, **rest)
+
+    monkeypatch.setattr(room, "plan_labels", watched)
+    card = label(scenes, proposed, tmp_path / "run", initial=6, increment=6, **more)
+    assert shares == [by_chance / card["images"]] and card["by"]["human"] >= 12
+
+
 def test_share_of_bad_masks(scenes: Path, proposed: Path, tmp_path: Path) -> None:
     card = label(scenes, proposed, tmp_path / "run", goal_options={"bad": 0.3}, initial=20, max_labelled=20)
     assert card["measured"]["bad"] <= 0.3 and "at most" in card["promise"]

@@ -223,7 +223,7 @@ def plan_labels(
     goal: LabelGoal,  # how good the labels have to be
     cost: CorrectionCost | None = None,  # of a correction; None: the usual one
     mask_seconds: float = FULL_MASK_SECONDS,  # T: human seconds for a whole mask
-    done: float = 0.0,  # share of all images that has a human mask already, in [0, 1)
+    done: float = 0.0,  # share of all images, drawn by chance, that has a human mask already, in [0, 1)
     folds: int = 10,  # parts of the sample
     seed: int = 0,  # of the images' own prices
     check_seconds: float = CHECK_SECONDS,  # of a look at a mask and a yes or no
