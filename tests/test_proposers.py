@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,33 @@ def test_images_without_a_proposal_have_none(toy: SegData, tmp_path: Path, capsy
     assert "1 of 4 images have no proposal, e.g. 'toy-2'" in capsys.readouterr().out
     with pytest.raises(DataError, match="1 of 4 images have no proposal"):
         make_proposer("folder", path=str(folder), missing="refuse").prepare(toy.train, toy.labels)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ({"toy-0.png": 0.5, "toy-1.png": 0.6}, "no line is called like an image .* 'toy-0', but like 'toy-0.png'"),
+        ({}, "no line is called like an image"),
+        ({"toy-1": {"confidence": 0.5}}, "'toy-1': 'confidence' is neither score nor classes"),
+    ],
+)
+def test_scores_that_are_about_no_mask_are_refused(
+    lines: dict[str, Any], message: str, toy: SegData, tmp_path: Path
+) -> None:
+    """They were read, and not one mask had a score."""
+    folder = saved(tmp_path / "masks", toy)
+    (folder / "scores.json").write_text(json.dumps(lines))
+    with pytest.raises(DataError, match=message):
+        make_proposer("folder", path=str(folder), scores="scores.json").prepare(toy.train, toy.labels)
+
+
+def test_masks_without_a_score_are_counted(toy: SegData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(tmp_path / "masks", toy)
+    (folder / "scores.json").write_text(json.dumps({"toy-0": 0.5}))
+    proposer = make_proposer("folder", path=str(folder), scores="scores.json")
+    proposals = proposer.propose(toy.train, MaskStore(tmp_path / "s", toy.labels))
+    assert [p.score for p in proposals.values()] == [0.5, None, None, None]
+    assert "3 of 4 masks have no score, e.g. that of 'toy-1'" in capsys.readouterr().out
 
 
 WRONG: dict[str, tuple[Any, str]] = {

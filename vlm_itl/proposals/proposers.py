@@ -204,11 +204,31 @@ def read_scores(
     else:
         read = read_json(path, dict)
         given = {str(i): v if isinstance(v, dict) else {"score": v} for i, v in read.items()}
+    for image_id, value in given.items():
+        if odd := [name for name in value if name not in ("score", "classes")]:
+            raise DataError(f"{path}, {image_id!r}: {show(odd[0])} is neither score nor classes")
     where = {i: f"{path}, {i!r}" for i in given}
     return {
         i: (_score(v.get("score"), where[i]), _class_scores(v.get("classes") or {}, labels, where[i]))
         for i, v in given.items()
     }
+
+
+def _scores_of(
+    found: Sequence[str],  # images that have a proposal
+    path: Path,  # of the scores
+    labels: LabelSpace,
+) -> dict[str, tuple[float | None, dict[int, float]]]:
+    "How sure a proposer was of each mask; `DataError` where no line is about any; how many masks have none is said."
+    read = read_scores(path, labels)
+    scores = {**dict(zip(safe_ids(list(read)), read.values(), strict=True)), **read}
+    without = [image_id for image_id in found if image_id not in scores]
+    if found and len(without) == len(found):
+        named = f", but like {next(iter(read))!r}" if read else ""
+        raise DataError(f"{path}: no line is called like an image that has a mask, e.g. {found[0]!r}{named}")
+    if without:
+        print(f"{path}: {len(without)} of {len(found)} masks have no score, e.g. that of {without[0]!r}")
+    return scores
 
 
 def _others(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,7 +327,7 @@ class Folder(Proposer):
         assert self._labels is not None
         self._table = match_classes(self._labels.names, labels, self.unknown, str(self.folder))
         file = self.folder / self.scores_file if (self.folder / self.scores_file).is_file() else self.scores_file
-        self._scores = read_scores(resolve_path(file), labels) if self.scores_file else {}
+        self._scores = _scores_of(list(found), resolve_path(file), labels) if self.scores_file else {}
 
     def _decided(self, images: datasets.Dataset, labels: LabelSpace) -> LabelSpace:
         "What the files mean; their headers are checked."
