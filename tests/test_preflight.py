@@ -300,6 +300,52 @@ def test_27_impossible_certificates_are_refused_at_the_start(tmp_path: Path) -> 
     assert not list((tmp_path / "run").glob("round_*"))
 
 
+FROM_ELSEWHERE = {"proposer": "simulated"}
+SEVERAL = {"proposer": "several", "proposer_options": {"of": ["simulated", "own"]}}
+
+
+class Patient(Scripted):
+    """Writes down all but what it is asked about masks that mark nothing."""
+
+    def _judge_one(self, query: JudgeQuery) -> Judgement:
+        self.log, log = "" if query.question == "exhaustive" else self.log, self.log
+        try:
+            return super()._judge_one(query)
+        finally:
+            self.log = log
+
+
+@pytest.mark.parametrize(
+    ("more", "at_most"),
+    [
+        ({}, 8 + 4),  # of 20 images, 12 and 16 are drawn
+        ({"judge_limit": 3}, 3 + 3),
+        ({"goal": "dataset"}, 8 + 4 + 4 + 4),  # what is left, and validation
+        ({"acceptance": "certified", "alpha": 0.6, "delta": 0.8}, 8 + 4 + 2 * 4),
+        (FROM_ELSEWHERE, 8),  # each mask once
+        ({**FROM_ELSEWHERE, "judge_limit": 3}, 3 + 3),
+        ({**FROM_ELSEWHERE, "judge_limit": 3, "goal": "dataset"}, 8 + 4 + 12),  # all that is left, and what was drawn
+        ({**FROM_ELSEWHERE, "goal": "dataset", "stop": {"seconds": 1}}, 8 + 4 + 12),
+        (SEVERAL, 8 + 8 + 4),
+    ],
+)
+def test_no_more_is_asked_than_was_said_before(
+    more: dict[str, Any],
+    at_most: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What a user agrees to pay counts every proposer, held-out masks, and the labelling at the end."""
+    monkeypatch.setitem(HANDLERS, "scripted", Patient)
+    log = tmp_path / "asked.txt"
+    options = {"log": str(log), "max_tokens": 400}
+    run(tmp_path / "run", judge_options=options, **{"steps": 0, "accept_by": "image", **more})
+    examined = json.loads((tmp_path / "run" / "preflight.json").read_text())["examinations"][0]["calls"]
+    assert f" for {at_most} more questions, and one for each accepted mask" in capsys.readouterr().out
+    assert len(log.read_text().split()) - examined <= at_most
+
+
 def test_what_acceptance_needs_is_asked_for_before_any_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,17 +183,19 @@ def _sight_text(found: Mapping[str, Any]) -> str:
     return "yes" if found["sees"] == "yes" else "not known: it says the same word to right and opposite masks"
 
 
-def _price_text(found: Mapping[str, Any], still_to_ask: int) -> str:
+def _price_text(found: Mapping[str, Any], still_to_ask: int, empty: bool) -> str:
     "The price of a question, and of all that are to come."
     price = "not known" if found["usd"] is None else f"{found['usd']:.6f} USD"
     if found["usd"] and still_to_ask:
         price += f"; at most {found['usd'] * still_to_ask:.2f} USD for {still_to_ask} more questions"
+        price += ", and one for each accepted mask that marks nothing" if empty else ""
     return price
 
 # %% ../../nbs/judging/05_preflight.ipynb #preflight-table-preflight-table
 def preflight_table(
     found: Mapping[str, Any],  # of `preflight`
     still_to_ask: int = 0,  # questions that the run may ask at most; 0: unknown
+    empty: bool = False,  # does it ask once more about accepted masks that mark nothing?
 ) -> str:  # lines of two columns
     "The examination for people."
     kinds = ", ".join(f"{kind} {n}" for kind, n in found["score_kinds"].items()) or "-"
@@ -209,7 +211,7 @@ def preflight_table(
     if found.get("lost"):
         rows["given up"] = ", ".join(f"{name}: {how}" for name, how in found["lost"].items())
     rows["tokens per question"] = "not known" if found["tokens"] is None else f"{found['tokens']:.0f}"
-    rows["price per question"] = _price_text(found, still_to_ask)
+    rows["price per question"] = _price_text(found, still_to_ask, empty)
     rows["seconds per question"] = "not known" if found["seconds"] is None else f"{found['seconds']:.2f}"
     if found.get("order_gap") is not None:
         gap = found["order_gap"]
