@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,19 @@ def test_what_a_strategy_took_helps_no_promise(
     monkeypatch.setattr(room, "plan_labels", watched)
     card = label(scenes, proposed, tmp_path / "run", initial=6, increment=6, **more)
     assert shares == [by_chance / card["images"]] and card["by"]["human"] >= 12
+
+
+@pytest.mark.drawn
+def test_images_of_which_nobody_knows_anything_count_as_right(scenes: Path, proposed: Path, tmp_path: Path) -> None:
+    """A third of the masks void everywhere: the quality is a number, and the figures are drawn."""
+    root = tmp_path / "scenes"
+    shutil.copytree(scenes, root)
+    for path in sorted((root / "SegmentationClass").glob("train_*.png"))[::3]:
+        with Image.open(path) as mask:
+            Image.fromarray(np.full(mask.size[::-1], VOID, np.uint8)).save(path)
+    card = label(root, proposed, tmp_path / "run", gallery=1, goal_options={"quality": 0.7})
+    assert 0.7 <= card["measured"]["quality"] <= card["measured"]["draw_all"]["quality"]
+    assert (tmp_path / "run" / "summary.json").is_file() and list((tmp_path / "run" / "figures").glob("*.png"))
 
 
 def test_share_of_bad_masks(scenes: Path, proposed: Path, tmp_path: Path) -> None:

@@ -44,6 +44,16 @@ def test_every_mistake_costs_and_more_of_it_costs_more(kind: str):
     assert none > 0.98 and none > some > much
 
 
+def test_of_an_image_whose_truth_is_void_nothing_is_proposed(tmp_path: Path):
+    """One such mask ended the run, in a line that named no image."""
+    toy, proposer = toy_images(), make_proposer("simulated")
+    truths = {**dict.fromkeys(row_ids(toy.train), np.zeros((8, 8), np.uint8)), "toy-1": np.full((8, 8), VOID, np.uint8)}
+    proposer.bind_truth(truths.__getitem__)
+    store = MaskStore(tmp_path, toy.labels)
+    proposals = proposer.propose(toy.train.remove_columns("mask"), store)
+    assert set(proposals) == {*row_ids(toy.train)} - {"toy-1"} and "toy-1" not in store
+
+
 @pytest.mark.parametrize("place", range(0, 60, 7))
 def test_proposals_say_something_everywhere(place: int):
     mask, sure = simulate_proposal(TRUTHS[place], VOC, Mistakes(), str(place))

@@ -302,12 +302,12 @@ def measure_labels(
     masks: MaskStore,  # of the whole pool
     spent: float,  # human seconds of what was drawn before, validation counted
 ) -> dict[str, Any] | None:  # None: nobody knows the truth of what nobody has drawn
-    "Quality of the labels, and the curve of all plans; by truths that are read for measuring."
+    "Quality of the labels, and the curve of all plans; by truths read for measuring. All void: all right."
     if not all(team.annotator.knows(i) for i in asked.left):
         return None
     oracle, cost, price = team.annotator, state.cost, team.config.mask_seconds
     truths = {i: oracle.truth_for_measuring(i) for i in asked.left}
-    ious = [image_iou(masks[i], truths[i], len(team.data.labels)) for i in asked.left]
+    ious = np.nan_to_num([image_iou(masks[i], truths[i], len(team.data.labels)) for i in asked.left], nan=1.0)
     whole, done = len(state.pool.ids), len(state.pool.ids) - len(asked.left)
     others = known_sample(team, asked.left, asked.told, truths.__getitem__, cost)
     curve = label_curve(asked.sample, others, goal, cost, price, team.config.seed) if asked.left else {}

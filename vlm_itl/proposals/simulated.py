@@ -159,12 +159,15 @@ class Simulated(Proposer):
         self._truth = truth
 
     def propose(self, images: datasets.Dataset, masks: MaskStore) -> dict[str, Proposal]:
-        "Write a spoilt mask for each image."
+        "Write a spoilt mask for each image whose truth is not void everywhere."
         if self._truth is None:
             raise ConfigError("the proposer 'simulated' needs the truth: call bind_truth(function: id -> mask) first.")
         made = {}
         for image_id in progress(row_ids(images), "proposing masks (simulated)", unit="mask"):
-            mask, sure = simulate_proposal(self._truth(image_id), masks.labels, self.mistakes, image_id, self.seed)
+            truth = self._truth(image_id)
+            if (truth == VOID).all():
+                continue  # nobody knows what could be said
+            mask, sure = simulate_proposal(truth, masks.labels, self.mistakes, image_id, self.seed)
             masks.write(image_id, mask)
             made[image_id] = Proposal(image_id, self.source, float(np.mean([*sure.values()])) if sure else None, sure)
         return made
