@@ -146,7 +146,15 @@ def test_prices_are_of_their_providers_own_endpoint() -> None:
 
 @pytest.mark.parametrize(
     ("model", "size", "tokens"),
-    [("gpt-4o", (512, 512), 255), ("gpt-4o", (2048, 4096), 1105), ("gpt-4.1-mini", (1024, 1024), 1659)],
+    [
+        ("gpt-4o", (512, 512), 255),
+        ("gpt-4o", (2048, 4096), 1105),
+        ("gpt-4.1-mini", (1024, 1024), 1659),
+        ("google/gemini-2.5-flash", (384, 100), 258),
+        ("gemini-2.5-pro", (960, 540), 6 * 258),  # the page's own example: three by two tiles
+        ("pixtral-large-latest", (768, 512), 49 * 32),  # patches of 16 pixels, and a token at the end of each row
+        ("pixtral-large-latest", (2048, 1024), 65 * 32),
+    ],
 )
 def test_picture_tokens_are_those_of_the_providers_page(model: str, size: tuple[int, int], tokens: int) -> None:
     assert picture_tokens(model, *size) == tokens

@@ -223,8 +223,12 @@ def picture_tokens(
     width: int,  # pixels
     height: int,  # pixels
 ) -> int:
-    "About how many tokens a picture is. Source: OpenAI, Images and vision, Calculating costs (2025)."
-    name = re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model)
+    """About how many tokens a picture is.
+
+    Sources: OpenAI, Images and vision, Calculating costs; Google, Image understanding, Token calculation; Mistral's
+    mistral-common; Anthropic, Vision (w * h / 750, which other models are taken to be like). All of 2025.
+    """
+    name = re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model).rpartition("/")[2]  # gateways call it google/gemini-...
     if name in _PATCHED:
         return math.ceil(_PATCHED[name] * min(1536, math.ceil(width / 32) * math.ceil(height / 32)))
     if name in _TILED:
@@ -232,6 +236,12 @@ def picture_tokens(
         scale = min(scale, 768 / min(width, height))
         whole, tile = _TILED[name]
         return whole + tile * math.ceil(width * scale / 512) * math.ceil(height * scale / 512)
+    if name.startswith("gemini"):
+        unit = 384 if max(width, height) <= 384 else max(1, int(min(width, height) / 1.5))
+        return 258 * math.ceil(width / unit) * math.ceil(height / unit)
+    if name.startswith("pixtral"):
+        scale = min(1.0, 1024 / max(width, height))
+        return (math.ceil(width * scale / 16) + 1) * math.ceil(height * scale / 16)  # a token ends each row
     return math.ceil(width * height / 750)
 
 # %% ../../nbs/vlm/08_exchange.ipynb #exchange-estimate
