@@ -42,6 +42,7 @@ from vlm_itl.model.segmenter import SAVED_AS, Segmenter, load_model, load_weight
 from vlm_itl.reports.cards import dataset_card, human_time, model_card, write_model_card
 from vlm_itl.reports.publish import publish_dataset
 from vlm_itl.reports.report import read_run
+from vlm_itl.reports.run_figures import plot_learning_curve
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIR = LabelSpace(("background", "crack", "hole"), palette=[(0, 0, 0), (9, 9, 9), (90, 0, 0)])
@@ -413,6 +414,32 @@ def test_a_model_card_says_what_the_run_says(judged_run: Path):
     assert str(judged_run.parent) not in card.content  # no path of this machine
     assert write_model_card(run, folder, license="mit").read_text() == card.content
     load_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A judge that is none of the simulated ones, proposals that are, and people who correct what it rejects."""
+    folder = tmp_path_factory.mktemp("runs") / "plain"
+    settings = {"mode": "vlm", "dataset": "scenes", "data_options": {"n_train": 24, "n_test": 8}, "policy": "fix"}
+    settings |= {"steps": 0, "image_size": 32, "val_share": 4, "gallery": 0, "preflight": 0, "judge": "learned"}
+    settings |= {"proposer": "simulated", "accept_by": "image", "initial": 10, "increment": 4, "max_labelled": 14}
+    list(run_al(make_config(**settings, output_dir=str(folder))))
+    return folder
+
+
+def test_who_was_simulated_is_said_of_whom_it_is_true(plain_run: Path, judged_run: Path):
+    """A free judge of simulated masks was called a judge that reads the truth, in cards, labels and figures."""
+    run = read_run(plain_run)
+    assert run.simulated and not run.simulated_judge and run.label == "entropy, learned judge (simulated masks, fix)"
+    assert (
+        plot_learning_curve([run], ["test"]).axes[0].get_title(loc="left")
+        == "simulated: the masks are made of the truth"
+    )
+    for card in (model_card(run), dataset_card(run)):
+        assert "The judge `learned` was a real one, which was shown **simulated** masks" in card
+        assert "The judge was simulated" not in card and "The proposals were simulated" in card
+    assert read_run(judged_run).simulated_judge and "The judge was simulated" in model_card(judged_run)
+    assert not json.loads((plain_run / "data.json").read_text())["simulated_judge"]
 
 
 def test_a_dataset_card_counts_who_made_the_masks(judged_run: Path):

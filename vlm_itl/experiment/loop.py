@@ -280,6 +280,11 @@ def _label(loop: "Loop") -> dict[str, Any]:
         return label_pool(loop.team, loop.state)
 
 
+def _pretended(team: Team) -> dict[str, bool]:
+    "Does anybody read the truth who could not outside a simulation, and is that the judge?"
+    return {"simulated": team.simulated, "simulated_judge": team.handler is not None and team.handler.needs_truth}
+
+
 def finish(
     loop: "Loop",  # all rounds are on disk
 ) -> dict[str, Any]:  # the summary
@@ -291,7 +296,7 @@ def finish(
         tested = range(last + 1) if config.test_every_round else [last]
         tests = {index: loop.test_round(index) for index in tested} if len(loop.team.data.test) else {}
         summary = summarise(config, folder.path.name, loop.rounds, tests, team.data.labels.names)
-        summary["simulated"] = team.simulated
+        summary |= _pretended(team)
         summary["stopped"] = loop.rounds[-1].stopped
         summary["judge_notes"] = _note_judge(loop)
         summary["sizes"] = read_json(folder.path / "data.json", dict)["sizes"]
@@ -389,7 +394,7 @@ class Loop:
         "Compare the data set with the one the run began with, and rebuild the state."
         card = checked_card(self.folder, data)
         self._guard.check()
-        card |= {"simulated": self.team.simulated, **self._check_proposals(data)}
+        card |= {**_pretended(self.team), **self._check_proposals(data)}
         write_json(self.folder.path / "data.json", card)  # refused: it stays
         self._summon_first(data)
         resume(self.state, data, self.config.mask_seconds)

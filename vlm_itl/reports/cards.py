@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from ..core.checks import RunError, one_line
-from ..core.files import write_text
+from ..core.files import to_json, write_text
 from .report import Run, as_runs, guarded, interval_words
 from .run_figures import labels_card
 
@@ -109,13 +109,24 @@ _WORTH = {
 }
 
 
+def _pretended_masks(run: Run) -> bool:
+    "Were the masks that the judge saw made of the truth?"
+    return run.simulated and "simulated" in to_json([run.config.get("proposer"), run.config.get("proposer_options")])
+
+
+def _masks_of(run: Run) -> str:
+    "Whose masks the judge was shown, where they were nobody's."
+    return ", which was shown **simulated** masks (the truth, spoilt)" if _pretended_masks(run) else ""
+
+
 def _judged(run: Run) -> str:
     "The section on the judge; nothing where there was none."
     if run.mode != "vlm":
         return ""
-    kind = "**simulated** (it reads the truth and errs on purpose)" if run.simulated else "a real one"
+    kind = "**simulated** (it reads the truth and errs on purpose)" if run.simulated_judge else "a real one"
     judge, policy = one_line(str(run.config.get("judge")), 60), run.config.get("policy")
-    told = f"The judge `{judge}` was {kind}; its answers were used as `{policy}`, a mask counting as good from IoU "
+    told = f"The judge `{judge}` was {kind}{_masks_of(run)}; "
+    told += f"its answers were used as `{policy}`, a mask counting as good from IoU "
     rows = [
         [r.get("index"), *((r.get("judge") or {}).get(key) for key in _WORTH)] for r in run.rounds if r.get("judge")
     ]
@@ -156,8 +167,10 @@ def _limits(run: Run) -> str:
         told.append(f"Classes that no test image shows, and of which nothing is known: {', '.join(absent)}.")
     if 0 < (sizes.get("test") or 0) < 100:
         told.append(f"The test split is small ({sizes['test']} images).")
-    if run.simulated:
+    if run.simulated_judge:
         told.append("The judge was simulated: with a real one the accepted masks, and so the model, would be others.")
+    if _pretended_masks(run):
+        told.append("The proposals were simulated: with those of a real model the accepted masks would be others.")
     told += [one_line(str(note), 300) for note in (run.summary or {}).get("notes") or []]
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in told) + "\n"
 
@@ -293,7 +306,9 @@ def _data_limits(run: Run) -> str:
     told = ["Images were not chosen by chance: shares of classes are not those of the pool."]
     if run.config.get("strategy") == "random":
         told = []
-    if run.simulated:
+    if run.simulated_judge:
         told.append("The judge was simulated: masks accepted by it are none that a real judge has accepted.")
+    if _pretended_masks(run):
+        told.append("The proposals were simulated: they are the truth, spoilt, and no model's.")
     told.append("The card says nothing about rights in the photographs: that is for whoever publishes them.")
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in told) + "\n"

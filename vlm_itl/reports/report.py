@@ -83,13 +83,18 @@ class Run:
 
     @property
     def simulated(self) -> bool:
-        "Whether its judge reads the truth, so that its numbers are those of a simulation."
+        "Whether its judge or its proposer reads the truth, so that its numbers are those of a simulation."
         return bool((self.summary or self.data).get("simulated", False))
+
+    @property
+    def simulated_judge(self) -> bool:
+        "Whether it is the judge that reads the truth; where earlier versions do not say, it is."
+        return bool((self.summary or self.data).get("simulated_judge", self.simulated))
 
     @property
     def label(self) -> str:
         "What the run is, in a few words, without its seed."
-        return _describe(self.config, self.simulated)
+        return _describe(self.config, self.simulated_judge)
 
     @property
     def labels(self) -> list[str]:

@@ -228,7 +228,8 @@ def plot_learning_curve(
             helped = _draw_series(axes, text, [tables[run.path] for run in members], column, against, style)
             if number == 0 and against == "labelled_share":
                 _draw_pseudo(axes, helped, style["color"])
-    title = "simulated: the judge reads the truth" if any(run.simulated for run in runs) else ""
+    title = "simulated: the masks are made of the truth" if any(run.simulated for run in runs) else ""
+    title = "simulated: the judge reads the truth" if any(run.simulated_judge for run in runs) else title
     if several or not curves:
         title = next(iter(curves), "full supervision")
     _finish_curve(figure, axes, title, against, [*columns], tables)
