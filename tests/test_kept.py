@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,7 +41,7 @@ from vlm_itl.model.metrics import ConfusionMatrix
 from vlm_itl.model.predict import Inference, evaluate, measured_view, predict_batches, predict_folder
 from vlm_itl.model.segmenter import SAVED_AS, Segmenter, load_model, load_weights, own_labels, save_model, saved_note
 from vlm_itl.reports.cards import dataset_card, human_time, model_card, write_model_card
-from vlm_itl.reports.publish import publish_dataset
+from vlm_itl.reports.publish import dataset_parcel, publish_dataset
 from vlm_itl.reports.report import read_run
 from vlm_itl.reports.run_figures import plot_learning_curve
 
@@ -447,6 +448,28 @@ def test_a_dataset_card_counts_who_made_the_masks(judged_run: Path):
     assert sum(labels["by"].values()) == labels["images"] and labels["promise"] in card.text
     assert card.data.size_categories == "n<1K" and "machine-generated" in card.data.annotations_creators
     assert f"{labels['measured']['quality']:.3f}" in card.text and "rights in the photographs" in card.text
+
+
+@pytest.mark.parametrize("word", ["coco", "huggingface", "voc"])
+def test_a_published_export_is_not_called_peoples_work(plain_run: Path, tmp_path: Path, word: str):
+    """A run that has labelled no pool exports what its judge accepted, too: card and folder count the same."""
+    exported, masks = export_run(plain_run, word, tmp_path / "made")
+    by = Counter(row.by for row in masks)
+    assert by["judge"] and by["corrected"] and by["human"]
+    sent = dataset_parcel(plain_run, exported, "me/labels").files["README.md"]
+    for page in (bytes(sent).decode(), dataset_card(plain_run)):
+        card = DatasetCard(page)
+        assert f"| a proposal, accepted by the judge alone | {by['judge']} |" in card.text
+        assert f"| a proposal, corrected by a person | {by['corrected']} |" in card.text
+        assert f"| drawn by a person | {by['human']} |" in card.text and "Only the masks of people" not in card.text
+        assert f"{sum(by.values())} masks" in card.text and "machine-generated" in card.data.annotations_creators
+        assert f", {by['corrected']} of them corrected" in card.text
+
+
+def test_a_whole_pool_keeps_its_shares(judged_run: Path, plain_run: Path):
+    """All of its images are labelled: that they were not chosen by chance is said of those that were chosen."""
+    told = "Images were not chosen by chance"
+    assert told not in dataset_card(judged_run) and told in dataset_card(plain_run)
 
 
 def test_cards_of_runs_without_a_round_or_a_test_are_honest(nano_run: Path, tmp_path: Path):

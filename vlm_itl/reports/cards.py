@@ -40,6 +40,7 @@ def human_time(
     seconds, masks = budget.get("human_seconds") or 0.0, (budget.get("images") or 0) + (budget.get("again") or 0)
     timed = (budget.get("timed_masks") or 0) + (budget.get("timed_fixes") or 0)
     told = f"{seconds:,.0f} seconds ({seconds / 3600:.1f} hours) for {masks} masks"
+    told += f", {budget['fixes']} of them corrected" if budget.get("fixes") else ""
     if checks := budget.get("checks") or 0:
         told += f" and {checks} looks at a mask"
     price = f"{budget.get('mask_seconds', 0):g} seconds a mask"
@@ -240,17 +241,35 @@ _BY = {
     "corrected": "a proposal, corrected by a person",
     "verified": "a proposal, looked at by a person and found good",
     "judge": "a proposal, accepted by the judge alone",
+    "": "not known",
 }
 
 
-def _made(run: Run, card: Mapping[str, Any] | None) -> tuple[str, dict[str, int]]:
+def _counted(rounds: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    "Who made the masks of a run that has labelled no pool: people's, and those that the judge accepted last."
+    audits = [(record.get("judge") or {}).get("audited") or {} for record in rounds]
+    right, bad = ({i for audit in audits for i in audit.get(name) or []} for name in ("fixed", "bad"))
+    fixed = right | {i for record in rounds for i in record.get("fix_ids") or []}
+    people = {*(rounds[0].get("start_ids") or []), *fixed}
+    people |= {i for record in rounds for i in (record.get("selection") or {}).get("ids") or []}
+    taken = [record.get("pseudo_ids") or [] for record in rounds[-1:-3:-1]]
+    taken += [rounds[0].get("start_pseudo_ids") or []] if len(rounds) == 1 else []
+    judged = {*next(filter(None, taken), [])} - people - bad
+    return {"human": len(people - fixed), "corrected": len(fixed), "judge": len(judged)}
+
+
+def _made(run: Run, card: Mapping[str, Any] | None, exported: Mapping[str, int] | None) -> tuple[str, dict[str, int]]:
     "Who made the masks: words, and the counts."
+    last, promise = run.rounds[-1].get("budget") or {}, ""
     if card is not None:
-        by, promise = dict(card.get("by") or {}), f"\n\nPromised: {card.get('promise')}"
+        by, promise = card.get("by") or {}, f"\n\nPromised: {card.get('promise')}"
+    elif run.config.get("unit", "image") != "image":
+        by = {"human": int(last.get("train_images") or 0)}
     else:
-        last = run.rounds[-1]
-        by, promise = {"human": int((last.get("budget") or {}).get("train_images") or 0)}, ""
-        promise = "\n\nOnly the masks of people are part of it; what the judge accepted in training is not."
+        by = _counted(run.rounds)
+    by = {name: count for name, count in (by if exported is None else exported).items() if count}
+    if card is None and by.get("judge"):
+        promise = "\n\nWhat the judge accepted was accepted to train on; nothing is promised of it."
     rows = [[_BY.get(name, name), count] for name, count in sorted(by.items(), key=lambda item: -item[1])]
     return f"## Who made the masks\n\n{_people(run)}\n\n{_table(['', 'masks'], rows)}{promise}\n", by
 
@@ -275,13 +294,14 @@ def _size_category(count: int) -> str:
 def dataset_card(
     run: Run | str | Path,  # a run or its folder
     license: str | None = None,  # of pictures and masks, as the Hub names it; None: not said
+    exported: Mapping[str, int] | None = None,  # who made how many of the masks that go along; None: as the run says
 ) -> str:  # the content of README.md
     "What others must know of the labels that a run has made. `RunError` where no round is whole."
     run = as_runs(run)[0]
     if not run.rounds:
         raise RunError(f"{run.path} has no whole round: there are no labels to write about.")
     card = labels_card(run)
-    made, by = _made(run, card)
+    made, by = _made(run, card, exported)
     people = "found" if (run.config.get("annotator") or "truth") in ("truth", "robot") else "expert-generated"
     human = people if sum(by.values()) > by.get("judge", 0) else None
     machine = "machine-generated" if by.get("judge") else None
@@ -297,14 +317,28 @@ def dataset_card(
     classes = _table(["index", "class"], [[index, name] for index, name in enumerate(run.labels)] + [[255, "void"]])
     what = f"Semantic segmentation, {sum(by.values())} masks, made with vlm_itl: {run.label}.\n\n{classes}"
     time = f"## Human time\n\n{human_time(budget)}{work_of_people((run.summary or {}).get('people'))}\n"
-    parts = [f"# {_name(run)}\n\n{what}\n", made, _label_quality(run, card), time, _judged(run), _data_limits(run)]
+    parts = [
+        f"# {_name(run)}\n\n{what}\n",
+        made,
+        _label_quality(run, card),
+        time,
+        _judged(run),
+        _data_limits(run, card),
+    ]
     return f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(part for part in parts if part)
 
 # %% ../../nbs/reports/05_cards.ipynb #cards-data-limits
-def _data_limits(run: Run) -> str:
+def _by_chance(run: Run) -> bool:
+    "Did chance alone choose the images that people labelled?"
+    config = run.config
+    unjudged = run.mode != "vlm" or config.get("policy") == "observe"
+    return config.get("strategy") == "random" and config.get("cold_start", "random") == "random" and unjudged
+
+
+def _data_limits(run: Run, card: Mapping[str, Any] | None) -> str:
     "What whoever uses the labels should not believe."
     told = ["Images were not chosen by chance: shares of classes are not those of the pool."]
-    if run.config.get("strategy") == "random":
+    if card is not None or _by_chance(run):  # or it is the whole pool
         told = []
     if run.simulated_judge:
         told.append("The judge was simulated: masks accepted by it are none that a real judge has accepted.")

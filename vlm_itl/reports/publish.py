@@ -7,6 +7,7 @@ __all__ = ['Parcel', 'send', 'model_parcel', 'publish_model', 'dataset_parcel', 
 
 # %% ../../nbs/reports/06_publish.ipynb #publish-imports
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..core.checks import ConfigError, DataError, RunError, VlmItlError, one_line, show
 from ..core.files import resolve_path
 from ..core.guards import refuse_links
+from ..formats.formats import read_masks
 from ..model.predict import kept_model
 from .cards import dataset_card, model_card
 from .report import as_runs
@@ -162,6 +164,15 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
+def _made_by(folder: Path) -> dict[str, int] | None:  # None: the folder does not say
+    "Who made how many masks of an export."
+    try:
+        known = Counter(row.by for row in read_masks(folder).rows)
+    except VlmItlError:  # of no format that is known here
+        return None
+    return dict(known) if set(known) - {""} else None
+
+
 def dataset_parcel(
     run: Any,  # a run or its folder
     folder: str | Path,  # of the data set, as exported
@@ -177,7 +188,7 @@ def dataset_parcel(
     left = [name for name in files if any(part.startswith(".") for part in Path(name).parts)]
     if not set(files) - set(left):
         raise DataError(f"{folder} is empty: give what an export of the run has written.")
-    page: dict[str, bytes | Path] = {"README.md": dataset_card(run, license).encode()}
+    page: dict[str, bytes | Path] = {"README.md": dataset_card(run, license, _made_by(root)).encode()}
     kept = {*_NAMED} if _is_saved(root) else {*files}
     sent = page | {name: path for name, path in files.items() if name in kept and name not in left}
     return Parcel(_checked_name(to), "dataset", not public, sent, left)
