@@ -276,6 +276,24 @@ def test_class_iou_of_many_rounds_and_classes(tmp_path):
     assert len(figure.axes[0].get_xticks()) < 20
 
 
+@pytest.mark.parametrize(
+    ("names", "covered"), [(["cat", "background", "dog"], [0, 2]), (["road", "sky", "car"], [0, 1, 2])]
+)
+def test_the_gallery_covers_all_but_the_class_called_background(tmp_path, names, covered):
+    """Wherever it stands in the list: class 0 was left bare, and a background elsewhere covered the photograph."""
+    path = write_run(tmp_path / "run")
+    gallery(path / "round_001" / "gallery")
+    write_json(path / "summary.json", json.loads((path / "summary.json").read_text()) | {"labels": names})
+    mask = Image.fromarray(np.repeat(np.array([[0, 1, 2, 255]], np.uint8), 2, axis=0))
+    mask.putpalette([200, 0, 0, 0, 200, 0, 0, 0, 200])
+    for file in (path / "round_001" / "gallery").glob("*prediction*.png"):
+        mask.save(file)
+    for file in (path / "round_001" / "gallery").glob("*image*"):
+        Image.new("RGB", (4, 2), (100, 100, 100)).save(file)
+    shown = plot_gallery(path).axes[3].images[0].get_array()[0]
+    assert [place for place, pixel in enumerate(shown.tolist()) if max(pixel) - min(pixel) > 30] == covered
+
+
 def test_gallery_draws_void_cream_and_misses_no_truth(tmp_path):
     path = write_run(tmp_path / "run")
     gallery(path / "round_001" / "gallery", verdict="abstain")

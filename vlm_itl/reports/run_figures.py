@@ -369,15 +369,15 @@ def _show_panel(axes: Axes, picture: np.ndarray | None, shape: tuple[int, ...], 
         axes.imshow(picture, interpolation=None if smooth else "nearest")
 
 
-def _draw_item(axes: Sequence[Axes], item: Mapping[str, Any]) -> dict[int, str]:
-    "One row of the gallery; the classes it shows with their colours."
+def _draw_item(axes: Sequence[Axes], item: Mapping[str, Any], bare: Sequence[int] = (0, 255)) -> dict[int, str]:
+    "One row of the gallery, where `bare` classes do not cover the image; the classes it shows with their colours."
     image = np.array(_read_rgb(item["image"]))
     classes, predicted = _read_classes(item["prediction"])
     shown, truth = _key_colors(classes, predicted), None
     if item.get("truth"):
         true_classes, truth = _read_classes(item["truth"])
         shown |= _key_colors(true_classes, truth)
-    foreground = ((classes > 0) & (classes < 255))[..., None]
+    foreground = ~np.isin(classes, bare)[..., None]
     overlay = np.where(foreground, 0.5 * image + 0.5 * predicted, image).astype(np.uint8)
     for place, (picture, smooth) in enumerate([(image, True), (truth, False), (predicted, False), (overlay, True)]):
         _show_panel(axes[place], picture, image.shape, smooth)
@@ -404,8 +404,9 @@ def plot_gallery(
     height = 1.0 + sum(1.85 * ratio + 0.25 for ratio in ratios)
     figure, axes = make_figure(8.0, height, len(items), 4, gridspec_kw={"height_ratios": ratios})
     colors: dict[int, str] = {}
+    bare = [255, *(index for index, name in enumerate(run.labels or ["background"]) if name == "background")]
     for row, item in zip(axes, items, strict=True):
-        colors |= _draw_item(row, item)
+        colors |= _draw_item(row, item, bare)
     for axis, title in zip(axes[0], ("image", "truth", "prediction", "prediction on image, verdict"), strict=True):
         axis.set_title(title, fontsize=9, pad=6)
     names = dict(enumerate(run.labels)) | {255: "void"}
