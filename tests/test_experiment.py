@@ -169,8 +169,9 @@ def test_cold_start(scenes, tmp_path, kind):
         {"strategy": "badge"},
         {"strategy": "bald", "strategy_options": {"rounds": 2}},
         {"strategy": "judge-none-top", "mode": "vlm", "policy": "observe", "judge_options": {"accuracy": 0.8}},
+        {"strategy": "judge-none-top", "mode": "vlm", "policy": "observe", "proposer": "simulated"},  # no pass is made
     ],
-    ids=["badge", "ensemble", "judge"],
+    ids=["badge", "ensemble", "judge", "judge of masks from elsewhere"],
 )
 def test_new_scores_resume(scenes, tmp_path, settings):
     """What a strategy needs from earlier rounds is there again after a stop."""

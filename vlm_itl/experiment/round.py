@@ -438,6 +438,12 @@ def _needs_masks(team: Team) -> bool:
     return team.handler is not None and (own or team.config.accept_by == "pixels")
 
 
+def _unseen(ids: Sequence[str]) -> PoolScores:
+    "Images without any numbers."
+    nothing = np.zeros((len(ids), 0), np.float32)
+    return PoolScores(list(ids), {}, nothing, nothing)
+
+
 def _look_and_judge(
     team: Team, state: State, here: Path, clock: Clock, last: bool
 ) -> tuple[PoolScores | None, JudgeTurn]:
@@ -450,6 +456,8 @@ def _look_and_judge(
     clock.lap("score")
     if team.handler is not None and rest:
         turn = judge(team, state, here, masks)
+        if scores is None and not last:  # nobody has looked, and the strategy may go by the judge all the same
+            scores = _unseen(state.pool.unlabelled)
         if scores is not None:
             images = [split_region(i)[0] for i in scores.ids] if team.regions else scores.ids
             scores.scores["judge"] = doubts(turn.judgements, images)
