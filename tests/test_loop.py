@@ -18,6 +18,7 @@ from vlm_itl.core.checks import ConfigError, DataError, JudgeError, LeakError, R
 from vlm_itl.data.masks import DecodeRows, make_rows
 from vlm_itl.data.sources import SegData, toy_images
 from vlm_itl.experiment.loop import Loop
+from vlm_itl.experiment.pool import Pool
 from vlm_itl.experiment.state import Round
 from vlm_itl.judging.measures import FULL_MASK_SECONDS
 from vlm_itl.proposals import kept
@@ -267,6 +268,30 @@ def test_accepted_classes_are_learnt_and_the_rest_is_void(toy: SegData, tmp_path
     assert record.judge["empty_dropped"] == 1 and 0.5 < record.judge["kept_pixels"] < 1
     assert record.judge["images"] == 4 and record.judge["n"] == 5  # one red each, red and blue, and the empty one
     assert record.selection["ids"] == ["toy-3"]  # blue of it was rejected: the human may be asked, as about toy-0
+
+
+def test_what_is_kept_of_a_mask_weighs_as_much_as_the_judge_believes_in_it(
+    toy: SegData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was rejected of it is void, and no reason to trust the rest less: before the first training, and after."""
+
+    class Red(Eye):
+        def _judge_one(self, query: Any) -> Judgement:
+            red = query.labels.names[query.class_ids[0]] == "red" if query.class_ids else False
+            return Judgement("yes" if red else "no", p_yes=0.875 if red else 0.125, usd=0.25)
+
+    given = {f"toy-{number}": "toy-4" for number in range(4)}  # red and blue, all of them
+    more = proposals_of(toy, tmp_path / "masks", given) | {"accept_by": "class"}
+    told: list[dict[str, float]] = []
+    set_pseudo = Pool.set_pseudo
+    monkeypatch.setattr(Pool, "set_pseudo", lambda *given: (set_pseudo(*given), told.append(dict(given[0].sure))))
+    first = loop_of(toy, tmp_path / "run", Red(), **more)
+    first.run_round()
+    first.folder.close()
+    second = loop_of(toy, tmp_path / "run", Red(), **more)
+    second.folder.close()
+    assert len(told) >= 2 and all(sure and set(sure.values()) == {0.875} for sure in told)
+    assert second.state.pool.sure.keys() == second.state.pool.pseudo.keys()
 
 
 def test_pixels_that_both_agree_on(toy: SegData, tmp_path: Path) -> None:

@@ -232,10 +232,16 @@ def pay_judge(ledger: Ledger, judgements: Sequence[Judgement], journal: Journal)
     ledger.pay_judge(*bill([judgement for place, judgement in every.items() if place not in paid]))
 
 
-def _write_answers(path: Path, judgements: Sequence[Judgement], ious: Sequence[float | None]) -> None:
+def _write_answers(
+    path: Path,
+    judgements: Sequence[Judgement],
+    ious: Sequence[float | None],
+    kept: Mapping[str, float | None] | None = None,  # image of which a part is kept -> how sure the judge is of that
+) -> None:
     "One line per answer."
-    lines = [to_json({**asdict(j), "iou": iou}) + "\n" for j, iou in zip(judgements, ious, strict=True)]
-    write_text(path, "".join(lines))
+    parts = {image_id: {"p_kept": p_kept} for image_id, p_kept in (kept or {}).items()}
+    lines = [{**asdict(j), "iou": iou, **parts.get(j.id, {})} for j, iou in zip(judgements, ious, strict=True)]
+    write_text(path, "".join(to_json(line) + "\n" for line in lines))
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-images
 def images_to_judge(
@@ -269,6 +275,13 @@ class Told:
         "How much the judge believes in the mask; below everything where it says nothing."
         p_yes = probability_of(self.judgement)
         return -1.0 if p_yes is None else p_yes
+
+    @property
+    def p_kept(self) -> float | None:
+        "How much the judge believes in what is kept: in the accepted classes, where it was asked about each."
+        kept = [probability_of(answer) for alone, answer in self.answers if alone and set(alone) <= set(self.classes)]
+        known = [p for p in kept if p is not None]
+        return sum(known) / len(known) if known else self.judgement.p_yes
 
     @property
     def is_whole(self) -> bool:
@@ -654,7 +667,8 @@ def judge(
     chosen = ChosenMasks(team.data.labels, {i: told.shown.masks for i, told in made.told.items()})
     answers = {i: told.answers for i, told in made.told.items()} if config.accept_by == "class" else None
     measures, ious = measure_judge(judgements, made.said_yes, team.annotator, chosen, config.tau, made.kept, answers)
-    _write_answers(here / "judgements.jsonl", judgements, [ious.get(j.id) for j in judgements])
+    parts = {i: made.told[i].p_kept for i in made.said_yes if made.told[i].classes}
+    _write_answers(here / "judgements.jsonl", judgements, [ious.get(j.id) for j in judgements], parts)
     measures["empty_dropped"] = made.empty
     refused = state.refused
     accepted = [i for i in accepted if i not in refused]
@@ -686,6 +700,6 @@ def judge_first(
     assert handler is not None
     bind_payer(handler, state.folder.work_path(len(state.rounds)) / "payer")
     made = decide(team, state, here, None, journal_of(team, state, "pool"), first=True)
-    sure = {i: made.told[i].judgement.p_yes for i in made.said_yes}
+    sure = {i: made.told[i].p_kept for i in made.said_yes}
     state.pool.set_pseudo({i: made.kept.path(i) for i in made.said_yes}, sure)
     return made.said_yes

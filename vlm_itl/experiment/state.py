@@ -241,12 +241,12 @@ SHOWN = "shown"  # of a round, where people answer later: the judged masks of wh
 
 
 def _read_p_yes(folder: Path) -> dict[str, float | None]:
-    "How sure the judge was about each image of a round; nothing where the round has no answers."
+    "How sure the judge was of each mask of a round, of what is kept of it; nothing where the round has no answers."
     path = folder / "judgements.jsonl"
     if not path.is_file():
         return {}
     with path.open(encoding="utf-8") as lines:  # line by line: of a large pool the whole file is gigabytes
-        return {entry["id"]: entry.get("p_yes") for entry in map(json.loads, lines)}
+        return {entry["id"]: entry.get("p_kept", entry.get("p_yes")) for entry in map(json.loads, lines)}
 
 
 class State:
