@@ -466,6 +466,17 @@ def test_a_published_export_is_not_called_peoples_work(plain_run: Path, tmp_path
         assert f", {by['corrected']} of them corrected" in card.text
 
 
+@pytest.mark.parametrize("accept_by", ["image", "class"])
+def test_a_card_says_what_was_judged(plain_run: Path, tmp_path: Path, accept_by: str):
+    """Answers about classes are more than masks, and were called masks."""
+    shutil.copytree(plain_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run/config.json").read_text()) | {"accept_by": accept_by}
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    card = model_card(tmp_path / "run")
+    assert ("classes of masks judged against a truth" in card) == (accept_by == "class")
+    assert ("a class of a mask counting as good" in card) == (accept_by == "class")
+
+
 def test_a_whole_pool_keeps_its_shares(judged_run: Path, plain_run: Path):
     """All of its images are labelled: that they were not chosen by chance is said of those that were chosen."""
     told = "Images were not chosen by chance"

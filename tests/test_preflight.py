@@ -340,7 +340,9 @@ def test_no_more_is_asked_than_was_said_before(
     monkeypatch.setitem(HANDLERS, "scripted", Patient)
     log = tmp_path / "asked.txt"
     options = {"log": str(log), "max_tokens": 400}
-    run(tmp_path / "run", judge_options=options, **{"steps": 0, "accept_by": "image", **more})
+    rounds = run(tmp_path / "run", judge_options=options, **{"steps": 0, "accept_by": "image", **more})
+    one_kind_of_mask = more is not SEVERAL and more.get("acceptance") != "certified"
+    assert (rounds[0].judge["foreseen"] is not None) == one_kind_of_mask  # of the first proposer's, nobody has asked
     examined = json.loads((tmp_path / "run" / "preflight.json").read_text())["examinations"][0]["calls"]
     assert f" for {at_most} more questions, and one for each accepted mask" in capsys.readouterr().out
     assert len(log.read_text().split()) - examined <= at_most

@@ -513,8 +513,8 @@ def _foresee(team: Team, state: State, here: Path) -> dict[str, Any] | None:
     config = team.config
     if team.rates is None or config.acceptance == "certified" or config.policy == "observe":
         return None
-    if config.accept_by == "class":
-        return None  # the rates are about classes, the masks are whole
+    if config.accept_by == "class" or len(team.proposer.parts()) > 1:
+        return None  # the rates are about classes, the masks are whole; which of several will be taken, nobody knows
     with held_out(team, state, here) as (shown, *_):
         ids = [i for i in row_ids(team.data.val) if i in shown.proposals]
         ious = _ious(shown.masks, ids, truth_reader(team.data.val))

@@ -110,6 +110,15 @@ _WORTH = {
 }
 
 
+def _worth_words(run: Run) -> list[str]:
+    "What the columns are about: masks, or each class of a mask, which are more."
+    if run.config.get("accept_by") != "class":
+        return [*_WORTH.values()]
+    asked = [name for name in _WORTH if name != "accepted_label_miou"]
+    words = {name: _WORTH[name].replace("masks", "classes of masks") for name in asked}
+    return [*words.values(), "mean IoU of what is kept of masks"]
+
+
 def _pretended_masks(run: Run) -> bool:
     "Were the masks that the judge saw made of the truth?"
     return run.simulated and "simulated" in to_json([run.config.get("proposer"), run.config.get("proposer_options")])
@@ -127,11 +136,12 @@ def _judged(run: Run) -> str:
     kind = "**simulated** (it reads the truth and errs on purpose)" if run.simulated_judge else "a real one"
     judge, policy = one_line(str(run.config.get("judge")), 60), run.config.get("policy")
     told = f"The judge `{judge}` was {kind}{_masks_of(run)}; "
-    told += f"its answers were used as `{policy}`, a mask counting as good from IoU "
+    each = "class of a mask" if run.config.get("accept_by") == "class" else "mask"
+    told += f"its answers were used as `{policy}`, a {each} counting as good from IoU "
     rows = [
         [r.get("index"), *((r.get("judge") or {}).get(key) for key in _WORTH)] for r in run.rounds if r.get("judge")
     ]
-    table = _table(["round", *_WORTH.values()], rows) if rows else "It was never measured against a truth."
+    table = _table(["round", *_worth_words(run)], rows) if rows else "It was never measured against a truth."
     return f"## What the judge was worth\n\n{told}{run.config.get('tau')}.\n\n{table}\n"
 
 # %% ../../nbs/reports/05_cards.ipynb #cards-learnt
