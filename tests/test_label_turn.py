@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from PIL import Image
 
 from vlm_itl.core.checks import ConfigError
 from vlm_itl.data.labels import VOID
-from vlm_itl.data.masks import MaskStore
+from vlm_itl.data.masks import MaskStore, row_ids
 from vlm_itl.data.scenes import make_scenes
-from vlm_itl.data.sources import load_data
+from vlm_itl.data.sources import load_data, toy_images
 from vlm_itl.experiment import label_turn as room
 from vlm_itl.experiment.annotator import Oracle
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_al
+from vlm_itl.judging.label_plan import LabelGoal
 from vlm_itl.judging.measures import CHECK_SECONDS
 from vlm_itl.model.metrics import image_iou
 from vlm_itl.people import AnswerStore, Robot, Waiting, make_annotator, work
@@ -256,6 +258,22 @@ def test_images_of_which_nobody_knows_anything_count_as_right(scenes: Path, prop
     card = label(root, proposed, tmp_path / "run", gallery=1, goal_options={"quality": 0.7})
     assert 0.7 <= card["measured"]["quality"] <= card["measured"]["draw_all"]["quality"]
     assert (tmp_path / "run" / "summary.json").is_file() and list((tmp_path / "run" / "figures").glob("*.png"))
+
+
+@pytest.mark.parametrize("asked_for", ["all", "some"])
+def test_masks_that_were_there_before_are_not_called_drawn_by_chance(asked_for: str) -> None:
+    """Who drew them may have chosen them: the promise names its condition."""
+    toy = toy_images()
+    everyone = {*row_ids(toy.train), *row_ids(toy.val)}
+    desk = SimpleNamespace(covers=frozenset(everyone if asked_for == "all" else everyone - {row_ids(toy.val)[0]}))
+    team: Any = SimpleNamespace(data=toy, annotator=SimpleNamespace(desk=desk, ids=row_ids(toy.train)))
+    plan: Any = {"price": 1.0, "bound": 0.1, "n": 12}
+    for goal, word in ((LabelGoal(bad=0.2), "10.0%"), (LabelGoal(quality=0.8), "0.900")):
+        told = room.promise(goal, plan, 0.0, room.masks_before(team))
+        assert word in told and ("drawn by chance" in told) == (asked_for == "all")
+        assert ("it holds if chance had chosen them" in told) == (asked_for == "some")
+    team.annotator.desk = None  # a simulation: the start was drawn
+    assert not room.masks_before(team)
 
 
 def test_share_of_bad_masks(scenes: Path, proposed: Path, tmp_path: Path) -> None:

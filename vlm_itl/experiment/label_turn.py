@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['APART', 'LABELS', 'sample_start', 'share_by_chance', 'ask_about_start', 'known_sample', 'join_samples', 'Asked',
-           'ask_for_labels', 'costs_of_work', 'carry_out', 'drawn_before', 'measure_labels', 'promise', 'label_pool']
+           'ask_for_labels', 'costs_of_work', 'carry_out', 'drawn_before', 'measure_labels', 'masks_before', 'promise',
+           'label_pool']
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-imports
 import shutil
@@ -335,19 +336,33 @@ def _verified(others: Sample, goal: LabelGoal) -> np.ndarray:  # (N,)
     return np.where(iou >= goal.tau, 1 - iou, 0.0)
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-card
-def promise(goal: LabelGoal, plan: LabelPlan, done: float) -> str:
+def masks_before(
+    team: Team,
+) -> bool:
+    "Had images of the sample a mask before people were asked? Nobody knows whether chance had chosen them."
+    desk, sampled = team.annotator.desk, [*row_ids(team.data.val), *team.annotator.ids]
+    return desk is not None and not desk.covers.issuperset(sampled)
+
+
+def promise(
+    goal: LabelGoal,
+    plan: LabelPlan,
+    done: float,  # share of the pool that chance had people label before
+    chosen: bool = False,  # has somebody else chosen the images of the sample?
+) -> str:
     "What is promised of all labels, in words."
     if plan["price"] is None:
         return f"everything was corrected or drawn: a sample of {plan['n']} images is too small to accept anything."
-    bound = plan["bound"] * (1 - done)
+    bound, whose = plan["bound"] * (1 - done), f"{plan['n']} images drawn by chance"
+    if chosen:
+        whose = f"{plan['n']} images that had masks before: it holds if chance had chosen them"
     if goal.bad is None:
         return (
-            f"the mean IoU of the labels is expected to be {1 - bound:.3f} or more "
-            f"(conformal risk control on {plan['n']} images drawn by chance)."
+            f"the mean IoU of the labels is expected to be {1 - bound:.3f} or more (conformal risk control on {whose})."
         )
     return (
         f"at most {bound:.1%} of the masks are below IoU {goal.tau:g}, with probability {1 - goal.delta:g} "
-        f"(Clopper-Pearson on {plan['n']} images drawn by chance)."
+        f"(Clopper-Pearson on {whose})."
     )
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-all
@@ -387,7 +402,9 @@ def label_pool(
         write_text(here / "provenance.jsonl", "".join(to_json(line) + "\n" for line in lines))
         card = {
             "goal": asdict(goal),
-            "promise": "every mask was drawn or corrected before." if plan is None else promise(goal, plan, done),
+            "promise": "every mask was drawn or corrected before."
+            if plan is None
+            else promise(goal, plan, done, masks_before(team)),
             "price": plan and plan["price"],
             "sample": len(asked.sample.iou),
             "work": asdict(costs),
