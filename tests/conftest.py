@@ -21,6 +21,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("VLM_ITL_PROGRESS", "0")
 os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in `make test`: a fork of a process with threads waits for ever
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in the run notebooks: threads that wait burn no time
 
 # No clock in a test: what is imported by its first example takes longer than the 200 ms that are usual (as in CI).
