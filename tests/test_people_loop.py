@@ -14,6 +14,7 @@ from vlm_itl.core.checks import ConfigError
 from vlm_itl.data.labels import VOID
 from vlm_itl.data.masks import raw_rows
 from vlm_itl.data.sources import SegData, toy_images
+from vlm_itl.experiment.acceptance import share_left
 from vlm_itl.experiment.annotator import asked_of_people
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.export import export_run, run_masks
@@ -312,6 +313,26 @@ def test_what_has_a_mask_is_the_start(tmp_path: Path) -> None:
     assert loop.rounds[0].start_ids == ["toy-0", "toy-2"] and loop.team.schedule == [2, 3, 4]
     assert set(loop.rounds[0].selection["ids"]) <= {"toy-1", "toy-3"}
     loop.folder.close()
+
+
+def test_what_has_a_mask_is_not_called_chance(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    """Nobody knows whether chance had chosen it: the promise is about what is left, and says on what it rests."""
+    from dataclasses import replace
+
+    import vlm_itl.experiment.loop
+
+    monkeypatch.setattr(vlm_itl.experiment.loop, "check_certifiable", lambda *_: None)  # one mask is too few
+    certified = {"acceptance": "certified", "alpha": 0.9, "delta": 0.9, "max_labelled": 4}
+    data = replace(toy_images(), unlabelled=frozenset({"toy-1", "toy-3"}))
+    loop = people_loop(tmp_path / "labelled", {}, data, **certified)
+    assert [share_left(loop.team, taken) for taken in (0, 1)] == [0.5, 0.25]
+    with pytest.raises(Waiting):
+        list(loop.run())
+    loop.folder.close()
+    assert "1 of 1 validation images had masks before people were asked" in capsys.readouterr().out
+    with pytest.raises(Waiting) as rest:
+        people_loop(tmp_path / "drawn", {}, initial=2, **certified)
+    assert "had masks before" not in capsys.readouterr().out + str(rest.value)
 
 
 def test_the_first_batch_holds_what_is_tested_on(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from ..data.masks import MaskStore, raw_rows, row_ids, truth_reader
 from ..data.sources import SegData
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-imports-1
-from .annotator import Oracle
+from .annotator import Oracle, labelled_before
 from .config import make_config
 from vlm_itl.experiment.judge_turn import (
     COVERS,
@@ -525,9 +525,13 @@ def share_left(
     team: Team,
     taken: int,  # images beside those of the start
 ) -> float:
-    "Of the images that a strategy could take: those drawn by chance before round 0 leave the pool like validation."
+    """Of the images that a strategy could take: those drawn by chance before round 0 leave the pool like validation.
+
+    Images that had a mask before the run may have been chosen by anything: they count as taken.
+    """
     first, pool = team.schedule[0], len(team.annotator.ids)
-    by_chance = first if team.config.cold_start == "random" else 0
+    drawn = team.config.cold_start == "random" and not labelled_before(team.annotator)
+    by_chance = first if drawn else 0
     return 1 - (taken + first - by_chance) / max(1, pool - by_chance)
 
 

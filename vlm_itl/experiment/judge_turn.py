@@ -346,7 +346,7 @@ def check_certifiable(
     delta = config.delta / len(shares)
     needed = [least_sample(config.alpha, delta, left) for left in shares if left > 0]
     rounds = f"over {len(shares)} rounds" if len(shares) > 1 else "in one round"
-    if count < min(needed):
+    if needed and count < min(needed):
         raise ConfigError(
             f"acceptance='certified' can accept nothing: alpha={config.alpha:g} with delta={config.delta:g} {rounds} "
             f"needs at least {min(needed)} validation masks, and there are {count}. Raise val_share, alpha or delta, "

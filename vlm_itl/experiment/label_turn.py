@@ -36,9 +36,9 @@ from vlm_itl.experiment.acceptance import (
     pay_judge,
     shown_masks,
 )
+from .annotator import labelled_before
 from .config import label_goal
 from .judge_turn import bind_payer, teach
-from .round import labelled_before
 from .state import State, Team, put_right_before
 from vlm_itl.judging.label_plan import (
     ACTIONS,

@@ -30,12 +30,12 @@ from ..data.sources import SegData, load_data
 
 # %% ../../nbs/experiment/10_loop.ipynb #experiment-imports-1
 from .acceptance import kept_proposals, make_proposals, proposal_images, refuse_truth, share_left
-from .annotator import Oracle, make_desk, masks_by_people
+from .annotator import Oracle, labelled_before, make_desk, masks_by_people
 from .config import Config, make_config, run_path
 from .judge_turn import JUDGE_SETTINGS, check_certifiable, examine
 from .label_turn import label_pool
 from .pool import Ledger, budget_schedule
-from .round import draw_start, labelled_before, make_learner, work
+from .round import draw_start, make_learner, work
 from vlm_itl.experiment.state import (
     DRAWN,
     STAMPS,
@@ -239,7 +239,7 @@ def _tracker(loop: "Loop") -> Tracker:
 
 
 def _warn_of_certificates(team: Team) -> None:
-    "`ConfigError` where a new run can never certify anything; a line where later rounds cannot."
+    "`ConfigError` where a new run can never certify anything; a line where later rounds cannot, or on what it rests."
     if team.handler is None or team.config.acceptance != "certified":
         return
     taken = [0 if team.regions else count - team.schedule[0] for count in team.schedule]
@@ -247,6 +247,11 @@ def _warn_of_certificates(team: Team) -> None:
     count = len({*number_groups(row_ids(team.data.val), team.data.groups)})  # one of each counts
     if line := check_certifiable(team.config, count, shares):
         print(line)
+    if before := labelled_before(team.annotator, row_ids(team.data.val)):
+        print(
+            f"acceptance='certified': {len(before)} of {len(team.data.val)} validation images had masks before people "
+            "were asked. What is promised holds if chance had chosen them."
+        )
 
 # %% ../../nbs/experiment/10_loop.ipynb #loop-data
 def _sources(config: Config) -> dict[str, Any]:
