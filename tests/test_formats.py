@@ -204,6 +204,50 @@ def test_coco_of_others(tmp_path: Path) -> None:
     assert read_masks(coco_file(tmp_path / "a.json", images=climbing)).rows[0].image is None
 
 
+def detections(*scores: Any) -> list[dict[str, Any]]:
+    """A large cat, a small dog in it, and a smaller cat; None: no score."""
+    places = [(1, [[0, 0, 4, 0, 4, 4, 0, 4]]), (2, [[0, 0, 2, 0, 2, 2, 0, 2]]), (1, [[3, 3, 4, 3, 4, 4, 3, 4]])]
+    regions = [{"id": n, "image_id": 1, "category_id": c, "segmentation": s} for n, (c, s) in enumerate(places)]
+    return [r | ({} if score is None else {"score": score}) for r, score in zip(regions, scores, strict=True)]
+
+
+ANIMALS = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+
+
+@pytest.mark.parametrize(
+    ("scores", "dogs", "sure"),
+    [
+        ((None, None, None), 4, {}),  # somebody's drawing: the smaller lies above
+        ((0.9, 0.2, 0.5), 0, {"cat": 0.9, "dog": 0.2}),  # the surer cat covers the dog, though it is larger
+        ((0.2, 0.9, 0.5), 4, {"cat": 0.5, "dog": 0.9}),
+        ((0.5, 0.5, 0.5), 4, {"cat": 0.5, "dog": 0.5}),
+        ((0.9, None, 0.5), 4, {"cat": 0.9}),  # drawn, not guessed
+        ((90, 20, 50), 0, {}),  # percents: an order, and no shares
+        (("sure", "0.2", None), 0, {"dog": 0.2}),
+    ],
+)
+def test_the_surer_of_two_detections_lies_above(tmp_path: Path, scores: Any, dogs: int, sure: Any) -> None:
+    file = coco_file(tmp_path / "a.json", annotations=detections(*scores), categories=ANIMALS)
+    row = read_masks(file).rows[0]
+    assert (row.mask == 2).sum() == dogs and (row.mask == 1).sum() == 16 - dogs
+    assert row.scores == sure
+
+
+def test_proposals_keep_the_scores_of_detections(tmp_path: Path) -> None:
+    toy = toy_images()
+    names, (height, width) = toy.labels.names[1:3], toy.train[0]["mask"].shape
+    parts = {
+        "categories": [{"id": n, "name": name} for n, name in enumerate([*names, "unicorn"], start=1)],
+        "images": [{"id": 1, "file_name": "toy-0.png", "height": height, "width": width}],
+        "annotations": [*detections(0.9, 0.3, 0.5), {**detections(1, 0.8, 1)[1], "id": 9, "category_id": 3}],
+    }
+    options = {"path": str(coco_file(tmp_path / "a.json", **parts)), "format": "coco", "unknown": "background"}
+    store = MaskStore(tmp_path / "store", toy.labels)
+    made = make_proposer("folder", **options).propose(toy.train.remove_columns("mask"), store)
+    assert made["toy-0"].class_scores == {1: 0.9, 2: 0.3} and made["toy-0"].score == pytest.approx(0.6)
+    assert (store["toy-0"] == 1).sum() == 16
+
+
 def ls_task(**changed: Any) -> dict[str, Any]:
     results = brush_results(hard()[0], LABELS)
     return {

@@ -53,6 +53,7 @@ class MaskRow:
     who: str = ""  # a name, an address, a judge
     seconds: float | None = None  # of human work; None: not measured
     p_yes: float | None = None  # how sure the judge was, in [0, 1]; None: no judge
+    scores: Mapping[str, float] = field(default_factory=dict)  # how sure a model was, in [0, 1], by name of the class
     kept: Any = field(default=None, repr=False, compare=False)  # what the mask is read from; lives as long as the row
 
     @property

@@ -6,6 +6,7 @@
 __all__ = ['looks_like', 'files_of', 'FileFormat', 'find_photograph', 'their_json', 'rest_word', 'Coco', 'Cvat']
 
 # %% ../../nbs/formats/04_regions.ipynb #tools-imports
+import math
 import xml.etree.ElementTree as ElementTree
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -128,10 +129,30 @@ def rest_word(
     return "void" if rest_of(labels) == VOID else "background"
 
 # %% ../../nbs/formats/04_regions.ipynb #tools-coco-read
-def _coco_order(category: Mapping[str, Any], annotation: Mapping[str, Any], area: int) -> tuple[int, int, Any]:
-    "Stuff, crowd, objects; of each the larger first."
-    stuff = category.get("isthing") == 0
-    return (0 if stuff else 1 if annotation.get("iscrowd") else 2), -area, annotation.get("id", 0)
+def _coco_score(annotation: Mapping[str, Any]) -> float | None:
+    "How sure a model was of a region; None: it has no score."
+    try:
+        score = float(annotation["score"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return score if math.isfinite(score) else None
+
+
+def _coco_scores(annotations: Sequence[Mapping[str, Any]], categories: Mapping[Any, Any]) -> dict[str, float]:
+    "How sure a model was of each class of an image: of its surest region; none where a score is no share."
+    scores: dict[str, float] = {}
+    for annotation in annotations:
+        score, category = _coco_score(annotation), categories.get(annotation.get("category_id"))
+        if score is not None and category is not None and annotation.get("segmentation"):
+            scores[category["name"]] = max(score, scores.get(category["name"], score))
+    return scores if all(0 <= score <= 1 for score in scores.values()) else {}
+
+
+def _coco_order(category: Mapping[str, Any], annotation: Mapping[str, Any], area: int) -> tuple[int, float, int, Any]:
+    "Stuff, crowd, objects; of each the less sure first, the larger first."
+    stuff, score = category.get("isthing") == 0, _coco_score(annotation)
+    layer = 0 if stuff else 1 if annotation.get("iscrowd") else 2
+    return layer, math.inf if score is None else score, -area, annotation.get("id", 0)
 
 
 def _coco_mask(
@@ -196,7 +217,12 @@ def _refuse_crowds(by_image: Mapping[Any, Sequence[Mapping[str, Any]]], file: Pa
 # %% ../../nbs/formats/04_regions.ipynb #tools-coco
 @register_format("coco")
 class Coco(FileFormat):
-    "COCO JSON: one region for each class and image, RLE by pycocotools; polygons, crowds and objects are read."
+    """COCO JSON: one region for each class and image, RLE by pycocotools; polygons, crowds and objects are read.
+
+    Stuff lies below crowds, and they below objects; of each the larger below the smaller. Where regions have a `score`,
+    as a detector's have, the surer covers the less sure, and one without a score covers both; `MaskRow.scores` holds
+    the highest of each class.
+    """
 
     ending, what = ".json", "COCO file"
 
@@ -223,7 +249,8 @@ class Coco(FileFormat):
             found, where = by_image[image["id"]], f"{file}, image {image['file_name']!r}"
             content = lambda: _coco_mask(image["shape"], found, categories, labels, how, where)  # noqa: E731
             photograph = find_photograph(image["file_name"], folders)
-            return MaskRow(image_id, content, photograph, **known_of(image.get("provenance")))
+            known = {**known_of(image.get("provenance")), "scores": _coco_scores(found, categories)}
+            return MaskRow(image_id, content, photograph, **known)
 
         ids = safe_ids([stem(image["file_name"]) for image in pictures])
         return MaskSet(labels, [row(*both) for both in zip(ids, pictures, strict=True)])

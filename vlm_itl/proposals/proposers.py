@@ -258,7 +258,10 @@ def _row_hash(row: MaskRow) -> str:
 # %% ../../nbs/proposals/01_proposers.ipynb #proposers-folder
 @register_proposer("folder")
 class Folder(Proposer):
-    "Masks of any model, from a folder."
+    """Masks of any model, from a folder, or from a file of another tool with the scores of its regions.
+
+    COCO annotations with a `score` are predictions: the surer lies above, and the highest of each class is kept.
+    """
 
     def __init__(
         self,
@@ -292,6 +295,7 @@ class Folder(Proposer):
         self._theirs: LabelSpace | None = None
         self._labels: LabelSpace | None = None
         self._table = np.arange(256, dtype=np.uint8)
+        self._known: dict[str, int] = {}  # name of their class -> ours; 255: we have none
         self._scores: dict[str, tuple[float | None, dict[int, float]]] = {}
 
     @property
@@ -325,7 +329,9 @@ class Folder(Proposer):
             print(f"{self.source}: {told}")
         self._labels = self._theirs if self.format is not None else self._decided(images, labels)
         assert self._labels is not None
-        self._table = match_classes(self._labels.names, labels, self.unknown, str(self.folder))
+        names = self._labels.names
+        self._table = match_classes(names, labels, self.unknown, str(self.folder))
+        self._known = dict(zip(names, match_classes(names, labels, "void", str(self.folder)).tolist(), strict=False))
         file = self.folder / self.scores_file if (self.folder / self.scores_file).is_file() else self.scores_file
         self._scores = _scores_of(list(found), resolve_path(file), labels) if self.scores_file else {}
 
@@ -355,6 +361,19 @@ class Folder(Proposer):
         same_size(image_id, image()["image"].size, mask.shape[::-1])
         return self._table[mask]
 
+    def _sure(self, image_id: str) -> tuple[float | None, dict[int, float]]:
+        "How sure the proposer was, over all and by class of ours: as the file of scores says, else that of the masks."
+        if image_id in self._scores or image_id not in self.rows:
+            return self._scores.get(image_id, (None, {}))
+        row, by_class = self.rows[image_id], dict[int, float]()
+        for name, score in row.scores.items():
+            ours = self._known.get(name, VOID)
+            if ours != VOID:
+                by_class[ours] = max(score, by_class.get(ours, 0.0))
+        if row.p_yes is not None or not by_class:
+            return row.p_yes, by_class
+        return float(np.mean([*by_class.values()])), by_class
+
     def propose(self, images: datasets.Dataset, masks: MaskStore) -> dict[str, Proposal]:
         if self._labels is None:
             self.prepare(images, masks.labels)
@@ -368,8 +387,7 @@ class Folder(Proposer):
                 raise DataError(_as_option(error)) from None
             if (mask != VOID).any():
                 masks.write(image_id, mask)
-                p_yes = self.rows[image_id].p_yes if image_id in self.rows else None
-                proposals[image_id] = Proposal(image_id, self.source, *self._scores.get(image_id, (p_yes, {})))
+                proposals[image_id] = Proposal(image_id, self.source, *self._sure(image_id))
         return proposals
 
 # %% ../../nbs/proposals/01_proposers.ipynb #proposers-several
