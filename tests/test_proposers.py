@@ -74,6 +74,38 @@ def test_a_binary_task_reads_the_whole_class_list(toy: SegData, tmp_path: Path) 
     assert np.unique(store["toy-3"]).tolist() == [0, 1]
 
 
+WHITE = {
+    "0 and 1": lambda mask: Image.fromarray((mask == 1).astype(np.uint8)),
+    "0 and 255": lambda mask: Image.fromarray((mask == 1).astype(np.uint8) * 255),
+    "1 bit": lambda mask: Image.fromarray(mask == 1),
+}
+
+
+@pytest.mark.parametrize("enough", [True, False])
+@pytest.mark.parametrize("kind", WHITE)
+def test_masks_of_foreground_are_not_read_as_the_first_class(
+    kind: str, enough: bool, toy: SegData, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """Foreground of whatever class is no red: refused, or told where a few masks may show one class by chance."""
+    monkeypatch.setattr("vlm_itl.proposals.proposers.FEW", 4 if enough else 5)
+    path, store = str(saved(tmp_path / "masks", toy, WHITE[kind])), MaskStore(tmp_path / "store", toy.labels)
+    images, red = toy.train.remove_columns("mask"), {"classes": ["background", "red"]}
+    proposer = make_proposer("folder", path=path)
+    if enough:
+        with pytest.raises(DataError, match="all hold only 0, .* say of which class: proposer_options=.*red"):
+            proposer.propose(images, store)
+    else:
+        proposer.propose(images, store)
+        assert "4 masks, and all hold only 0" in capsys.readouterr().out
+    said = red | ({"values": [0, 255]} if "255" in kind else {})
+    made = make_proposer("folder", path=path, **said).propose(images, store)
+    assert made and all((store[row["id"]] == (row["mask"] == 1)).all() for row in toy.train)
+    binary = toy.labels.binary()
+    if "255" not in kind:  # foreground is what such a run is about
+        make_proposer("folder", path=path).propose(images, MaskStore(tmp_path / "binary", binary))
+    assert "hold only" not in capsys.readouterr().out
+
+
 def test_images_without_a_proposal_have_none(toy: SegData, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """How many is said; a mask that is void everywhere says nothing either."""
     folder = saved(tmp_path / "masks", toy)
