@@ -75,6 +75,33 @@ def test_one_that_dies_in_the_middle_is_taken_out_and_the_rest_redo_its_question
     assert sum(bad.attempts.values()) == before  # it stays out
 
 
+def test_what_failed_at_one_server_is_counted_with_its_answer_from_another(
+    serve: Callable[..., Server],  # noqa: F811
+) -> None:
+    """Requests and dollars are those that the servers count: thoughts that ate all tokens were paid, a 429 was sent."""
+
+    def wasting(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        if number % 3 == 0:
+            return 429, {"error": {"message": "slow down"}}, {"Retry-After": "0.01"}
+        return OK, reply("", wish=None, usage={"prompt_tokens": 100, "completion_tokens": 400, "total_tokens": 500})
+
+    count = threading.Semaphore(4)
+
+    def dying(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
+        if not count.acquire(blocking=False):
+            raise ConnectionResetError
+        return fine(number, attempt, wish)
+
+    servers = [serve(wasting), serve(fine), serve(dying)]
+    judge = several(*[server.url for server in servers], price=(1.0, 1.0), patience=99, concurrency=1)
+    answers = judge.judge([ask(i) for i in range(30)])
+    assert [a.verdict for a in answers] == ["yes", "no"] * 15
+    assert sum(a.attempts for a in answers) == sum(sum(server.attempts.values()) for server in servers)
+    wasted = sum(times for number, times in servers[0].attempts.items() if number % 3)
+    assert wasted and sum(a.usd or 0.0 for a in answers) == pytest.approx((30 * 101 + wasted * 500) / 1e6)
+    assert judge.spent == pytest.approx(sum(a.usd or 0.0 for a in answers))
+
+
 def test_one_that_only_fails_is_taken_out_after_patience(serve: Callable[..., Server]) -> None:  # noqa: F811
     bad, good = serve(lambda *_: (500, {"error": {"message": "CUDA error"}})), serve(fine)
     answers = several(bad.url, good.url, patience=3).judge([ask(i) for i in range(40)])

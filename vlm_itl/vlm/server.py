@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LARGEST_REPLY', 'run_to_end', 'bounded', 'http_library', 'certificates', 'understand', 'refusal_of', 'open_client',
            'Conversation', 'post', 'ask_votes', 'ask_one', 'reason_of', 'better_address', 'fatal_line', 'judge_one',
-           'Pace', 'Crew', 'Limits', 'judge_all', 'checked_body', 'check_package', 'read_addresses', 'shown_size',
-           'too_dear', 'OpenAIHandler']
+           'Pace', 'with_failures', 'Crew', 'Limits', 'judge_all', 'checked_body', 'check_package', 'read_addresses',
+           'shown_size', 'too_dear', 'OpenAIHandler']
 
 # %% ../../nbs/vlm/09_server.ipynb #openai-imports
 import asyncio
@@ -394,6 +394,10 @@ def fatal_line(
 class _Fatal(Exception):
     "Nothing that follows can go better."
 
+    def __init__(self, line: str, attempts: int = 0):
+        super().__init__(line)
+        self.attempts = attempts  # requests sent for the question
+
 
 async def judge_one(
     talk: Conversation,  # keeps count of failures
@@ -409,7 +413,7 @@ async def judge_one(
         talk.answered, talk.failed_in_a_row = True, 0
     except Exception as error:  # whatever a server, a proxy or an image file may do
         if (line := fatal_line(error, talk)) is not None:
-            raise _Fatal(line) from None
+            raise _Fatal(line, count[0]) from None
         refusal = refusal_of(error)
         if refusal is not None and refusal.cause == "filtered":  # the judge's silence, and final
             raw, usd = talk.key.one_line(refusal.words) or "[filtered]", None if talk.price is None else 0.0
@@ -438,6 +442,19 @@ class Pace:
             await asyncio.sleep(self.next_slot - 60 / self.per_minute - now)
 
 # %% ../../nbs/vlm/09_server.ipynb #exchange-crew
+def with_failures(
+    answer: Judgement,  # the last one about a question
+    failures: Sequence[Judgement],  # of other servers, about the same
+) -> Judgement:
+    "An answer with the requests, tokens, dollars and seconds of those before it; what they do not tell is none."
+    for failed in failures:
+        tokens = None if answer.tokens is None else answer.tokens + (failed.tokens or 0)
+        usd = None if answer.usd is None else answer.usd + (failed.usd or 0.0)
+        attempts, seconds = answer.attempts + failed.attempts, (answer.latency_s or 0.0) + (failed.latency_s or 0.0)
+        answer = replace(answer, tokens=tokens, usd=usd, attempts=attempts, latency_s=seconds)
+    return answer
+
+
 @dataclass
 class Crew:
     "Workers at one server that take one question after the other, until all are answered or one says stop."
@@ -451,6 +468,9 @@ class Crew:
     busy: int = 0  # questions in flight
     own: list[int] = field(default_factory=list)  # positions that failed at another server
     failed: set[int] = field(default_factory=set)  # positions that failed here
+    lost: dict[int, list[Judgement]] = field(
+        default_factory=dict
+    )  # what failed at any server, and is asked again; shared
 
     async def run(
         self,
@@ -485,6 +505,7 @@ class Crew:
             answer = await self.ask(index)
         except _Fatal as error:
             self.waiting.append(index)
+            self.lost.setdefault(index, []).append(abstain(str(error), attempts=error.attempts))
             self._leave(str(error))
             return
         finally:
@@ -493,9 +514,10 @@ class Crew:
             self.failed.add(index)
         elsewhere = [crew for crew in self._rest() if index not in crew.failed] if index in self.failed else []
         if elsewhere:
+            self.lost.setdefault(index, []).append(answer)
             min(elsewhere, key=lambda crew: crew.busy + len(crew.own)).own.append(index)
         else:
-            self.answers[index] = answer
+            self.answers[index] = with_failures(answer, self.lost.pop(index, []))
         if (self.waiting or self._rest()) and (why := self.tired(answer)) is not None:
             self._leave(why)
 
@@ -551,6 +573,7 @@ async def judge_all(
     "Many questions to one server, or to several."
     crews: list[Crew] = []
     waiting, answers = list(range(len(prompts)))[::-1], dict[int, Judgement]()
+    lost = dict[int, list[Judgement]]()
 
     async def work_at(talk: Conversation, crew: Crew, bar: Any) -> None:
         pace, talk.failed_in_a_row = Pace(limits.requests_per_minute), 0
@@ -567,7 +590,7 @@ async def judge_all(
 
     for talk in talks:
         talk.alone = len(talks) == 1
-        crews.append(Crew(_nobody, partial(_tired, talk, patience), waiting, answers))
+        crews.append(Crew(_nobody, partial(_tired, talk, patience), waiting, answers, lost=lost))
     for crew in crews:
         crew.others = [other for other in crews if other is not crew]
     with progress(desc=f"asking {talks[0].model}", total=len(prompts), unit="mask") as bar:
