@@ -233,6 +233,12 @@ def test_the_surer_of_two_detections_lies_above(tmp_path: Path, scores: Any, dog
     assert row.scores == sure
 
 
+def test_a_bare_list_of_results_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(json.dumps(detections(0.9, 0.2, 0.5)))
+    with pytest.raises(DataError, match="a bare list of results.*as its 'annotations'"):
+        read_masks(tmp_path / "results.json", "coco")
+
+
 def test_proposals_keep_the_scores_of_detections(tmp_path: Path) -> None:
     toy = toy_images()
     names, (height, width) = toy.labels.names[1:3], toy.train[0]["mask"].shape

@@ -179,6 +179,18 @@ def _coco_mask(
     return merge_regions(shape, ((name, region) for _, name, region in layers), labels, options[1])
 
 # %% ../../nbs/formats/04_regions.ipynb #tools-coco-rows
+def _refuse_results(path: Path) -> None:
+    "`DataError` for a bare list of results, as detectors write them: it names neither photographs nor classes."
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(200_000).lstrip()
+        if start.startswith(b"[") and b'"category_id"' in start and b'"image_id"' in start:
+            raise DataError(
+                f"{path}: a bare list of results, without the names of photographs and classes. Put it into a COCO "
+                "file of the same photographs, as its 'annotations', beside 'images' and 'categories'"
+            )
+
+
 def _coco_parts(path: Path) -> tuple[dict[Any, Any], list[Any], dict[Any, list[Any]], Any]:
     "Categories by id, images, annotations by image, and what no region covers if the file says so."
     read = their_json(path, dict)
@@ -238,6 +250,7 @@ class Coco(FileFormat):
         rest: str | None = None,  # what no region covers: background, void; None: background
     ) -> MaskSet:
         check_choice("crowd", crowd, (None, "void", "class"))
+        _refuse_results(path)
         file = self.the_file(path)
         categories, pictures, by_image, said = _coco_parts(file)
         if crowd is None:
