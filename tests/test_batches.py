@@ -9,10 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from test_openai_judge import ask, reply
 
 from vlm_itl.core.checks import ConfigError
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows
+from vlm_itl.experiment.judge_turn import ask_about
 from vlm_itl.judging.batches import OpenAIBatch, batch_line, write_parts
 from vlm_itl.vlm.cache import CachedHandler
 from vlm_itl.vlm.handler import JudgeStopped, make_handler
@@ -115,6 +120,23 @@ def test_answers_are_those_of_the_judge_openai(office: Office) -> None:
     assert answers[0].p_yes == pytest.approx(0.7 / 0.9) and answers[0].usd == pytest.approx((100 + 4) / 1e6)
     (batch,) = office.batches.values()
     assert batch["completion_window"] == "24h" and len(office.files[batch["input_file_id"]].splitlines()) == 30
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_round_is_one_file(office: Office, tmp_path: Path, cached: bool) -> None:
+    """Ninety masks were three files, each waited for before the next was handed in, and also with a cache before it."""
+    labels = LabelSpace(("background", "thing"), palette=[(0, 0, 0), (200, 0, 0)])
+    masks, judge = MaskStore(tmp_path / "masks", labels), judge_at(office)
+    pictures = [Image.fromarray(np.full((8, 8, 3), number, np.uint8)) for number in range(90)]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+        masks.write(str(number), np.eye(8, dtype=np.uint8))
+    rows = make_rows([str(n) for n in range(90)], [tmp_path / f"{n}.png" for n in range(90)])
+    rows = rows.with_transform(DecodeRows(labels))
+    asked = CachedHandler(judge=judge, path=tmp_path / "answers.db") if cached else judge
+    answers = ask_about(asked, rows, masks, "quality", lambda query: [query])
+    assert [said.verdict for ((_, said),) in answers] == ["yes", "no"] * 45
+    assert len(office.batches) == 1
 
 
 def test_who_is_killed_while_waiting_finds_the_batch_again(office: Office) -> None:

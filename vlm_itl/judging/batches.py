@@ -184,6 +184,7 @@ class OpenAIBatch(OpenAIHandler):
 
     batches_matter = True  # all questions go in one file, the first ones too
     elsewhere = False  # and a file is worth waiting for more of them
+    by_files = True
 
     def __init__(
         self,

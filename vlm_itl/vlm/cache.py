@@ -409,13 +409,14 @@ class CachedHandler(VLMHandler):
         path: str | Path,  # the SQLite file
         max_calls: int | None = None,  # calls of this handler, retries included; then `JudgeStopped`
         max_usd: float | None = None,  # money spent by this handler; then `JudgeStopped`
-        batch_size: int | None = None,  # questions between two writes; None: as the judge, 64 at most
+        batch_size: int | None = None,  # questions between two writes; None: as the judge, 64 at most but by files
         seed: int = 0,  # handed to the judge, where `judge` is a name
         tau: float = 0.7,  # likewise
     ):
         self.judge_handler = _inner_judge(judge, options, seed, tau)
         self.spending = Spending(max_calls, max_usd)
-        size = min(64, self.judge_handler.batch_size) if batch_size is None else batch_size
+        least = self.judge_handler.batch_size if self.judge_handler.by_files else 64
+        size = min(least, self.judge_handler.batch_size) if batch_size is None else batch_size
         check_number("batch_size", size, 1, integer=True)
         self.batch_size = min(size, self.judge_handler.batch_size)  # one batch here is one batch there
         self.patience = self.judge_handler.patience

@@ -384,6 +384,11 @@ class Equipped:
         return bool(self.inner()) and all(judge.elsewhere for judge in self.inner())
 
     @property
+    def by_files(self) -> bool:
+        "Is every batch handed in as a file and waited for, so that few large ones are answered sooner?"
+        return any(judge.by_files for judge in self.inner())
+
+    @property
     def looks_ahead(self) -> bool:
         "Is anything gained by telling it what it will be asked next?"
         return any(judge.looks_ahead for judge in self.inner())
