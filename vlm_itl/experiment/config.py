@@ -120,7 +120,7 @@ class Config(TrainSettings):
     image_size: int = 96  # long side in evaluation, pixels
     resize: str = "keep"  # evaluation: keep the aspect and pad, or stretch to a square
     eval_batch_size: int = 8  # images at once when not training
-    steps: int | Literal["auto"] = 800  # optimizer steps per round; 0: only evaluate; auto: as many as help
+    steps: int | Literal["auto"] = 1600  # optimizer steps per round; 0: only evaluate; auto: as many as help
     warm_start: bool = False  # go on from the last round's weights instead of the initial ones
     goal: Goal = "model"  # model; or dataset: after the last round the rest of the pool is labelled, too
     goal_options: dict[str, Any] = field(default_factory=dict)  # {"quality": 0.8} or {"bad": 0.1}, see `LabelGoal`
