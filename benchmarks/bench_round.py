@@ -28,10 +28,10 @@ from table import Row, below, compare, cpu_seconds, publish, take_turns
 
 from vlm_itl.data import masks, transforms
 from vlm_itl.data.masks import MaskStore
-from vlm_itl.data.sources import SegData, load_data
+from vlm_itl.data.sources import SegData
 from vlm_itl.data.transforms import predicted_classes, unpad_one
 from vlm_itl.experiment.config import Config, make_config
-from vlm_itl.experiment.loop import Loop
+from vlm_itl.experiment.loop import Loop, load_run_data
 from vlm_itl.model.metrics import ConfusionMatrix
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.segmenter import Segmenter
@@ -97,7 +97,7 @@ def rounds(part: str, goal: str, repeats: int, mode: str, steps: int, **more: An
     taken: dict[str, list[float]] = {"ours": [], "bare": []}
     for turn in range(repeats):
         loop = Loop.from_config(settings(mode, steps, **more))
-        data, model = load_data(**sources(loop.config)), loop.team.learner.segmenter  # `run_round` begins it anew
+        data, model = load_run_data(loop.config), loop.team.learner.segmenter  # `run_round` begins it anew
         bare_loop(model, data, 2, loop.config.image_size)  # to warm up
         ways = {"bare": partial(bare_round, model, data, loop.config), "ours": loop.run_round}
         fresh = {name: partial(afresh, way) for name, way in ways.items()}
@@ -106,12 +106,6 @@ def rounds(part: str, goal: str, repeats: int, mode: str, steps: int, **more: An
         loop.folder.close()
         print(f"{part}, turn {turn + 1}: {taken['ours'][-1]:.2f} s, bare {taken['bare'][-1]:.2f} s", flush=True)
     return compare(f"a round / bare parts, {part}", taken["ours"], taken["bare"], "s", goal)
-
-
-def sources(config: Config) -> dict[str, Any]:
-    "What `load_data` takes, as the run does."
-    names = ("seed", "val_share", "test_share", "binary", "leaks")
-    return {"source": config.dataset, "options": config.data_options, **{name: getattr(config, name) for name in names}}
 
 
 def of_photographs() -> dict[str, Any] | None:

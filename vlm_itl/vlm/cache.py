@@ -415,8 +415,8 @@ class CachedHandler(VLMHandler):
     ):
         self.judge_handler = _inner_judge(judge, options, seed, tau)
         self.spending = Spending(max_calls, max_usd)
-        least = self.judge_handler.batch_size if self.judge_handler.by_files else 64
-        size = min(least, self.judge_handler.batch_size) if batch_size is None else batch_size
+        usual = self.judge_handler.batch_size if self.judge_handler.by_files else 64
+        size = usual if batch_size is None else batch_size
         check_number("batch_size", size, 1, integer=True)
         self.batch_size = min(size, self.judge_handler.batch_size)  # one batch here is one batch there
         self.patience = self.judge_handler.patience
