@@ -159,7 +159,7 @@ def test_a_server_that_gives_up_ends_the_run_as_ever(
     def broken(number: int, attempt: int, wish: dict[str, Any]) -> tuple[Any, ...]:
         return answer(number, attempt, wish) if attempt <= 6 else (500, failing("oops"))
 
-    told = []
+    told, rounds = [], []
     for name in ("early", "late"):
         server, folder = serve(broken), tmp_path / name
         with pytest.raises(JudgeError) as error:
@@ -168,6 +168,9 @@ def test_a_server_that_gives_up_ends_the_run_as_ever(
         told.append(re.sub(r"failed \d+ times", "failed several times", words))  # calls that were out already count
         server.script = answer
         list(run_al(make_config(settings(folder, server))))
+        (record,) = records(folder)[0]
+        assert record["budget"].pop("judge_calls") == len(server.wishes)  # each question, failed ones too, and no other
+        rounds.append(record)
         off()
     assert told[0] == told[1] and "several times in a row, always alike: InternalServerError" in told[0]
-    assert records(tmp_path / "early")[0] == records(tmp_path / "late")[0]
+    assert rounds[0] == rounds[1]
