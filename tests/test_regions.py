@@ -477,6 +477,17 @@ def test_a_run_resumes_and_spends_its_budget(scenes: Path, tmp_path: Path, setti
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_clicks_of_whole_masks_are_counted_where_somebody_asks(scenes: Path, tmp_path: Path):
+    """No outline is drawn only to count its corners; regions are always asked for by clicks."""
+    for asked in (False, True):
+        records = run(scenes, tmp_path / str(asked), unit="image", clicks=asked)
+        assert all((r.budget["clicks"] is not None) == asked for r in records)
+        assert not asked or records[0].budget["clicks"] >= 8  # four to learn from, four for validation
+    with pytest.raises(RunError, match="clicks=True"):
+        plot_learning_curve(tmp_path / "False", against="clicks")
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_budgets_out_of_reach_are_not_claimed(scenes: Path, tmp_path: Path):
     """One region an image a round: `labelled` says what was paid, and figures count it in images and clicks."""
     options = {"count": 20, "per_image": 1}

@@ -125,6 +125,7 @@ class Config(TrainSettings):
     goal: Goal = "model"  # model; or dataset: after the last round the rest of the pool is labelled, too
     goal_options: dict[str, Any] = field(default_factory=dict)  # {"quality": 0.8} or {"bad": 0.1}, see `LabelGoal`
     mask_seconds: float = FULL_MASK_SECONDS  # human seconds per mask
+    clicks: bool = False  # count the clicks that whole masks take; those of regions are always counted
     test_every_round: bool = True  # at the end, evaluate every round's model on test (False: the last one only)
     gallery: int = 6  # example pictures kept per round
     log_with: str = "none"  # none, wandb, tensorboard
@@ -359,7 +360,7 @@ def notebook_settings(
 # %% ../../nbs/experiment/01_config.ipynb #settings-dir
 _NEWER = (
     *("plugins", "proposer", "proposer_options", "fix_options", "accept_by", "confident", "goal", "goal_options"),
-    *("annotator", "annotator_options", "start", "test_share", "audit", "stop", "processes"),
+    *("annotator", "annotator_options", "start", "test_share", "audit", "stop", "processes", "clicks"),
 )
 
 

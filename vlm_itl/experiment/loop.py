@@ -356,7 +356,9 @@ class Loop:
             files.watch.patient = True  # it is asked when the masks of the start are paid for
         data = files if desk is None else masks_by_people(files, desk)
         right = config.annotator == "truth" and config.annotator_options.get("puts_right", False)
-        annotator = annotator or Oracle(data, Ledger(mask_seconds=config.mask_seconds), desk, right)
+        clicks = 0 if config.clicks or unit is not None else None
+        ledger = Ledger(mask_seconds=config.mask_seconds, clicks=clicks)
+        annotator = annotator or Oracle(data, ledger, desk, right)
         schedule = plan(config, len(data.train), len(labelled_before(annotator)))
         self._test = data.test
         self.team = Team(config, seal_data(data), learner, handler, annotator, schedule, unit)

@@ -30,7 +30,7 @@ class Ledger:
     regions: int = 0  # parts of images that were asked for alone
     shares: float = 0.0  # whole masks that these regions make, by their pixels
     pixels: int = 0  # pixels inside those masks and regions
-    clicks: int | None = 0  # by the rule of `count_clicks`; None as soon as some were not counted
+    clicks: int | None = 0  # by the rule of `count_clicks`; None: nobody asked, or some were not counted
     human_seconds: float = 0.0  # `mask_seconds` per mask, a region or correction its share; looks; what was timed
     again: int = 0  # masks that were drawn a second time, to see what a proposal does to the one who corrects it
     timed_masks: int = 0  # of the masks, those whose time was measured
@@ -83,7 +83,7 @@ class Ledger:
         pixels: int,  # of the mask
         drawing: float,  # whole masks' worth of drawing, in [0, 1]
         looking: float,  # seconds
-        clicks: int,  # corners that were moved
+        clicks: int | None,  # corners that were moved; None: nobody counts
         seconds: float | None = None,  # measured; None: what is to be expected of so much drawing and looking
     ) -> None:
         "Charge one mask that was corrected instead of drawn."

@@ -27,7 +27,7 @@ from ..core.seeds import stable_hash, stable_uniform
 from ..data.masks import MaskStore, raw_rows, row_ids
 from ..data.sources import SegData
 from ..data.stamps import Change, add_hashes, find_changes, take_stamps, tell_changes
-from .annotator import Oracle, mask_pixels
+from .annotator import Oracle, mask_pixels, total_clicks
 from .config import Config, make_config
 from .pool import Ledger, Pool, priced_at, read_ledger
 from ..model.scoring import PoolScores
@@ -37,7 +37,7 @@ from ..proposals.correction import CorrectionCost
 from ..proposals.proposers import Proposer, make_proposer
 from ..sampler.helpers import Helpers
 from ..sampler.region_choice import CHOICE_OPTIONS, check_choice_options
-from ..sampler.regions import Regions, count_clicks, split_region
+from ..sampler.regions import Regions, split_region
 from ..sampler.selects import StrategyOptions, sort_options
 from ..sampler.strategy import Sampler, parse_strategy
 from ..vlm.handler import VLMHandler
@@ -447,7 +447,7 @@ def _pay_held_out(state: State, data: SegData) -> None:
     tested = data.test.select([place for place, i in enumerate(row_ids(data.test)) if i in by_people])
     for split, rows in (("val", data.val), ("test", tested)):
         if len(rows):
-            clicks = sum(count_clicks(row["mask"]) for row in rows)
+            clicks = total_clicks(state.ledger, (row["mask"] for row in rows))
             seconds = [] if desk is None else desk.seconds([i for i in row_ids(rows) if i in by_people])
             state.ledger.pay_masks(mask_pixels(rows), split, clicks, seconds)
 

@@ -152,7 +152,8 @@ def _need_budget(runs: Sequence[Run], tables: _Tables, against: str) -> None:
     "Refuse an x axis that a run does not know."
     unknown = [run.path for run in runs if tables[run.path][against].isna().any()]
     if unknown:
-        raise RunError(f"{unknown[0]} does not know its {against}: draw it against something else.")
+        why = " (they are counted with clicks=True)" if against == "clicks" else ""
+        raise RunError(f"{unknown[0]} does not know its {against}{why}: draw it against something else.")
 
 # %% ../../nbs/reports/03_run_figures.ipynb #run-figures-line-text
 def _line_text(

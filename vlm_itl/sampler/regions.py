@@ -18,7 +18,6 @@ import datasets
 import numpy as np
 from PIL import Image
 from scipy.ndimage import find_objects
-from skimage.measure import approximate_polygon, find_contours
 from skimage.measure import label as connected_parts
 from skimage.segmentation import find_boundaries, slic
 
@@ -250,6 +249,8 @@ def region_label(
 # %% ../../nbs/sampler/04_regions.ipynb #regions-partial-corners
 def _corners(segment: np.ndarray) -> int:
     "Corners of a segment's outline."
+    from skimage.measure import approximate_polygon, find_contours  # brings scipy.signal, which few runs need
+
     outlines = find_contours(np.pad(segment, 1).astype(float), 0.5)
     return sum(max(1, len(approximate_polygon(line, tolerance=2.0)) - 1) for line in outlines)
 
