@@ -48,7 +48,8 @@ def one(config: Config, data: SegData, arm: float, selection: int) -> dict[str, 
         result = learner.fit(data.train.select(np.sort(picked)), data.val, "training", Path(folder))
     seconds = time.process_time() - started
     iou = test_iou(learner.evaluate(data.test, "testing"), config.dataset != "scenes")
-    looks = [[h["steps"], round(h["held_out_loss"], 4)] for h in result.history if "held_out_loss" in h]
+    losses = ("held_out_loss", "held_out_wrong")
+    looks = [[h["steps"], *(round(h[name], 4) for name in losses)] for h in result.history if losses[0] in h]
     return {"images": len(picked), "steps": result.steps, "iou": iou, "cpu_s": round(seconds), "looks": looks}
 
 

@@ -109,7 +109,7 @@ def settings_of(row: str, masks: int, seed: int, out: Path, steps: int = BASE["s
 
 
 PLACES = ("output_dir", "seed", "initial", "increment", "max_labelled", "dataset", "model", "plugins", "device")
-PLACES += ("proposer_options", "judge_options")  # hold folders
+PLACES += ("proposer_options", "judge_options", "clicks")  # hold folders; change no mask
 
 
 def recipe_of(settings: dict[str, Any]) -> str:

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FIRST_STEPS', 'MOST_STEPS', 'LEAST_GAIN', 'PATIENCE', 'ENOUGH_IMAGES', 'FALLBACK_STEPS', 'Growth', 'grow_steps',
-           'hold_out', 'human_rows', 'held_out_loss', 'find_steps']
+           'hold_out', 'human_rows', 'held_out_losses', 'told_looks', 'find_steps']
 
 # %% ../../nbs/model/08_convergence.ipynb #convergence-imports
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import datasets
@@ -25,7 +25,7 @@ from .segmenter import Segmenter
 # %% ../../nbs/model/08_convergence.ipynb #convergence-grow
 FIRST_STEPS = 100  # of the shortest training that is looked at
 MOST_STEPS = 6_400  # of the longest
-LEAST_GAIN = 0.02  # share of the loss that a doubling has to take off
+LEAST_GAIN = 0.02  # share of a loss that a doubling has to take off
 PATIENCE = 2  # doublings in a row without such a gain that end it
 
 
@@ -34,29 +34,31 @@ class Growth:
     "How many steps are enough, and how that was found."
 
     steps: int  # that are enough
-    looks: list[tuple[int, float]] = field(default_factory=list)  # steps, loss on what was held out
-    limited: bool = False  # was the loss still falling at the limit?
+    looks: list[tuple[int, tuple[float, ...]]] = field(default_factory=list)  # steps, losses on what was held out
+    limited: bool = False  # was a loss still falling at the limit?
 
 
 def grow_steps(
-    loss_after: Callable[[int], float],  # trains for so many steps, from the start, and says the held-out loss
+    losses_after: Callable[[int], Sequence[float]],  # trains for so many steps, from the start; held-out losses
     first: int = FIRST_STEPS,  # steps of the shortest training
     most: int = MOST_STEPS,  # steps of the longest
-    gain: float = LEAST_GAIN,  # share of the best loss so far that a doubling has to take off
+    gain: float = LEAST_GAIN,  # share of the best loss so far, of any kind, that a doubling has to take off
     patience: int = PATIENCE,  # doublings in a row without such a gain that end it
 ) -> Growth:
-    "Double the steps until the loss stops falling. `RunError` for a loss that is no number."
+    "Double the steps until no loss falls any more. `RunError` for a loss that is no number."
     if not 0 < first or not 0 < most:
         raise ConfigError(f"steps='auto' needs at least one step to look at, not {min(first, most)}.")
-    looks: list[tuple[int, float]] = []
-    best, steps = 0, min(first, most)
+    looks: list[tuple[int, tuple[float, ...]]] = []
+    lowest, best, steps = np.array(np.inf), 0, min(first, most)
     while steps <= most and len(looks) <= best + patience:
-        loss = float(loss_after(steps))
-        if not np.isfinite(loss):
-            raise RunError(f"steps='auto': the held-out loss after {steps} steps is {loss}: lower learning_rate.")
-        looks.append((steps, loss))
-        if loss < (1 - gain) * looks[best][1]:
-            best = len(looks) - 1
+        losses = np.array(losses_after(steps), dtype=float)
+        if not np.isfinite(losses).all():
+            told = losses.tolist()
+            raise RunError(f"steps='auto': the held-out loss after {steps} steps is {told}: lower learning_rate.")
+        gains = losses < (1 - gain) * lowest
+        lowest = np.where(gains, losses, lowest)
+        best = len(looks) if gains.any() else best
+        looks.append((steps, tuple(losses.tolist())))
         steps *= 2
     last = len(looks) - 1
     return Growth(looks[min(best + 1, last)][0], looks, limited=best == last)
@@ -87,23 +89,29 @@ def human_rows(
     return np.array(raw_rows(rows)["human"][:], dtype=bool)  # no picture is decoded for it
 
 # %% ../../nbs/model/08_convergence.ipynb #convergence-loss
-def held_out_loss(
+def held_out_losses(
     model: Segmenter,  # any
     rows: datasets.Dataset,  # columns id, image, mask: it has not learnt from them
     view: Inference,  # how they are shown
     measure: Callable[..., Metrics] = evaluate,  # or another that takes (model, data, view, desc=...)
-) -> float:  # in [0, 1]
-    "What is missing from a mean IoU of 1."
-    found = measure(model, rows, view, desc="held out")["mean_iou"]
-    if not np.isfinite(found):
+) -> tuple[float, float]:  # in [0, 1]
+    "What is missing from a mean IoU of 1, and the share of wrong pixels."
+    found = measure(model, rows, view, desc="held out")
+    if not np.isfinite(found["mean_iou"]):
         raise DataError("steps='auto': the images that were held out have no valid pixel.")
-    return 1 - found
+    return 1 - found["mean_iou"], 1 - found["pixel_accuracy"]
+
+
+def told_looks(growth: Growth) -> list[dict[str, float]]:
+    "The looks, for the history of a training."
+    names = ("held_out_loss", "held_out_wrong")
+    return [{"steps": steps, **dict(zip(names, losses, strict=False))} for steps, losses in growth.looks]
 
 # %% ../../nbs/model/08_convergence.ipynb #convergence-find
 def find_steps(
     rows: datasets.Dataset,  # columns id, image, mask, and `human` where there are pseudo-labels
     seed: int,  # decides what is held out
-    look: Callable[[datasets.Dataset, datasets.Dataset, int], float],  # rows to learn, rows held out, steps -> loss
+    look: Callable[[datasets.Dataset, datasets.Dataset, int], Sequence[float]],  # to learn, held out, steps -> losses
 ) -> Growth:
     "How many steps suit these images. A warning where there are too few to hold any out."
     split = hold_out(human_rows(rows), seed)

@@ -37,7 +37,7 @@ from ..data.labels import VOID
 from ..data.masks import raw_rows, row_ids, watch_of
 from ..data.transforms import TrainingSet, TrainTransform, collate
 from .checkpoints import Checkpoints, RunningLoss
-from .convergence import MOST_STEPS, Growth, find_steps, held_out_loss
+from .convergence import MOST_STEPS, Growth, find_steps, held_out_losses, told_looks
 from .metrics import Metrics
 from .mixture import draws_of, read_mixture
 from vlm_itl.model.predict import (
@@ -624,14 +624,14 @@ def _grown(task: _Task, checkpoints: Path | None) -> Growth:
     "How many steps suit these images, found on a part of them that is held out. The network is as it was afterwards."
     start = {name: value.clone() for name, value in task.model.state_dict().items()}
 
-    def look(learn: datasets.Dataset, held: datasets.Dataset, steps: int) -> float:
+    def look(learn: datasets.Dataset, held: datasets.Dataset, steps: int) -> tuple[float, float]:
         task.model.load_state_dict(start)
         settings = replace(task.settings, steps=steps, eval_every=0, early_stopping=0)
         where = None if checkpoints is None else checkpoints / "looks" / str(steps)
         desc = f"{task.desc}, a look at {steps} steps"
         how: dict[str, Any] = {"seed": task.seed, "desc": desc, "checkpoints": where, "share": task.share}
         fit(task.model, learn, settings, task.view, **how)
-        return held_out_loss(task.model, held, task.view, evaluate if task.share is None else task.share.measure)
+        return held_out_losses(task.model, held, task.view, evaluate if task.share is None else task.share.measure)
 
     growth = find_steps(task.labelled, task.seed, look)
     task.model.load_state_dict(start)
@@ -645,8 +645,7 @@ def _fit_grown(task: _Task, checkpoints: Path | None) -> FitResult:
     where = None if checkpoints is None else checkpoints / "all"
     how: dict[str, Any] = {"seed": task.seed, "desc": task.desc, "checkpoints": where, "share": task.share}
     result = fit(task.model, task.labelled, settings, task.view, task.validation, **how)
-    looks = [{"steps": steps, "held_out_loss": loss} for steps, loss in growth.looks]
-    return replace(result, history=[*looks, *result.history])
+    return replace(result, history=[*told_looks(growth), *result.history])
 
 # %% ../../nbs/model/09_train.ipynb #train-fit-fit
 def fit(

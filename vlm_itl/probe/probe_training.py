@@ -26,7 +26,7 @@ from ..data.masks import raw_rows, read_mask, same_size, watch_of
 
 # %% ../../nbs/probe/03_probe_training.ipynb #training-imports-1
 from ..model.checkpoints import RunningLoss
-from ..model.convergence import find_steps, held_out_loss
+from ..model.convergence import find_steps, held_out_losses, told_looks
 from ..model.mixture import draws_of, read_mixture
 from ..model.predict import Inference, autocast, evaluate, pick_device
 from ..model.scoring import valid_cells
@@ -265,14 +265,13 @@ def _fit_grown(
     "Find the number of steps, and train on all images for that number."
     start, more = copy.deepcopy(probe.net.head.state_dict()), {"seed": seed, **more}
 
-    def look(learn: datasets.Dataset, held: datasets.Dataset, steps: int) -> float:
+    def look(learn: datasets.Dataset, held: datasets.Dataset, steps: int) -> tuple[float, float]:
         probe.net.head.load_state_dict(start)
         short = replace(settings, steps=steps, eval_every=0)
         fit_probe(probe, learn, short, view, desc=f"{desc}, a look at {steps} steps", **more)
-        return held_out_loss(probe, held, view)
+        return held_out_losses(probe, held, view)
 
     growth = find_steps(rows, seed, look)
     probe.net.head.load_state_dict(start)
     result = fit_probe(probe, rows, replace(settings, steps=growth.steps), view, desc=desc, **more)
-    looks = [{"steps": steps, "held_out_loss": loss} for steps, loss in growth.looks]
-    return replace(result, history=[*looks, *result.history])
+    return replace(result, history=[*told_looks(growth), *result.history])
