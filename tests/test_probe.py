@@ -50,6 +50,7 @@ from vlm_itl.sampler.gradient import GradientProbe
 from vlm_itl.sampler.region_choice import score_regions
 from vlm_itl.sampler.regions import Regions
 from vlm_itl.sampler.uncertainty import scoring_options
+from vlm_itl.vlm.handler import JudgeQuery, RowPicture, make_handler
 
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2, "intermediate_size": 32}
 STAGES = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]}
@@ -120,6 +121,43 @@ def heads_equal(one: Probe, other: Probe) -> bool:
     """To the last bit."""
     theirs = other.net.head.state_dict()
     return all(torch.equal(value, theirs[key]) for key, value in one.net.head.state_dict().items())
+
+
+def test_a_confidence_judge_is_told_what_the_probe_remembers(
+    probe: Probe, toy: SegData, monkeypatch: pytest.MonkeyPatch
+):
+    """It looks at no photograph that the pass over the pool has seen, and is as sure as that pass was."""
+    fit_probe(probe, toy.train, QUICK, VIEW)
+    rows, judge = narrow(toy.labels, 5).remove_columns("mask"), make_handler("confidence")
+    drawn = MaskStore(Path(os.environ["VLM_ITL_CACHE"]) / "drawn", toy.labels)
+    judge.bind_segmenter(probe, VIEW)
+    score_pool(probe, rows, VIEW, drawn, watchers=judge.watchers())
+    pictures = [RowPicture(rows, place) for place in range(len(rows))]
+    asked = [JudgeQuery(i, p, drawn[i], labels=toy.labels) for i, p in zip(row_ids(rows), pictures, strict=True)]
+    watched = judge.judge(asked)
+    judge.bind_segmenter(probe, VIEW)  # what was watched is forgotten
+    shown_again = judge.judge([replace(query, image=query.image()) for query in asked])
+    with monkeypatch.context() as patch:
+        patch.setattr(MapEncoder, "forward", lambda *_: pytest.fail("the picture was looked at again"))
+        remembered = judge.judge([*asked, replace(asked[0], mask=1 - np.minimum(asked[0].mask, 1))])
+    assert [one.p_yes for one in remembered[:-1]] == [one.p_yes for one in watched]
+    assert [one.p_yes for one in shown_again] == pytest.approx([one.p_yes for one in watched], abs=2e-3)  # float16
+    assert remembered[-1].p_yes != remembered[0].p_yes  # another mask of the same picture
+
+
+def test_a_confidence_judge_says_which_picture_it_cannot_read(probe: Probe, toy: SegData):
+    """One broken file is one question without an answer."""
+    rows, judge = narrow(toy.labels, 3), make_handler("confidence")
+    Path(raw_rows(rows)[1]["image"]["path"]).write_bytes(b"no picture")
+    judge.bind_segmenter(probe, VIEW)
+    sizes = [(40, 90), (90, 40), (50, 50)]
+    answers = judge.judge(
+        JudgeQuery(str(n), RowPicture(rows, n), np.zeros(size, np.uint8), labels=toy.labels)
+        for n, size in enumerate(sizes)
+    )
+    assert [one.verdict == "abstain" for one in answers] == [False, True, False] and answers[1].error
+    wrong = judge.judge([JudgeQuery("0", RowPicture(rows, 0), np.zeros((9, 9), np.uint8), labels=toy.labels)])
+    assert "differ in size" in wrong[0].error
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -17,13 +17,11 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
-from PIL import Image
 
 from ..core.checks import ConfigError, JudgeError
 from vlm_itl.core.files import (
@@ -57,6 +55,7 @@ from vlm_itl.vlm.handler import (
     Judgement,
     JudgeQuery,
     JudgeStopped,
+    RowPicture,
     Shown,
     VLMHandler,
     failure_kind,
@@ -174,11 +173,6 @@ JUDGE_CHUNK = 32  # masks in memory at once
 FILE_CHUNK = 2048  # where a judge takes them by files, each of which may take a day: some 400 MB of 500 x 375
 
 
-def _read(images: datasets.Dataset, row: int) -> Image.Image:
-    "A picture, when it is needed."
-    return images[row]["image"]
-
-
 def judge_masks(
     handler: VLMHandler,  # who answers
     images: datasets.Dataset,  # columns id, image: what to judge
@@ -211,7 +205,7 @@ def ask_about(
         for start in range(0, len(ids), chunk):
             queries = []
             for row, image_id in enumerate(ids[start : start + chunk], start):
-                read = partial(_read, images, row)
+                read = RowPicture(images, row)
                 more = (extra or {}).get(image_id, {})
                 query = JudgeQuery(image_id, read, masks[image_id], (), question, labels=masks.labels, extra=more)
                 queries.append(questions(query))

@@ -28,7 +28,7 @@ from ..data.labels import VOID, LabelSpace
 from ..data.masks import read_mask, row_ids
 from .cards import mask_groups
 from ..model.metrics import image_iou
-from ..vlm.handler import JudgeQuery, background_of
+from ..vlm.handler import JudgeQuery, RowPicture, background_of
 
 # %% ../../nbs/judging/04_corruption.ipynb #corruption-kinds
 Family = Callable[[float], np.ndarray]  # strength in (0, 1] -> spoilt mask, uint8 (H, W)
@@ -351,11 +351,6 @@ def some_rows(
 _COLUMNS = ("kind", "target", "strength", "iou", "changed")
 
 
-def _image_reader(images: Dataset, row: int) -> Callable[[], Image.Image]:
-    "Load one image when asked."
-    return lambda: images[row]["image"]
-
-
 def _with_errors(
     name: str,
     truth: np.ndarray,
@@ -393,7 +388,7 @@ def corruption_queries(
         example = rows[row]
         name, truth = str(example["id"]), example["mask"]
         for spoilt in _with_errors(name, truth, labels, list(kinds or ERROR_KINDS), targets, per_image, seed):
-            image = _image_reader(images, row)
+            image = RowPicture(images, row)
             queries.append(JudgeQuery(name, image, spoilt.mask, question=question, labels=labels))
             known = {"id": name, **{field: getattr(spoilt, field) for field in _COLUMNS}}
             table.append({**known, **mask_groups(spoilt.mask, truth, labels)})
@@ -441,7 +436,7 @@ def folder_queries(
         mask = read_mask(place / f"{name}.png", labels, name=name)
         if mask.shape != truth.shape:
             raise DataError(f"{place / name}.png: the mask is {mask.shape[::-1]}, its image {truth.shape[::-1]} pixels")
-        queries.append(JudgeQuery(name, _image_reader(images, row), mask, question=question, labels=labels))
+        queries.append(JudgeQuery(name, RowPicture(images, row), mask, question=question, labels=labels))
         iou = image_iou(np.where(mask == VOID, _none_of(labels), mask), truth, len(labels))
         table.append({"id": name, "kind": "model", "iou": iou, **mask_groups(mask, truth, labels)})
     return queries, pd.DataFrame(table)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -67,6 +67,7 @@ def _as_map(
 class Segmenter(nn.Module):
     "A Hugging Face segmentation network that takes uint8 pixels and gives float32 logits."
 
+    remembers: ClassVar[bool] = False  # what it saw of an image, so that `batches` reads no file a second time
     mean: torch.Tensor
     std: torch.Tensor
 

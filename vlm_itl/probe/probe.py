@@ -226,6 +226,7 @@ def _head_weights(
 class Probe(Segmenter):
     "A segmenter with a frozen encoder that remembers what it has seen."
 
+    remembers = True
     net: ProbeNet
 
     def __init__(
