@@ -67,9 +67,9 @@ class Desk(http.server.BaseHTTPRequestHandler):
     def log_message(self, *parts: Any) -> None:
         "Quiet."
 
-    def send(self, body: Any) -> None:
+    def send(self, body: Any, status: int = 200) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(200)
+        self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -88,7 +88,8 @@ class Desk(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         office = self.server
         if self.path.endswith("/content"):
-            return self.send(office.files[self.path.split("/")[-2].replace("%20", " ")])
+            kept = office.files[self.path.split("/")[-2].replace("%20", " ")]
+            return self.send(kept) if kept else self.send({"error": {"message": "No such File object"}}, 404)
         if "/batches/" not in self.path:
             return self.send({"object": "list", "data": list(office.batches.values()), "has_more": False})
         batch = office.batches[self.path.split("/")[-1]]
@@ -176,6 +177,17 @@ def test_a_batch_that_ended_without_an_answer_is_not_fetched_for_ever(
     assert {a.verdict for a in judge.judge([ask(i) for i in range(3)])} == {"abstain"}
     office.ends, office.unanswered, office.broken = "completed", set(), {}
     assert [a.verdict for a in judge.judge([ask(i) for i in range(3)])] == ["yes", "no", "yes"]
+
+
+def test_answers_that_the_server_has_thrown_away_are_asked_for_anew(office: Office) -> None:
+    """Servers keep what came of a batch for some weeks; who comes back later is not told of a missing file for ever."""
+    queries = [ask(i) for i in range(3)]
+    first = judge_at(office).judge(queries)
+    for name in ("output_file_id", "error_file_id"):
+        if gone := office.batches["batch0"].get(name):
+            office.files[gone] = b""
+    again = judge_at(office).judge(queries)
+    assert [a.verdict for a in again] == [a.verdict for a in first] and len(office.batches) == 2
 
 
 def test_a_refused_file_is_one_clear_line(office: Office) -> None:

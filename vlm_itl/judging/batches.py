@@ -68,6 +68,7 @@ _ANSWERS = 400 * 2**20  # bytes of a file of answers, at most
 async def hand_in(
     client: Any,  # of `open_client`
     path: Path,  # a file of questions
+    without: str = "",  # id of one whose answers are no longer there
 ) -> Any:  # the batch
     "The batch of a file: the one that is there already, or a new one; of one that has ended without an answer, too."
     import openai
@@ -77,7 +78,7 @@ async def hand_in(
         async for batch in client.batches.list(limit=100):
             gone = batch.status in ("failed", "cancelled", "cancelling")
             gone = gone or (batch.status in _ENDED and not batch.output_file_id)  # it would give the same again
-            if (batch.metadata or {}).get(_MARK) == mark and not gone:
+            if (batch.metadata or {}).get(_MARK) == mark and not gone and batch.id != without:
                 return batch
     except openai.NotFoundError:  # a server that keeps no list
         pass
@@ -148,7 +149,7 @@ async def judge_batches(
     poll_s: float,  # seconds between two looks
     limits: Limits,  # of its patience
 ) -> dict[int, Judgement]:  # by position
-    "All questions, in as many batches as they need; `JudgeStopped` where the server is gone."
+    "All questions, in as many batches as they need, anew where answers are gone; `JudgeStopped` if the server is."
     import openai
 
     async def before() -> None:
@@ -161,10 +162,13 @@ async def judge_batches(
             batches = []
             for path in paths:
                 names = [json.loads(line)["custom_id"] for line in path.open(encoding="utf-8")]
-                batches.append((names, await hand_in(client, path)))
+                batches.append((names, path, await hand_in(client, path)))
+            for names, path, batch in batches:
+                try:
+                    replies = await wait_for(client, batch, poll_s)
+                except openai.NotFoundError:  # servers keep answers for some weeks
+                    replies = await wait_for(client, await hand_in(client, path, without=batch.id), poll_s)
                 path.unlink()
-            for names, batch in batches:
-                replies = await wait_for(client, batch, poll_s)
                 answers |= read_answers(talk, {name: prompts[name] for name in names}, replies)
     except (openai.APIError, JudgeStopped) as error:
         told = {int(name[1:]): answer for name, answer in answers.items()}
