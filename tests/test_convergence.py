@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -222,3 +223,15 @@ def test_the_command_line_takes_auto_and_numbers(name: str):
 
 def test_growth_says_whether_it_was_cut_off():
     assert Growth(7) == Growth(7, [], False)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_search_that_the_limit_ends_is_told(cut: bool, monkeypatch: pytest.MonkeyPatch):
+    """Nobody takes the longest training that was tried for one that is long enough."""
+    rows, losses = TOY.train.select([0] * 10), iter([1.0, 0.9, 0.8] if cut else [1.0, 1.0, 1.0])
+    monkeypatch.setattr(convergence, "MOST_STEPS", 400)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = convergence.find_steps(rows, 0, lambda *_: [next(losses)])
+    assert found.limited is cut and bool(said) is cut
+    assert not cut or "still gains at 400 steps" in str(said[0].message)

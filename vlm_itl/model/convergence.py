@@ -113,11 +113,15 @@ def find_steps(
     seed: int,  # decides what is held out
     look: Callable[[datasets.Dataset, datasets.Dataset, int], Sequence[float]],  # to learn, held out, steps -> losses
 ) -> Growth:
-    "How many steps suit these images. A warning where there are too few to hold any out."
+    "How many steps suit these images. A warning where too few can be held out, or where the limit ends the search."
     split = hold_out(human_rows(rows), seed)
     if split is None:
         few = f"steps='auto' holds out a fifth of the images with human masks, and there are fewer than {ENOUGH_IMAGES}"
         warnings.warn(f"{few}: {FALLBACK_STEPS} steps are taken.", stacklevel=3)
         return Growth(FALLBACK_STEPS)
     learn, held = (rows.select(part) for part in split)
-    return grow_steps(lambda steps: look(learn, held, steps), FIRST_STEPS, MOST_STEPS)
+    growth = grow_steps(lambda steps: look(learn, held, steps), FIRST_STEPS, MOST_STEPS)
+    if growth.limited:
+        longest = f"steps='auto': what is held out still gains at {growth.steps} steps, and no longer training is tried"
+        warnings.warn(f"{longest}: where that is too short, set steps to a number.", stacklevel=3)
+    return growth
