@@ -337,7 +337,7 @@ class Screen {
     this.#build();
     this.#listen();
     model.on("msg:custom", this.hear);
-    this.send({ what: "ready", view: this.name });
+    this.send({ what: "ready" });
     this.#expect();
   }
 
@@ -352,7 +352,7 @@ class Screen {
   // ---- what is said
 
   send(message, buffers = []) {
-    this.model.send(message, undefined, buffers);
+    this.model.send({ ...message, view: this.name }, undefined, buffers);
   }
 
   hear = (message, buffers) => {
@@ -364,6 +364,7 @@ class Screen {
   };
 
   async #show(task, [photo, start, mask]) {
+    await this.keepDraft(); // what was painted while the kernel took its time
     const working = this.sent; // whoever has just answered is looking at the next one already
     clearTimeout(this.patience);
     const [picture, ...both] = await Promise.all([createImageBitmap(new Blob([photo])), inflate(start), inflate(mask)]);
@@ -375,6 +376,7 @@ class Screen {
     this.press = null;
     this.sent = false;
     this.drafted = true; // the kernel has what is here
+    this.keptSeconds = task.seconds; // and how long it took
     this.size ||= Math.round(Math.min(task.width, task.height) / 50) * 2 + 1;
     this.clock.start(task.seconds, working && !document.hidden);
     this.at("place").textContent = `${task.place} of ${task.total}`;
@@ -453,10 +455,11 @@ class Screen {
   // What is unfinished goes to the kernel as well, so that a lost kernel or page costs seconds of work, not minutes.
   async keepDraft() {
     clearTimeout(this.draft);
-    if (!this.mask || this.drafted || this.sent) return;
+    if (!this.mask || this.sent || (this.drafted && this.clock.read() < this.keptSeconds + 1)) return;
     this.drafted = true;
+    this.keptSeconds = this.clock.read(); // who looked and painted nothing has worked, too
     this.#expect();
-    const message = { what: "draft", id: this.task.id, seconds: this.clock.read() };
+    const message = { what: "draft", id: this.task.id, seconds: this.keptSeconds };
     this.send(message, [await deflate(this.mask.pixels)]);
   }
 
