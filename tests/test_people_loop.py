@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from toyloop import Eye, Listener, Parrot, no_figures, settings, toy_loop
 
-from vlm_itl.core.checks import ConfigError
+from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.data.labels import VOID
 from vlm_itl.data.masks import raw_rows
+from vlm_itl.data.meaning import read_spec
 from vlm_itl.data.sources import SegData, toy_images
 from vlm_itl.experiment.acceptance import share_left
 from vlm_itl.experiment.annotator import asked_of_people
@@ -516,3 +518,22 @@ def test_corrections_that_took_twice_as_long_cost_twice_as_much(tmp_path: Path) 
     found = measured_costs(tmp_path, TOY.labels, assumed)
     assert found.timed == {"fix": LEAST_TIMED} and (found.mask, found.check) == (100.0, 9.0)
     assert found.cost.look_seconds == pytest.approx(18) and found.cost.rate == pytest.approx(2)
+
+
+@pytest.mark.parametrize("number", [2, 40])  # forty names are longer than any file's name may be
+def test_classes_are_named_on_the_command_line(tmp_path: Path, number: int) -> None:
+    """A text with commas, or a file; what is neither is told as a file that is missing."""
+    book = json.loads((Path(__file__).resolve().parent.parent / "nbs" / "run_label.ipynb").read_text(encoding="utf-8"))
+    source = next("".join(cell["source"]) for cell in book["cells"] if cell["id"] == "run-label-config")
+    names = ["background", *(f"kind of plant {index}" for index in range(1, number))]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+
+    def read(said: str) -> Any:
+        space = {"notebook_settings": dict, "make_config": dict, "run_path": str, "os": os}
+        exec(source, space | {"given": {"classes": said, "mode": "vlm", "data_options": {}}}, space)
+        return tuple(read_spec(space["config"]["data_options"]).names or ())
+
+    assert read(", ".join(names)) == read(str(tmp_path / "classes.txt")) == tuple(names)
+    assert len(read("voc")) == 21
+    with pytest.raises(DataError, match="no such file"):
+        read(str(tmp_path / "clases.txt"))
