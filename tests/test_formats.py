@@ -291,11 +291,33 @@ def test_label_studio_of_others(tmp_path: Path) -> None:
     triangle = {"points": [[0, 0], [100, 0], [0, 100]], "polygonlabels": ["cat"]}
     polygon = [{"id": "p", "type": "polygonlabels", "value": triangle, **size}]
     assert 40 <= read_masks(ls_file(path, ls_task(annotations=[{"result": polygon}]))).rows[0].mask.sum() <= 60
+    box = {"x": 0, "y": 0, "width": 50, "height": 50, "rotation": 0, "rectanglelabels": ["cat"]}
+    boxed = ls_task(annotations=[{"result": [*polygon, {"id": "b", "type": "rectanglelabels", "value": box, **size}]}])
+    assert read_masks(ls_file(path, boxed)).note.startswith("1 boxes")
     nameless = [
         {k: v for k, v in brush_results(hard()[0], LABELS)[0].items() if k != "value"} | {"value": {"rle": [1]}}
     ]
     with pytest.raises(DataError, match="no label"):
         mask_of_results(nameless, LABELS, (40, 61))
+
+
+@pytest.mark.parametrize("ids", [None, "r"])  # as scripts write predictions: without ids, or with one for all
+def test_a_region_of_label_studio_has_its_own_label(ids: str | None, tmp_path: Path) -> None:
+    """What stands in a region counts; by its id a label is found only where a brush has none itself."""
+    mask = hard()[0]
+    results = brush_results(mask, LABELS)
+    assert len(results) > 2
+    same = [{key: value for key, value in result.items() if key != "id"} for result in results]
+    same = [result | ({} if ids is None else {"id": ids}) for result in same]
+    assert (mask_of_results(same, LABELS, mask.shape) == mask).all()
+    read = read_masks(ls_file(tmp_path / "export.json", ls_task(annotations=[{"result": same}])), labels=LABELS)
+    assert (read.rows[0].mask == mask).all()
+    apart = [{**r, "type": "brush", "value": {"format": "rle", "rle": r["value"]["rle"]}} for r in results]
+    named = [{**r, "type": "labels", "value": {"labels": r["value"]["brushlabels"]}} for r in results]
+    assert (mask_of_results([*named, *apart], LABELS, mask.shape) == mask).all()
+    both = [{**results[0], "value": {**results[0]["value"], "brushlabels": ["cat", "dog"]}}]
+    with pytest.raises(DataError, match=r"2 labels \(cat, dog\)"):
+        mask_of_results(both, LABELS, mask.shape)
 
 
 def test_cvat_of_others(tmp_path: Path) -> None:
