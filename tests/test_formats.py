@@ -134,6 +134,17 @@ def test_run_lengths_of_any_region(shape: tuple[int, int], seed: int, share: flo
         assert (decode_cvat(encode_cvat(region), shape) == region).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(0, 2**32 - 1), st.data())
+def test_packed_counts_that_are_cut_are_no_region(shape: tuple[int, int], seed: int, data: st.DataObject) -> None:
+    """pycocotools fills what they do not reach with whatever lies in memory."""
+    coded = encode_coco(np.random.default_rng(seed).random(shape) < 0.5)
+    cut = data.draw(st.integers(0, len(coded["counts"]) - 1))
+    for counts in (coded["counts"][:cut], coded["counts"][:cut].encode()):
+        with pytest.raises(DataError, match="in COCO's form"):
+            decode_coco({**coded, "counts": counts}, shape)
+
+
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(-3, 300), max_size=30), shapes)
 def test_a_broken_brush_is_told_in_one_line(rle: list[int], shape: tuple[int, int]) -> None:
