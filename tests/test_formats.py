@@ -312,6 +312,48 @@ def test_label_studio_of_others(tmp_path: Path) -> None:
         mask_of_results(nameless, LABELS, (40, 61))
 
 
+def test_coco_files_that_were_put_together(tmp_path: Path) -> None:
+    """Two images or two classes of one id: the regions of one would become those of the other."""
+    ours = MaskSet(LABELS, [MaskRow("a", hard()[0]), MaskRow("b", hard()[4])])
+    (file,) = write_masks(ours, tmp_path / "out", "coco").glob("annotations/*.json")
+    good = json.loads(file.read_text())
+    for what, name in (("images", "file_name"), ("categories", "name")):
+        bad = json.loads(json.dumps(good))
+        bad[what][1]["id"] = bad[what][0]["id"]
+        bad["annotations"] = [part for part in bad["annotations"] if part["image_id"] == good["images"][0]["id"]]
+        file.write_text(json.dumps(bad))
+        with pytest.raises(DataError, match=f"{what} '{good[what][0][name]}' and '{good[what][1][name]}' have one id"):
+            read_masks(tmp_path / "out")
+    good["categories"].append(good["categories"][1])  # the same once more does no harm
+    file.write_text(json.dumps(good))
+    same(ours, read_masks(tmp_path / "out", labels=LABELS))
+
+
+def test_what_encloses_nothing_is_nothing(tmp_path: Path) -> None:
+    """Two clicks of a polygon that nobody has gone on with, in every tool."""
+    square = [[0, 0], [4, 0], [4, 4], [0, 4]]
+    assert (decode_coco([[1, 1, 3, 3], sum(square, [])], (8, 8)) == decode_coco([sum(square, [])], (8, 8))).all()
+    file = tmp_path / "annotations.xml"
+    for points, empty in ((square, False), (square[:2], True), ([], True)):
+        value = {"points": [[12.5 * x, 12.5 * y] for x, y in points], "polygonlabels": ["cat"]}
+        size = {"original_width": 8, "original_height": 8}
+        result = [{"id": "p", "type": "polygonlabels", "value": value, **size}]
+        assert (mask_of_results(result, LABELS, (8, 8)).max() == 0) == empty
+        text = ";".join(f"{x},{y}" for x, y in points)
+        image = f'<image name="a.jpg" width="8" height="8"><polygon label="cat" points="{text}"/></image>'
+        file.write_text(f"<annotations>{image}</annotations>")
+        if points:
+            assert (read_masks(file).rows[0].mask.max() == 0) == empty
+    with pytest.raises(DataError, match="in percent of the picture"):
+        mask_of_results([{**result[0], "value": {"polygonlabels": ["cat"]}}], LABELS, (8, 8))
+    file.write_text("<annotations>" + image.replace("/>", ' z_order="top"/>', 1) + "</annotations>")
+    with pytest.raises(DataError, match="z_order is a whole number"):
+        _ = read_masks(file).rows[0].mask
+    file.write_text('<annotations><label><name>cat</name></label><track label="cat"/></annotations>')
+    with pytest.raises(DataError, match="1 tracks were left out, export a video as 'CVAT for images 1.1'"):
+        read_masks(file)
+
+
 @pytest.mark.parametrize("ids", [None, "r"])  # as scripts write predictions: without ids, or with one for all
 def test_a_region_of_label_studio_has_its_own_label(ids: str | None, tmp_path: Path) -> None:
     """What stands in a region counts; by its id a label is found only where a brush has none itself."""

@@ -109,7 +109,10 @@ def result_regions(
         if kind == "rle":
             yield names[0], decode_brush(value["rle"], shape, told)
         else:  # in percent of the picture
-            points = np.asarray(value["points"], float) / 100 * [shape[1], shape[0]]
+            try:
+                points = np.asarray(value["points"], float).reshape(-1, 2) / 100 * [shape[1], shape[0]]
+            except (KeyError, TypeError, ValueError):
+                raise DataError(f"{told}: a polygon has points, [[x, y], ...] in percent of the picture") from None
             yield names[0], decode_coco([points.ravel().tolist()], shape, told)
 
 

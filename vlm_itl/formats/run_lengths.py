@@ -148,6 +148,10 @@ def decode_coco(
                 raise ValueError(f"its counts add up to {counts.sum()}")
         if isinstance(segmentation, dict) and [*segmentation["size"]] != [height, width]:
             raise ValueError(f"its size is {segmentation['size']}")
+        if isinstance(segmentation, list):  # what has two points or fewer encloses nothing
+            segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+            if not segmentation:
+                return np.zeros(shape, bool)
         coded = segmentation if packed else coco_masks.frPyObjects(segmentation, height, width)
         region = coco_masks.decode(coded)
     except Exception as error:  # pycocotools raises whatever comes to its mind
