@@ -520,6 +520,18 @@ def test_corrections_that_took_twice_as_long_cost_twice_as_much(tmp_path: Path) 
     assert found.cost.look_seconds == pytest.approx(18) and found.cost.rate == pytest.approx(2)
 
 
+def test_a_few_seconds_to_skip_are_not_the_price_of_a_mask(tmp_path: Path) -> None:
+    store, assumed = AnswerStore(tmp_path / "answers", TOY.labels), WorkCosts(100.0, 9.0, CorrectionCost())
+    for number in range(LEAST_TIMED):
+        store.take(Answer(f"drawn-{number}", "draw", "drawn", TRUTH["toy-1"], 200.0))
+        store.take(Answer(f"skipped-{number}", "draw", "skipped", None, 2.0))
+        store.take(Answer(f"unsure-{number}", "verify", "skipped", None, 60.0))
+    found = measured_costs(tmp_path, TOY.labels, assumed)
+    draw = people_account(tmp_path, TOY.labels)["kinds"]["draw"]
+    assert (found.mask, found.check, found.timed) == (200.0, 9.0, {"draw": LEAST_TIMED})
+    assert (draw["n"], draw["timed"], draw["seconds"]) == (2 * LEAST_TIMED, LEAST_TIMED, 200.0)
+
+
 @pytest.mark.parametrize("number", [2, 40])  # forty names are longer than any file's name may be
 def test_classes_are_named_on_the_command_line(tmp_path: Path, number: int) -> None:
     """A text with commas, or a file; what is neither is told as a file that is missing."""
