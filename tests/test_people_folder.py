@@ -270,6 +270,27 @@ def test_what_tools_export_is_taken(photos: dict[str, Path], tmp_path: Path, wor
     assert (found["toy-1"].who, found["toy-1"].seconds) == ("anna", 99)  # a line counts more than a tool
 
 
+@pytest.mark.parametrize("word", ["coco", "cvat", "labelstudio", "voc", "pictures"])
+def test_names_that_tools_put_into_plain_letters(photos: dict[str, Path], tmp_path: Path, word: str):
+    """A question that is asked again has a ~ in its name, and photographs are called as people call them."""
+    annotator, truth = make_annotator("folder", tmp_path / "run", LABELS), masks()
+    asked = [Request("toy-1", "draw", photos["toy-1"]), Request("toy-1~again", "draw", photos["toy-1"], about="toy-1")]
+    annotator.ask([*asked, Request("a, b (2)", "draw", photos["toy-2"])])
+    plain = {"001_toy-1": "toy-1", "002_toy-1-again": "toy-2", "003_a-b-2-": "toy-3"}
+    if word == "labelstudio":  # an upload there leaves out what is no letter
+        plain = dict(zip(["001_toy-1", "002_toy-1again", "003_a_b_2"], plain.values(), strict=True))
+    back = tmp_path / "run" / "masks"
+    if word == "pictures":
+        for name, of in plain.items():
+            Image.fromarray(truth[of]).save(back / f"{name}.png")
+    else:
+        write_masks(MaskSet(LABELS, [MaskRow(name, truth[of]) for name, of in plain.items()]), back / "mine", word)
+    found = annotator.answered()
+    assert [*found] == ["toy-1", "toy-1~again", "a, b (2)"] and annotator.waiting() == ""
+    for answer, of in zip(found.values(), plain.values(), strict=True):
+        assert (answer.mask == truth[of]).all()
+
+
 def test_an_export_beside_pictures(photos: dict[str, Path], tmp_path: Path):
     annotator, back = four(photos, tmp_path / "run"), tmp_path / "run" / "masks"
     exported(back / "mine", "coco")

@@ -8,6 +8,7 @@ __all__ = ['Said', 'read_verdicts', 'numbered', 'files_for', 'exports_in', 'read
 
 # %% ../../nbs/people/02_folder.ipynb #folder-imports
 import csv
+import re
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 from ..core.checks import ConfigError, DataError, check_choice, check_number, closest, show
 from ..core.files import write_bytes, write_text
 from ..data.labels import VOID, LabelSpace
-from ..data.layouts import bare_name, image_files, pair_masks
+from ..data.layouts import bare_name, image_files, pair_masks, safe_ids
 from ..data.masks import open_image, read_image
 from ..data.meaning import read_text
 from ..formats.formats import FORMATS, MaskRow, MaskSet, read_masks, rest_of
@@ -130,9 +131,22 @@ def files_for(
     return _matched(names, files)
 
 
+def _as_asked(names: Mapping[str, Request], files: Mapping[str, Path]) -> dict[str, Path]:
+    "The same files; those whose names a tool has put into plain letters are called as was asked."
+    own, plain = {*names, *(request.id for request in names.values())}, dict[str, set[str]]()
+    for name in own:
+        for other in (safe_ids([name])[0], re.sub(r"[^-\w.]", "", name.strip().replace(" ", "_"))):
+            plain.setdefault(other, set()).add(name)
+    called: dict[str, Path] = {}
+    for key, path in files.items():
+        asked = [] if key in own else [name for name in plain.get(key, ()) if name not in files]
+        called[asked[0] if len(asked) == 1 else key] = path
+    return called
+
+
 def _matched(names: Mapping[str, Request], files: Mapping[str, Path]) -> tuple[dict[str, Path], list[Path]]:
     "Files by what they answer, and those that answer nothing."
-    there, found = _Names(files), dict[str, Path]()
+    there, found = _Names(_as_asked(names, files)), dict[str, Path]()
     named = {name: there.fitting(name, request) for name, request in names.items()}
     owners = {path: name for name, paths in named.items() for path in paths}
     for name, request in names.items():
