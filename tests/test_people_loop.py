@@ -251,6 +251,24 @@ def test_a_judge_that_reads_the_truth_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "more, words",
+    [
+        ({}, "needs 10 of them in round 0, and there are 1: set initial to 10"),
+        ({"acceptance": "certified"}, "can accept nothing: .* validation masks, and there are 1"),
+    ],
+)
+def test_what_cannot_be_is_said_before_people_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], words: str
+) -> None:
+    """Not when they have drawn all that a run needs before its first training."""
+    if not more:
+        monkeypatch.setattr(Eye, "least_labelled", 10)
+    with pytest.raises(ConfigError, match=words):
+        people_loop(tmp_path, {}, **more)
+    assert not (tmp_path / "people" / "asked.jsonl").exists()
+
+
+@pytest.mark.parametrize(
     "wrong, words",
     [
         ({"annotator": "nobody"}, "annotator=.nobody. is not known"),
