@@ -322,6 +322,11 @@ def test_an_export_that_cannot_be_taken(photos: dict[str, Path], tmp_path: Path)
         annotator.answered()
     lenient = make_annotator("folder", tmp_path / "run", LABELS, format_options={"unknown": "void"})
     assert VOID in lenient.answered()["toy-1"].mask
+    (back / "mine.json").write_text(text.replace('"iscrowd":0', '"iscrowd":1').replace('"iscrowd": 0', '"iscrowd": 1'))
+    with pytest.raises(DataError, match="say crowd='class' .options go into .*format_options"):  # as CVAT has brushes
+        annotator.answered()
+    brushes = make_annotator("folder", tmp_path / "run", LABELS, format_options={"crowd": "class"})
+    assert {*brushes.answered()} == {"toy-1", "toy-2"}
     (back / "mine.json").unlink()
     (back / "mine.zip").write_bytes(b"PK" + bytes(40))
     os.utime(back / "mine.zip", (1e9, 1e9))

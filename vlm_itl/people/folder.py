@@ -195,7 +195,8 @@ def read_export(
     try:
         return read_masks(path, format or None, labels, **({"images": images} | {**(options or {})}))
     except (ConfigError, DataError) as error:
-        hint = "" if isinstance(error, DataError) else " (options go into annotator_options={'format_options': {...}})"
+        asks = isinstance(error, ConfigError) or "say crowd=" in str(error)
+        hint = " (options go into annotator_options={'format_options': {...}})" if asks else ""
         raise DataError(f"{path} is not taken: {error}{hint}") from error
 
 
