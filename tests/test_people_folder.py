@@ -381,6 +381,17 @@ def test_what_nobody_sees_is_not_taken(folder: FolderAnnotator, alpha: int):
         folder.answered()
 
 
+def test_what_to_do_about_a_mask_is_what_a_painter_can_do(folder: FolderAnnotator):
+    """Options of the data set are none of it: a run that waits keeps them."""
+    mixed = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8).repeat(4, 0).repeat(4, 1)).convert("P")
+    mixed.putpalette([*LABELS.palette[1].tolist(), *LABELS.palette[0].tolist()])  # what a program thinks is smaller
+    for picture in (mixed, Image.new("L", (8, 8), 127), Image.new("RGB", (8, 8), (1, 2, 3))):
+        picture.save(folder.folder / "masks" / "002_toy-0.png")
+        with pytest.raises(DataError, match="Save it in the grey values or colours of the classes[.]$") as told:
+            folder.answered()
+        assert "data_options" not in str(told.value) and ".. " not in str(told.value)
+
+
 def test_black_and_white_is_asked_about(tmp_path: Path, photos: dict[str, Path]):
     """White is 255, no class: of two classes nothing of the second would ever have been learnt."""
     annotator = make_annotator("folder", tmp_path / "run", LabelSpace(("background", "cell")))

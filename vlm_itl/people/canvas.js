@@ -638,7 +638,7 @@ class Screen {
       ? [(event.clientX - box.left) * ratio, (event.clientY - box.top) * ratio]
       : [view.width / 2, view.height / 2];
     const whole = Math.min(view.width / this.mask.width, view.height / this.mask.height);
-    const scale = Math.min(Math.max(view.scale * factor, whole / 2), 40 * ratio);
+    const scale = Math.min(Math.max(view.scale * factor, whole / 2), Math.max(40 * ratio, whole)); // tiny ones fit at more
     view.x += sx / view.scale - sx / scale;
     view.y += sy / view.scale - sy / scale;
     view.scale = scale;
