@@ -381,6 +381,38 @@ def test_what_nobody_sees_is_not_taken(folder: FolderAnnotator, alpha: int):
         folder.answered()
 
 
+@pytest.mark.parametrize(
+    ("said", "void"),
+    [
+        ({}, "255  no class"),
+        ({"values": (1, 2, 3), "ignore": [0]}, "255  no class"),
+        ({"ignore": [0]}, "255  no class"),
+        ({"values": (2, 0, 1)}, "255  no class"),
+        ({"values": (0, 128, 255), "ignore": [7]}, "7    no class"),
+        ({"values": (0, 128, 255)}, "     no class"),
+    ],
+)
+@pytest.mark.parametrize("colours", [False, True])
+def test_a_proposal_is_changed_and_saved_in_a_drawing_program(
+    tmp_path: Path, photos: dict[str, Path], said: dict[str, Any], void: str, colours: bool
+):
+    """Whatever values the data set's files have: the proposal is in them, and our mark is not missed."""
+    labels = LabelSpace(LABELS.names[:3], **said)
+    annotator, proposal = make_annotator("folder", tmp_path / "run", labels), np.zeros((8, 8), np.uint8)
+    proposal[2:4], proposal[4:6], proposal[7] = 1, 2, VOID
+    annotator.ask([Request("toy-0", "fix", photos["toy-0"], proposal)])
+    sheet = (tmp_path / "run" / "how_to.txt").read_text()
+    assert f"\n{void}: unclear" in sheet and sheet.count(f"\n{void[:4]}") == 1
+    with Image.open(tmp_path / "run" / "proposals" / "001_toy-0.png") as opened:
+        picture = opened.copy()
+    picture.info = {}  # what a program does not know it does not keep
+    picture.paste(picture.getpixel((0, 2)), (0, 0, 8, 1))
+    (picture.convert("RGB") if colours else picture).save(tmp_path / "run" / "masks" / "001_toy-0.png")
+    proposal[0] = 1
+    answer = annotator.answered()["toy-0"]
+    assert answer.verdict == "fixed" and (answer.mask == proposal).all()
+
+
 def test_what_to_do_about_a_mask_is_what_a_painter_can_do(folder: FolderAnnotator):
     """Options of the data set are none of it: a run that waits keeps them."""
     mixed = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8).repeat(4, 0).repeat(4, 1)).convert("P")
