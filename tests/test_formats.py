@@ -10,6 +10,7 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -457,6 +458,35 @@ def test_a_format_of_your_own(tmp_path: Path) -> None:
             register_format("other")(dict)  # type: ignore[arg-type]
     finally:
         before()
+
+
+def test_polygons_of_datumaro_are_regions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Datumaro hands out of files of COCO or CVAT: polygons were left out, and the mask was empty."""
+
+    def part(kind: str, z: int = 0, **more: Any) -> Any:
+        return SimpleNamespace(type=SimpleNamespace(name=kind), label=0, z_order=z, **more)
+
+    square = [1.0, 1.0, 5.0, 1.0, 5.0, 5.0, 1.0, 5.0]
+    parts = [part("polygon", 1, points=square), part("bbox")]
+    photo = SimpleNamespace(path="a.jpg", size=(8, 9))
+    items = [SimpleNamespace(id="a", annotations=parts, media=photo, attributes={})]
+    items += [SimpleNamespace(id="b", annotations=parts[:1], media=None, attributes={})]
+
+    class Read(list[Any]):
+        def categories(self) -> Any:
+            return {"label": [SimpleNamespace(name="cat")]}
+
+        def infos(self) -> Any:
+            return {}
+
+    package = SimpleNamespace(
+        Dataset=SimpleNamespace(import_from=lambda *where: Read(items)), AnnotationType=SimpleNamespace(label="label")
+    )
+    monkeypatch.setattr("vlm_itl.formats.libraries._datumaro", lambda: package)
+    found = read_masks(tmp_path, "datumaro", layout="coco")
+    assert (found.rows[0].mask == decode_coco([square], (8, 9))).all() and found.note.startswith("1 boxes")
+    with pytest.raises(DataError, match="b: nothing says how large it is"):
+        _ = found.rows[1].mask
 
 
 def test_datumaro_is_asked_for_where_it_is_missing(tmp_path: Path) -> None:
