@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -548,6 +549,25 @@ def test_a_few_seconds_to_skip_are_not_the_price_of_a_mask(tmp_path: Path) -> No
     draw = people_account(tmp_path, TOY.labels)["kinds"]["draw"]
     assert (found.mask, found.check, found.timed) == (200.0, 9.0, {"draw": LEAST_TIMED})
     assert (draw["n"], draw["timed"], draw["seconds"]) == (2 * LEAST_TIMED, LEAST_TIMED, 200.0)
+
+
+@pytest.mark.parametrize("goal", ["model", "dataset"])
+def test_all_work_is_told_at_the_end(goal: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was drawn once more is a mask, too; and labelling the rest of the pool is work."""
+    book = json.loads((Path(__file__).resolve().parent.parent / "nbs" / "run_label.ipynb").read_text(encoding="utf-8"))
+    source = next("".join(cell["source"]) for cell in book["cells"] if cell["id"] == "run-label-time")
+    train = {"images": 22, "again": 1, "checks": 0, "human_seconds": 3600.0}
+    train |= {"timed_masks": 19, "timed_fixes": 4, "timed_checks": 0}
+    rest = train | {"images": 29, "checks": 7, "human_seconds": 7200.0, "timed_fixes": 11, "timed_checks": 7}
+    summary = {"budget": train, "people": None, "labelled_pool": {"budget": rest} if goal == "dataset" else None}
+    exec(source, {"run": SimpleNamespace(summary=summary)})
+    told = capsys.readouterr().out
+    whole = (
+        "30 masks and 7 checks by people, 2.0 hours; 37 of"
+        if goal == "dataset"
+        else "23 masks and 0 checks by people, 1.0 hours; 23 of"
+    )
+    assert told.startswith(whole)
 
 
 @pytest.mark.parametrize("number", [2, 40])  # forty names are longer than any file's name may be
