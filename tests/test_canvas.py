@@ -293,6 +293,23 @@ def test_an_answer_of_somebody_else_is_not_replaced_without_a_word(
     assert first.say("submit", ONES, id="a", seconds=9, view="1")["what"] == "task"  # it was shown what is replaced
 
 
+def test_who_only_looks_is_timed_and_takes_nothing_away(person: NotebookAnnotator, monkeypatch: pytest.MonkeyPatch):
+    page = Page(person, monkeypatch)
+    page.say("draft", id="c", seconds=30)
+    task = page.say("go", id="b", by=1)
+    assert (task["id"], task["seconds"]) == ("c", 30) and (page.mask(1) == page.mask(2)).all()
+    page.say("draft", ONES, id="a", seconds=9, view="1")
+    page.say("draft", id="a", seconds=4, view="2")  # another page, on which nothing is painted
+    task = page.say("go", id="b", by=-1)
+    assert task["seconds"] == 9 and page.mask(2).all()
+    page.say("submit", 2 * ONES, id="b", seconds=5)
+    page.say("draft", id="b", seconds=8)
+    task = page.say("go", id="a", by=1)
+    assert (task["verdict"], task["seconds"]) == ("fixed", 8) and (page.mask(2) == 2).all()
+    page.say("reject", id="c", seconds=31)
+    assert person.answered()["c"].seconds == 31 and not (person.folder / "drafts" / "c.json").exists()
+
+
 def test_half_a_second_answer_says_that_there_is_a_first(person: NotebookAnnotator, monkeypatch: pytest.MonkeyPatch):
     page = Page(person, monkeypatch)
     page.say("submit", ONES, id="a", seconds=1)

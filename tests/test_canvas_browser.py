@@ -506,7 +506,8 @@ const state = { classes: classes.map(([name, value]) => ({ name, value, color: [
 const ears = new Set();
 window.said = [];
 const on = (_, hear) => ears.add(hear), off = (_, hear) => ears.delete(hear);
-const model = { get: (name) => state[name], on, off, send: (message) => window.said.push(message) };
+const send = (message, _, buffers) => window.said.push({ ...message, masks: buffers.length });
+const model = { get: (name) => state[name], on, off, send };
 window.tell = async (view, id, seconds) => {
   const plain = Object.assign(document.createElement("canvas"), { width: 40, height: 30 });
   plain.getContext("2d").fillRect(0, 0, 40, 30);
@@ -546,7 +547,7 @@ def test_what_a_page_has_is_not_lost_to_another_or_to_time(browser: Any):
     page.locator("#one [data-do=later]").click()
     page.wait_for_function("said.some((message) => message.what == 'go')")
     (look,) = said("draft")
-    assert (look["id"], look["view"]) == ("a", one) and 2 <= look["seconds"] < 10
+    assert (look["id"], look["view"], look["masks"]) == ("a", one, 0) and 2 <= look["seconds"] < 10
     page.mouse.move(box["x"] + 200, box["y"] + 200)
     page.mouse.down()
     page.mouse.up()
@@ -556,4 +557,5 @@ def test_what_a_page_has_is_not_lost_to_another_or_to_time(browser: Any):
     page.evaluate("one => tell(one, 'b', 0)", one)  # the kernel comes to what it was asked for
     page.wait_for_function("document.querySelector('#one .asked').textContent.startsWith('b')")
     assert [(draft["id"], draft["view"]) for draft in said("draft")] == [("a", one)] * 2
+    assert said("draft")[1]["masks"] == 1
     page.close()

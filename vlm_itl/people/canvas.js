@@ -456,11 +456,12 @@ class Screen {
   async keepDraft() {
     clearTimeout(this.draft);
     if (!this.mask || this.sent || (this.drafted && this.clock.read() < this.keptSeconds + 1)) return;
+    const painted = !this.drafted;
     this.drafted = true;
     this.keptSeconds = this.clock.read(); // who looked and painted nothing has worked, too
     this.#expect();
     const message = { what: "draft", id: this.task.id, seconds: this.keptSeconds };
-    this.send(message, [await deflate(this.mask.pixels)]);
+    this.send(message, painted ? [await deflate(this.mask.pixels)] : []);
   }
 
   // ---- what is seen

@@ -161,9 +161,14 @@ class _Kept:
         same = proposal is not None and np.array_equal(mask, proposal)
         self.take(request, "drawn" if request.kind == "draw" else "accepted" if same else "fixed", mask, seconds)
 
-    def draft(self, request: Request, mask: np.ndarray, seconds: float) -> None:
-        "Write down what is half done."
-        _write(self.path("drafts", request.id), {"seconds": seconds}, mask_png(mask, self.labels), "draft")
+    def draft(self, request: Request, mask: np.ndarray | None, seconds: float) -> None:
+        "Write down what is half done; without a mask only the seconds: somebody has looked."
+        path = self.path("drafts", request.id)
+        if mask is not None:
+            return _write(path, {"seconds": seconds}, mask_png(mask, self.labels), "draft")
+        before: dict[str, Any] = read_json(path, dict) if path.is_file() else {"mask": None, "seconds": 0.0}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**before, "seconds": max(seconds, before["seconds"])})
 
     def answer(self, request: Request) -> Answer:
         "What was answered; `DataError` if other hands have changed it since."
@@ -196,7 +201,7 @@ class _Kept:
         verdict = "" if answer is None else answer.verdict
         if (path := self.path("drafts", request.id)).is_file():
             line, mask = _read(path)
-            return mask, line["seconds"], verdict
+            return answer.mask if mask is None and answer else mask, line["seconds"], verdict
         return (None, 0.0, "") if answer is None else (answer.mask, answer.seconds or 0.0, verdict)
 
 # %% ../../nbs/people/05_canvas.ipynb #canvas-talk
@@ -243,8 +248,9 @@ class _Talk:
             raise DataError(f"image {show(message['id'], 60)} is not asked here.")
         request, seconds = order[at], check_number("seconds", message["seconds"], 0)
         if what in ("submit", "draft"):
-            mask = _unpacked(buffers[0], _photo(request.image)[1], request.id)
-            if what == "draft":
+            looked = what == "draft" and not buffers
+            mask = None if looked else _unpacked(buffers[0], _photo(request.image)[1], request.id)
+            if mask is None or what == "draft":
                 self.kept.draft(request, mask, seconds)
                 return self._say({"what": "kept", "id": request.id})
             self._refuse_overtaken(request)
