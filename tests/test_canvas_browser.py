@@ -558,4 +558,10 @@ def test_what_a_page_has_is_not_lost_to_another_or_to_time(browser: Any):
     page.wait_for_function("document.querySelector('#one .asked').textContent.startsWith('b')")
     assert [(draft["id"], draft["view"]) for draft in said("draft")] == [("a", one)] * 2
     assert said("draft")[1]["masks"] == 1
+    page.mouse.move(box["x"] + 250, box["y"] + 250)
+    page.mouse.down()
+    page.mouse.up()
+    page.evaluate("one => tell(one, 'b', 0)", one)  # a second reply, to whoever had pressed twice
+    page.wait_for_timeout(500)
+    assert page.locator("#one [data-do=undo]").is_enabled()
     page.close()

@@ -364,9 +364,10 @@ class Screen {
   };
 
   async #show(task, [photo, start, mask]) {
+    clearTimeout(this.patience);
+    if (this.task?.id === task.id && !this.drafted && !this.sent) return; // it is here, and was painted on since
     await this.keepDraft(); // what was painted while the kernel took its time
     const working = this.sent; // whoever has just answered is looking at the next one already
-    clearTimeout(this.patience);
     const [picture, ...both] = await Promise.all([createImageBitmap(new Blob([photo])), inflate(start), inflate(mask)]);
     this.task = task;
     this.start = both[0];
