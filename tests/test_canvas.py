@@ -230,7 +230,11 @@ def test_what_is_half_done_is_there_again(
     page = Page(person, monkeypatch)
     page.say("ready")
     page.say("draft", ONES, id="a", seconds=7.5)
-    assert person.answered() == {} and page.heard[-1][0] == {"what": "kept", "id": "a"}  # nobody is interrupted
+    assert person.answered() == {} and page.heard[-1][0] == {
+        "what": "kept",
+        "id": "a",
+        "view": "",
+    }  # nobody is interrupted
     again = make_annotator("notebook", person.folder, LABELS)
     again.ask(requests)
     page = Page(again, monkeypatch)
@@ -250,6 +254,68 @@ def test_going_back_and_answering_again(person: NotebookAnnotator, monkeypatch: 
     assert (person.answered()["a"].mask == 2).all() and person.answered()["a"].seconds == 5
     assert len(list((person.folder / "answers").iterdir())) == 2
     assert page.say("go", id="", by=-1)["id"] == "c"  # from the end
+
+
+def test_each_of_two_pages_is_told_alone(person: NotebookAnnotator, monkeypatch: pytest.MonkeyPatch):
+    """What one asks for is not shown on the other, where somebody may be painting."""
+    page = Page(person, monkeypatch)
+    page.say("ready", view="1")
+    page.say("ready", view="2")
+    page.say("go", id="a", by=1, view="2")
+    page.say("draft", ONES, id="b", seconds=2, view="2")
+    page.say("submit", ONES[:1], id="b", seconds=2, view="2")  # broken on its way
+    for name in ("b", "c", "a"):
+        page.say("skip", id=name, seconds=1, view="2")
+    what = [(said["what"], said["view"]) for said, _ in page.heard]
+    kinds = ["task", "kept", "problem", "task", "task", "done"]
+    assert what == [("task", "1"), ("task", "2"), *[(kind, "2") for kind in kinds]]
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])  # another page of this notebook, or another notebook
+def test_an_answer_of_somebody_else_is_not_replaced_without_a_word(
+    person: NotebookAnnotator, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+):
+    other = open_canvas(person.folder, who="ben") if elsewhere else person
+    first, second = (
+        (Page(who, monkeypatch) for who in (person, other)) if elsewhere else [Page(person, monkeypatch)] * 2
+    )
+    first.say("ready", view="1")
+    second.say("ready", view="2")
+    assert first.say("submit", ONES, id="a", seconds=9, view="1")["id"] == "b"
+    for what, mask in (("submit", 2 * ONES), ("skip", None)):
+        told = second.say(what, mask, id="a", seconds=3, view="2")
+        if what == "submit":
+            assert told["what"] == "problem" and "answered on another page by anna" in told["text"]
+            assert (person.answered()["a"].mask == 1).all() and person.answered()["a"].seconds == 9
+    assert person.answered()["a"].verdict == "skipped"  # who says it twice means it
+    assert first.say("submit", ONES, id="b", seconds=9, view="1")["id"] == "c"
+    assert first.say("go", id="b", by=-1, view="1")["verdict"] == "skipped"
+    assert first.say("submit", ONES, id="a", seconds=9, view="1")["what"] == "task"  # it was shown what is replaced
+
+
+def test_who_only_looks_is_timed_and_takes_nothing_away(person: NotebookAnnotator, monkeypatch: pytest.MonkeyPatch):
+    page = Page(person, monkeypatch)
+    page.say("draft", id="c", seconds=30)
+    task = page.say("go", id="b", by=1)
+    assert (task["id"], task["seconds"]) == ("c", 30) and (page.mask(1) == page.mask(2)).all()
+    page.say("draft", ONES, id="a", seconds=9, view="1")
+    page.say("draft", id="a", seconds=4, view="2")  # another page, on which nothing is painted
+    task = page.say("go", id="b", by=-1)
+    assert task["seconds"] == 9 and page.mask(2).all()
+    page.say("submit", 2 * ONES, id="b", seconds=5)
+    page.say("draft", id="b", seconds=8)
+    task = page.say("go", id="a", by=1)
+    assert (task["verdict"], task["seconds"]) == ("fixed", 8) and (page.mask(2) == 2).all()
+    page.say("reject", id="c", seconds=31)
+    assert person.answered()["c"].seconds == 31 and not (person.folder / "drafts" / "c.json").exists()
+
+
+def test_half_a_second_answer_says_that_there_is_a_first(person: NotebookAnnotator, monkeypatch: pytest.MonkeyPatch):
+    page = Page(person, monkeypatch)
+    page.say("submit", ONES, id="a", seconds=1)
+    page.say("draft", 2 * ONES, id="a", seconds=3)
+    task = page.say("go", id="b", by=-1)
+    assert (task["id"], task["verdict"], task["seconds"]) == ("a", "drawn", 3) and (page.mask(2) == 2).all()
 
 
 def test_a_robot_answers_here_as_anywhere(person: NotebookAnnotator, requests: list[Request]):

@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -495,3 +496,72 @@ def test_scrolled_away_and_back_in_notebook_7(browser: Any, jupyter: Jupyter):
     desk.run_all()
     assert np.array_equal(desk.back()["scene-7"][2], desk.mask) and not desk.errors
     desk.page.close()
+
+
+# A page without a kernel: two views of one canvas, `said` is what they say, `tell` lets the kernel speak.
+ALONE = """
+import canvas from "/canvas.js";
+const classes = [["background", 0], ["cat", 1], ["void", 255]];
+const state = { classes: classes.map(([name, value]) => ({ name, value, color: [200, value, 0] })), blank: 0 };
+const ears = new Set();
+window.said = [];
+const on = (_, hear) => ears.add(hear), off = (_, hear) => ears.delete(hear);
+const send = (message, _, buffers) => window.said.push({ ...message, masks: buffers.length });
+const model = { get: (name) => state[name], on, off, send };
+window.tell = async (view, id, seconds) => {
+  const plain = Object.assign(document.createElement("canvas"), { width: 40, height: 30 });
+  plain.getContext("2d").fillRect(0, 0, 40, 30);
+  const picture = await new Promise((done) => plain.toBlob(done));
+  const packed = new Blob([new Uint8Array(1200)]).stream().pipeThrough(new CompressionStream("deflate"));
+  const bytes = new Uint8Array(await new Response(packed).arrayBuffer());
+  const task = { what: "task", view, id, name: id, ask: "draw", reason: "", place: 1, total: 2, answered: 0 };
+  for (const hear of ears) hear({ ...task, seconds, width: 40, height: 30, verdict: "" }, [picture, bytes, bytes]);
+};
+for (const el of document.querySelectorAll("div")) canvas.render({ model, el });
+"""
+
+
+def test_what_a_page_has_is_not_lost_to_another_or_to_time(browser: Any):
+    """Two views do not hear each other; looking counts, painted on or not; a late reply keeps what was painted."""
+    code = Path(__file__).resolve().parent.parent / "vlm_itl" / "people"
+    page = browser.new_page(viewport={"width": 1100, "height": 1600})
+    for name, kind in (("canvas.js", "text/javascript"), ("canvas.css", "text/css")):
+        reply = {"body": (code / name).read_text(encoding="utf-8"), "content_type": kind}
+        page.route(f"**/{name}", partial(lambda reply, route: route.fulfill(**reply), reply))
+    body = "<link rel=stylesheet href=/canvas.css><div id=one></div><div id=two></div><script type=module>"
+    html = f"<!doctype html>{body}{ALONE}</script>"
+    page.route("**/alone", lambda route: route.fulfill(body=html, content_type="text/html"))
+    page.goto("http://canvas.test/alone")
+    page.wait_for_function("window.said?.length == 2")
+    one, two = (message["view"] for message in page.evaluate("said"))
+    assert one != two
+    page.evaluate("([one, two]) => Promise.all([tell(one, 'a', 0), tell(two, 'a', 0)])", [one, two])
+    page.wait_for_function("document.querySelectorAll('.veil[hidden]').length == 2")
+
+    def said(what: str) -> list[dict[str, Any]]:
+        return [message for message in page.evaluate("said") if message["what"] == what]
+
+    box = page.locator("#one .stage").bounding_box()
+    page.mouse.move(box["x"] + 200, box["y"] + 200)
+    page.wait_for_timeout(2500)  # looks, and paints nothing
+    page.locator("#one [data-do=later]").click()
+    page.wait_for_function("said.some((message) => message.what == 'go')")
+    (look,) = said("draft")
+    assert (look["id"], look["view"], look["masks"]) == ("a", one, 0) and 2 <= look["seconds"] < 10
+    page.mouse.move(box["x"] + 200, box["y"] + 200)
+    page.mouse.down()
+    page.mouse.up()
+    page.evaluate("two => tell(two, 'b', 0)", two)  # the other view goes on
+    page.wait_for_function("document.querySelector('#two .asked').textContent.startsWith('b')")
+    assert page.locator("#one .asked").inner_text().startswith("a:") and len(said("draft")) == 1
+    page.evaluate("one => tell(one, 'b', 0)", one)  # the kernel comes to what it was asked for
+    page.wait_for_function("document.querySelector('#one .asked').textContent.startsWith('b')")
+    assert [(draft["id"], draft["view"]) for draft in said("draft")] == [("a", one)] * 2
+    assert said("draft")[1]["masks"] == 1
+    page.mouse.move(box["x"] + 250, box["y"] + 250)
+    page.mouse.down()
+    page.mouse.up()
+    page.evaluate("one => tell(one, 'b', 0)", one)  # a second reply, to whoever had pressed twice
+    page.wait_for_timeout(500)
+    assert page.locator("#one [data-do=undo]").is_enabled()
+    page.close()

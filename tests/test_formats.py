@@ -10,6 +10,7 @@ import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,6 +133,17 @@ def test_run_lengths_of_any_region(shape: tuple[int, int], seed: int, share: flo
     assert (decode_coco(encode_coco(region), shape) == region).all()
     if region.any():
         assert (decode_cvat(encode_cvat(region), shape) == region).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes, st.integers(0, 2**32 - 1), st.data())
+def test_packed_counts_that_are_cut_are_no_region(shape: tuple[int, int], seed: int, data: st.DataObject) -> None:
+    """pycocotools fills what they do not reach with whatever lies in memory."""
+    coded = encode_coco(np.random.default_rng(seed).random(shape) < 0.5)
+    cut = data.draw(st.integers(0, len(coded["counts"]) - 1))
+    for counts in (coded["counts"][:cut], coded["counts"][:cut].encode()):
+        with pytest.raises(DataError, match="in COCO's form"):
+            decode_coco({**coded, "counts": counts}, shape)
 
 
 @settings(max_examples=80, deadline=None)
@@ -291,11 +303,75 @@ def test_label_studio_of_others(tmp_path: Path) -> None:
     triangle = {"points": [[0, 0], [100, 0], [0, 100]], "polygonlabels": ["cat"]}
     polygon = [{"id": "p", "type": "polygonlabels", "value": triangle, **size}]
     assert 40 <= read_masks(ls_file(path, ls_task(annotations=[{"result": polygon}]))).rows[0].mask.sum() <= 60
+    box = {"x": 0, "y": 0, "width": 50, "height": 50, "rotation": 0, "rectanglelabels": ["cat"]}
+    boxed = ls_task(annotations=[{"result": [*polygon, {"id": "b", "type": "rectanglelabels", "value": box, **size}]}])
+    assert read_masks(ls_file(path, boxed)).note.startswith("1 boxes")
     nameless = [
         {k: v for k, v in brush_results(hard()[0], LABELS)[0].items() if k != "value"} | {"value": {"rle": [1]}}
     ]
     with pytest.raises(DataError, match="no label"):
         mask_of_results(nameless, LABELS, (40, 61))
+
+
+def test_coco_files_that_were_put_together(tmp_path: Path) -> None:
+    """Two images or two classes of one id: the regions of one would become those of the other."""
+    ours = MaskSet(LABELS, [MaskRow("a", hard()[0]), MaskRow("b", hard()[4])])
+    (file,) = write_masks(ours, tmp_path / "out", "coco").glob("annotations/*.json")
+    good = json.loads(file.read_text())
+    for what, name in (("images", "file_name"), ("categories", "name")):
+        bad = json.loads(json.dumps(good))
+        bad[what][1]["id"] = bad[what][0]["id"]
+        bad["annotations"] = [part for part in bad["annotations"] if part["image_id"] == good["images"][0]["id"]]
+        file.write_text(json.dumps(bad))
+        with pytest.raises(DataError, match=f"{what} '{good[what][0][name]}' and '{good[what][1][name]}' have one id"):
+            read_masks(tmp_path / "out")
+    good["categories"].append(good["categories"][1])  # the same once more does no harm
+    file.write_text(json.dumps(good))
+    same(ours, read_masks(tmp_path / "out", labels=LABELS))
+
+
+def test_what_encloses_nothing_is_nothing(tmp_path: Path) -> None:
+    """Two clicks of a polygon that nobody has gone on with, in every tool."""
+    square = [[0, 0], [4, 0], [4, 4], [0, 4]]
+    assert (decode_coco([[1, 1, 3, 3], sum(square, [])], (8, 8)) == decode_coco([sum(square, [])], (8, 8))).all()
+    file = tmp_path / "annotations.xml"
+    for points, empty in ((square, False), (square[:2], True), ([], True)):
+        value = {"points": [[12.5 * x, 12.5 * y] for x, y in points], "polygonlabels": ["cat"]}
+        size = {"original_width": 8, "original_height": 8}
+        result = [{"id": "p", "type": "polygonlabels", "value": value, **size}]
+        assert (mask_of_results(result, LABELS, (8, 8)).max() == 0) == empty
+        text = ";".join(f"{x},{y}" for x, y in points)
+        image = f'<image name="a.jpg" width="8" height="8"><polygon label="cat" points="{text}"/></image>'
+        file.write_text(f"<annotations>{image}</annotations>")
+        if points:
+            assert (read_masks(file).rows[0].mask.max() == 0) == empty
+    with pytest.raises(DataError, match="in percent of the picture"):
+        mask_of_results([{**result[0], "value": {"polygonlabels": ["cat"]}}], LABELS, (8, 8))
+    file.write_text("<annotations>" + image.replace("/>", ' z_order="top"/>', 1) + "</annotations>")
+    with pytest.raises(DataError, match="z_order is a whole number"):
+        _ = read_masks(file).rows[0].mask
+    file.write_text('<annotations><label><name>cat</name></label><track label="cat"/></annotations>')
+    with pytest.raises(DataError, match="1 tracks were left out, export a video as 'CVAT for images 1.1'"):
+        read_masks(file)
+
+
+@pytest.mark.parametrize("ids", [None, "r"])  # as scripts write predictions: without ids, or with one for all
+def test_a_region_of_label_studio_has_its_own_label(ids: str | None, tmp_path: Path) -> None:
+    """What stands in a region counts; by its id a label is found only where a brush has none itself."""
+    mask = hard()[0]
+    results = brush_results(mask, LABELS)
+    assert len(results) > 2
+    same = [{key: value for key, value in result.items() if key != "id"} for result in results]
+    same = [result | ({} if ids is None else {"id": ids}) for result in same]
+    assert (mask_of_results(same, LABELS, mask.shape) == mask).all()
+    read = read_masks(ls_file(tmp_path / "export.json", ls_task(annotations=[{"result": same}])), labels=LABELS)
+    assert (read.rows[0].mask == mask).all()
+    apart = [{**r, "type": "brush", "value": {"format": "rle", "rle": r["value"]["rle"]}} for r in results]
+    named = [{**r, "type": "labels", "value": {"labels": r["value"]["brushlabels"]}} for r in results]
+    assert (mask_of_results([*named, *apart], LABELS, mask.shape) == mask).all()
+    both = [{**results[0], "value": {**results[0]["value"], "brushlabels": ["cat", "dog"]}}]
+    with pytest.raises(DataError, match=r"2 labels \(cat, dog\)"):
+        mask_of_results(both, LABELS, mask.shape)
 
 
 def test_cvat_of_others(tmp_path: Path) -> None:
@@ -382,6 +458,35 @@ def test_a_format_of_your_own(tmp_path: Path) -> None:
             register_format("other")(dict)  # type: ignore[arg-type]
     finally:
         before()
+
+
+def test_polygons_of_datumaro_are_regions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Datumaro hands out of files of COCO or CVAT: polygons were left out, and the mask was empty."""
+
+    def part(kind: str, z: int = 0, **more: Any) -> Any:
+        return SimpleNamespace(type=SimpleNamespace(name=kind), label=0, z_order=z, **more)
+
+    square = [1.0, 1.0, 5.0, 1.0, 5.0, 5.0, 1.0, 5.0]
+    parts = [part("polygon", 1, points=square), part("bbox")]
+    photo = SimpleNamespace(path="a.jpg", size=(8, 9))
+    items = [SimpleNamespace(id="a", annotations=parts, media=photo, attributes={})]
+    items += [SimpleNamespace(id="b", annotations=parts[:1], media=None, attributes={})]
+
+    class Read(list[Any]):
+        def categories(self) -> Any:
+            return {"label": [SimpleNamespace(name="cat")]}
+
+        def infos(self) -> Any:
+            return {}
+
+    package = SimpleNamespace(
+        Dataset=SimpleNamespace(import_from=lambda *where: Read(items)), AnnotationType=SimpleNamespace(label="label")
+    )
+    monkeypatch.setattr("vlm_itl.formats.libraries._datumaro", lambda: package)
+    found = read_masks(tmp_path, "datumaro", layout="coco")
+    assert (found.rows[0].mask == decode_coco([square], (8, 9))).all() and found.note.startswith("1 boxes")
+    with pytest.raises(DataError, match="b: nothing says how large it is"):
+        _ = found.rows[1].mask
 
 
 def test_datumaro_is_asked_for_where_it_is_missing(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from vlm_itl.data.sources import load_data, toy_images
 from vlm_itl.experiment import label_turn as room
 from vlm_itl.experiment.annotator import Oracle
 from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.export import run_masks
 from vlm_itl.experiment.loop import run_al
 from vlm_itl.judging.label_plan import LabelGoal
 from vlm_itl.judging.measures import CHECK_SECONDS
@@ -335,3 +337,35 @@ def test_people_label_the_pool_as_the_simulation_does(
     seconds = [line["seconds"] for line in AnswerStore(tmp_path / "people/answers", data.labels).lines().values()]
     assert drawn["budget"]["human_seconds"] == pytest.approx(sum(seconds), abs=0.01)
     assert sum(drawn["budget"][name] for name in ("timed_masks", "timed_checks", "fixes")) == len(seconds)
+    rows, answers = (
+        {row.id: row for row in run_masks(tmp_path / "people")},
+        AnswerStore(tmp_path / "people/answers", data.labels),
+    )
+    given = {i: line for i, line in answers.lines().items() if line["kind"] != "verify"}
+    assert {*rows} == {line["id"] for line in drawn["lines"]} | {*given}  # those for validation and test, too
+    for name, line in given.items():
+        assert rows[name].who == line["who"] == "robot" and rows[name].seconds >= line["seconds"] - 0.001
+        assert np.array_equal(rows[name].mask, truth[name])
+
+
+def test_what_people_skipped_is_no_mask_of_the_data_set(scenes: Path, proposed: Path, tmp_path: Path) -> None:
+    """Void all over, said to be drawn by a human; and seconds that nobody has measured are not told as if."""
+    data, folder = load_data(str(scenes), leaks="off"), tmp_path / "run"
+    free = {"judge": "confidence", "judge_options": {}, "annotator": "folder", "start": "drawn"}
+    truth = {row["id"]: row["mask"] for rows in data.splits.values() for row in rows}
+    robot, skipped = Robot(truth.__getitem__, data.labels), ""
+    while True:
+        try:
+            label(scenes, proposed, folder, **free)
+            break
+        except Waiting:
+            annotator = make_annotator("folder", folder / "people", data.labels)
+            for request in annotator.left():
+                answer = replace(robot.answer(request), seconds=None)
+                pool = request.id in {*row_ids(data.train)}
+                if pool and request.kind == "draw" and not skipped:
+                    skipped, answer = request.id, replace(answer, verdict="skipped", mask=None)
+                annotator.deliver(answer)
+    rows = {row.id: row for row in run_masks(folder)}
+    assert skipped and skipped not in rows
+    assert {row.seconds for row in rows.values() if row.by in ("human", "corrected")} == {None}

@@ -270,6 +270,27 @@ def test_what_tools_export_is_taken(photos: dict[str, Path], tmp_path: Path, wor
     assert (found["toy-1"].who, found["toy-1"].seconds) == ("anna", 99)  # a line counts more than a tool
 
 
+@pytest.mark.parametrize("word", ["coco", "cvat", "labelstudio", "voc", "pictures"])
+def test_names_that_tools_put_into_plain_letters(photos: dict[str, Path], tmp_path: Path, word: str):
+    """A question that is asked again has a ~ in its name, and photographs are called as people call them."""
+    annotator, truth = make_annotator("folder", tmp_path / "run", LABELS), masks()
+    asked = [Request("toy-1", "draw", photos["toy-1"]), Request("toy-1~again", "draw", photos["toy-1"], about="toy-1")]
+    annotator.ask([*asked, Request("a, b (2)", "draw", photos["toy-2"])])
+    plain = {"001_toy-1": "toy-1", "002_toy-1-again": "toy-2", "003_a-b-2-": "toy-3"}
+    if word == "labelstudio":  # an upload there leaves out what is no letter
+        plain = dict(zip(["001_toy-1", "002_toy-1again", "003_a_b_2"], plain.values(), strict=True))
+    back = tmp_path / "run" / "masks"
+    if word == "pictures":
+        for name, of in plain.items():
+            Image.fromarray(truth[of]).save(back / f"{name}.png")
+    else:
+        write_masks(MaskSet(LABELS, [MaskRow(name, truth[of]) for name, of in plain.items()]), back / "mine", word)
+    found = annotator.answered()
+    assert [*found] == ["toy-1", "toy-1~again", "a, b (2)"] and annotator.waiting() == ""
+    for answer, of in zip(found.values(), plain.values(), strict=True):
+        assert (answer.mask == truth[of]).all()
+
+
 def test_an_export_beside_pictures(photos: dict[str, Path], tmp_path: Path):
     annotator, back = four(photos, tmp_path / "run"), tmp_path / "run" / "masks"
     exported(back / "mine", "coco")
@@ -301,6 +322,11 @@ def test_an_export_that_cannot_be_taken(photos: dict[str, Path], tmp_path: Path)
         annotator.answered()
     lenient = make_annotator("folder", tmp_path / "run", LABELS, format_options={"unknown": "void"})
     assert VOID in lenient.answered()["toy-1"].mask
+    (back / "mine.json").write_text(text.replace('"iscrowd":0', '"iscrowd":1').replace('"iscrowd": 0', '"iscrowd": 1'))
+    with pytest.raises(DataError, match="say crowd='class' .options go into .*format_options"):  # as CVAT has brushes
+        annotator.answered()
+    brushes = make_annotator("folder", tmp_path / "run", LABELS, format_options={"crowd": "class"})
+    assert {*brushes.answered()} == {"toy-1", "toy-2"}
     (back / "mine.json").unlink()
     (back / "mine.zip").write_bytes(b"PK" + bytes(40))
     os.utime(back / "mine.zip", (1e9, 1e9))
@@ -353,6 +379,49 @@ def test_what_nobody_sees_is_not_taken(folder: FolderAnnotator, alpha: int):
     Image.fromarray(picture).save(path)
     with pytest.raises(DataError, match=f"{int(mask.sum())} pixels of 002_toy-0.png are transparent, and hold 'red'"):
         folder.answered()
+
+
+@pytest.mark.parametrize(
+    ("said", "void"),
+    [
+        ({}, "255  no class"),
+        ({"values": (1, 2, 3), "ignore": [0]}, "255  no class"),
+        ({"ignore": [0]}, "255  no class"),
+        ({"values": (2, 0, 1)}, "255  no class"),
+        ({"values": (0, 128, 255), "ignore": [7]}, "7    no class"),
+        ({"values": (0, 128, 255)}, "     no class"),
+    ],
+)
+@pytest.mark.parametrize("colours", [False, True])
+def test_a_proposal_is_changed_and_saved_in_a_drawing_program(
+    tmp_path: Path, photos: dict[str, Path], said: dict[str, Any], void: str, colours: bool
+):
+    """Whatever values the data set's files have: the proposal is in them, and our mark is not missed."""
+    labels = LabelSpace(LABELS.names[:3], **said)
+    annotator, proposal = make_annotator("folder", tmp_path / "run", labels), np.zeros((8, 8), np.uint8)
+    proposal[2:4], proposal[4:6], proposal[7] = 1, 2, VOID
+    annotator.ask([Request("toy-0", "fix", photos["toy-0"], proposal)])
+    sheet = (tmp_path / "run" / "how_to.txt").read_text()
+    assert f"\n{void}: unclear" in sheet and sheet.count(f"\n{void[:4]}") == 1
+    with Image.open(tmp_path / "run" / "proposals" / "001_toy-0.png") as opened:
+        picture = opened.copy()
+    picture.info = {}  # what a program does not know it does not keep
+    picture.paste(picture.getpixel((0, 2)), (0, 0, 8, 1))
+    (picture.convert("RGB") if colours else picture).save(tmp_path / "run" / "masks" / "001_toy-0.png")
+    proposal[0] = 1
+    answer = annotator.answered()["toy-0"]
+    assert answer.verdict == "fixed" and (answer.mask == proposal).all()
+
+
+def test_what_to_do_about_a_mask_is_what_a_painter_can_do(folder: FolderAnnotator):
+    """Options of the data set are none of it: a run that waits keeps them."""
+    mixed = Image.fromarray(np.array([[0, 1], [1, 0]], np.uint8).repeat(4, 0).repeat(4, 1)).convert("P")
+    mixed.putpalette([*LABELS.palette[1].tolist(), *LABELS.palette[0].tolist()])  # what a program thinks is smaller
+    for picture in (mixed, Image.new("L", (8, 8), 127), Image.new("RGB", (8, 8), (1, 2, 3))):
+        picture.save(folder.folder / "masks" / "002_toy-0.png")
+        with pytest.raises(DataError, match="Save it in the grey values or colours of the classes[.]$") as told:
+            folder.answered()
+        assert "data_options" not in str(told.value) and ".. " not in str(told.value)
 
 
 def test_black_and_white_is_asked_about(tmp_path: Path, photos: dict[str, Path]):

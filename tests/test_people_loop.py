@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from toyloop import Eye, Listener, Parrot, no_figures, settings, toy_loop
 
-from vlm_itl.core.checks import ConfigError
+from vlm_itl.core.checks import ConfigError, DataError
 from vlm_itl.data.labels import VOID
 from vlm_itl.data.masks import raw_rows
+from vlm_itl.data.meaning import read_spec
 from vlm_itl.data.sources import SegData, toy_images
 from vlm_itl.experiment.acceptance import share_left
 from vlm_itl.experiment.annotator import asked_of_people
@@ -246,6 +249,24 @@ def test_a_judge_that_reads_the_truth_is_refused(tmp_path: Path) -> None:
     desk = Desk(tmp_path, table, Photographs(tmp_path / "photographs", data.train), ["toy-0"])
     with pytest.raises(ConfigError, match="reads the true masks"):
         Loop(settings(tmp_path / "run"), data, Parrot(data), MockHandler(), desk=desk)
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({}, "needs 10 of them in round 0, and there are 1: set initial to 10"),
+        ({"acceptance": "certified"}, "can accept nothing: .* validation masks, and there are 1"),
+    ],
+)
+def test_what_cannot_be_is_said_before_people_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any], words: str
+) -> None:
+    """Not when they have drawn all that a run needs before its first training."""
+    if not more:
+        monkeypatch.setattr(Eye, "least_labelled", 10)
+    with pytest.raises(ConfigError, match=words):
+        people_loop(tmp_path, {}, **more)
+    assert not (tmp_path / "people" / "asked.jsonl").exists()
 
 
 @pytest.mark.parametrize(
@@ -516,3 +537,53 @@ def test_corrections_that_took_twice_as_long_cost_twice_as_much(tmp_path: Path) 
     found = measured_costs(tmp_path, TOY.labels, assumed)
     assert found.timed == {"fix": LEAST_TIMED} and (found.mask, found.check) == (100.0, 9.0)
     assert found.cost.look_seconds == pytest.approx(18) and found.cost.rate == pytest.approx(2)
+
+
+def test_a_few_seconds_to_skip_are_not_the_price_of_a_mask(tmp_path: Path) -> None:
+    store, assumed = AnswerStore(tmp_path / "answers", TOY.labels), WorkCosts(100.0, 9.0, CorrectionCost())
+    for number in range(LEAST_TIMED):
+        store.take(Answer(f"drawn-{number}", "draw", "drawn", TRUTH["toy-1"], 200.0))
+        store.take(Answer(f"skipped-{number}", "draw", "skipped", None, 2.0))
+        store.take(Answer(f"unsure-{number}", "verify", "skipped", None, 60.0))
+    found = measured_costs(tmp_path, TOY.labels, assumed)
+    draw = people_account(tmp_path, TOY.labels)["kinds"]["draw"]
+    assert (found.mask, found.check, found.timed) == (200.0, 9.0, {"draw": LEAST_TIMED})
+    assert (draw["n"], draw["timed"], draw["seconds"]) == (2 * LEAST_TIMED, LEAST_TIMED, 200.0)
+
+
+@pytest.mark.parametrize("goal", ["model", "dataset"])
+def test_all_work_is_told_at_the_end(goal: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was drawn once more is a mask, too; and labelling the rest of the pool is work."""
+    book = json.loads((Path(__file__).resolve().parent.parent / "nbs" / "run_label.ipynb").read_text(encoding="utf-8"))
+    source = next("".join(cell["source"]) for cell in book["cells"] if cell["id"] == "run-label-time")
+    train = {"images": 22, "again": 1, "checks": 0, "human_seconds": 3600.0}
+    train |= {"timed_masks": 19, "timed_fixes": 4, "timed_checks": 0}
+    rest = train | {"images": 29, "checks": 7, "human_seconds": 7200.0, "timed_fixes": 11, "timed_checks": 7}
+    summary = {"budget": train, "people": None, "labelled_pool": {"budget": rest} if goal == "dataset" else None}
+    exec(source, {"run": SimpleNamespace(summary=summary)})
+    told = capsys.readouterr().out
+    whole = (
+        "30 masks and 7 checks by people, 2.0 hours; 37 of"
+        if goal == "dataset"
+        else "23 masks and 0 checks by people, 1.0 hours; 23 of"
+    )
+    assert told.startswith(whole)
+
+
+@pytest.mark.parametrize("number", [2, 40])  # forty names are longer than any file's name may be
+def test_classes_are_named_on_the_command_line(tmp_path: Path, number: int) -> None:
+    """A text with commas, or a file; what is neither is told as a file that is missing."""
+    book = json.loads((Path(__file__).resolve().parent.parent / "nbs" / "run_label.ipynb").read_text(encoding="utf-8"))
+    source = next("".join(cell["source"]) for cell in book["cells"] if cell["id"] == "run-label-config")
+    names = ["background", *(f"kind of plant {index}" for index in range(1, number))]
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+
+    def read(said: str) -> Any:
+        space = {"notebook_settings": dict, "make_config": dict, "run_path": str, "os": os}
+        exec(source, space | {"given": {"classes": said, "mode": "vlm", "data_options": {}}}, space)
+        return tuple(read_spec(space["config"]["data_options"]).names or ())
+
+    assert read(", ".join(names)) == read(str(tmp_path / "classes.txt")) == tuple(names)
+    assert len(read("voc")) == 21
+    with pytest.raises(DataError, match="no such file"):
+        read(str(tmp_path / "clases.txt"))

@@ -65,15 +65,35 @@ def _labelled(run: RunFolder, data: SegData, labels: LabelSpace) -> list[MaskRow
     store = MaskStore(run.path / LABELS / "masks", labels)
     text = (run.path / LABELS / "provenance.jsonl").read_text(encoding="utf-8")
     lines = [from_json(line, dict) for line in text.splitlines()]
-    images = _photographs(data, [line["id"] for line in lines], run.path)
+    people = AnswerStore(run.path / "answers", labels)
+    answers = people.lines()
+    pool = {line["id"]: line["by"] for line in lines}
+    more = [i for i in _with_answer(data, answers) if i not in pool]  # to be tested on, drawn for this run, too
+    skipped = _unanswered(run, data, [i for i, by in pool.items() if by in ("human", "corrected")], answers)
+    images = _photographs(data, [*pool, *more], run.path)
 
     def row(line: Mapping[str, Any]) -> MaskRow:
         told = line["by"] in ("judge", "verified")  # people's masks are nobody's opinion
         known = {"by": line["by"], "who": line.get("judge") if told else None, "seconds": line.get("human_seconds")}
         known["p_yes"] = line.get("p_yes") if told else None
+        if not told and (answer := answers.get(line["id"])):
+            known["who"] = answer["who"]
+            if answer["seconds"] is None or known["seconds"] is None:  # the line has a look as well, or what is assumed
+                known["seconds"] = answer["seconds"]
         return MaskRow(line["id"], lambda: store[line["id"]], images[line["id"]], **known_of(known))
 
-    return [row(line) for line in lines]
+    def drawn(image_id: str) -> MaskRow:
+        line = answers[image_id]
+        known = known_of({"by": "human", "who": line["who"], "seconds": line["seconds"]})
+        return MaskRow(image_id, lambda: people.masks[image_id], images[image_id], **known)
+
+    return [*(row(line) for line in lines if line["id"] not in skipped), *map(drawn, more)]
+
+
+def _with_answer(data: SegData, answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    "Images of all splits of which people have given a mask."
+    ids = [i for rows in (data.train, data.val, data.test) for i in row_ids(rows)]
+    return [i for i in ids if answers.get(i, {}).get("verdict") in WITH_MASK]
 
 # %% ../../nbs/experiment/11_export.ipynb #export-accepted
 def _accepted(
@@ -131,8 +151,7 @@ def _by_people(
     records: Sequence[Mapping[str, Any]], data: SegData, answers: Mapping[str, Mapping[str, Any]]
 ) -> tuple[list[str], set[str]]:
     "Images that people have labelled, or were asked to; those of them that they have corrected."
-    held_out = [*row_ids(data.val), *row_ids(data.test)]  # drawn for this run, too
-    drawn = [i for i in [*row_ids(data.train), *held_out] if answers.get(i, {}).get("verdict") in WITH_MASK]
+    drawn = _with_answer(data, answers)
     right = [i for record in records for i in put_right_before(record)]
     chosen = [i for record in records for i in record["selection"]["ids"]]
     fixed = {*right, *(i for record in records for i in record.get("fix_ids", []))}

@@ -6,7 +6,7 @@
 __all__ = ['JUDGE_CHUNK', 'FILE_CHUNK', 'Answered', 'COVERS', 'LABELLED_PARTS', 'JUDGE_SETTINGS', 'Journal', 'query_key',
            'ask_once', 'judge_masks', 'ask_about', 'accepts', 'would_accept', 'asked_question', 'doubts',
            'measure_judge', 'certify_answers', 'check_certifiable', 'foresee', 'bind_payer', 'labelled_parts', 'teach',
-           'questions_to_come', 'examine']
+           'check_enough', 'questions_to_come', 'examine']
 
 # %% ../../nbs/experiment/05_judge_turn.ipynb #experiment-judge_turn-imports
 import copy
@@ -449,7 +449,9 @@ def teach(
         handler.bind_pool(Shown(images, masks, (team.learner.segmenter, team.config.view), known))
 
 
-def _check_enough(team: Team) -> None:
+def check_enough(
+    team: Team,
+) -> None:
     "`ConfigError` where a judge has too little to learn from in round 0."
     handler = team.handler
     if handler is not None and team.schedule[0] < handler.least_labelled:
@@ -529,7 +531,6 @@ def examine(
     "Ask the judge a few questions whose answers are known; `JudgeError` if it cannot work."
     if team.handler is None:
         return
-    _check_enough(team)
     path, asked = state.folder.path / "preflight.json", state.folder.path / ".preflight.jsonl"
     kept: dict[str, Any] = read_json(path, dict) if path.is_file() else {"examinations": []}
     _pay_preflight(state.ledger, kept["examinations"])

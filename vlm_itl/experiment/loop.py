@@ -32,7 +32,7 @@ from ..data.sources import SegData, load_data
 from .acceptance import kept_proposals, make_proposals, proposal_images, refuse_truth, share_left
 from .annotator import Oracle, labelled_before, make_desk, masks_by_people
 from .config import Config, make_config, run_path
-from .judge_turn import JUDGE_SETTINGS, check_certifiable, examine
+from .judge_turn import JUDGE_SETTINGS, check_certifiable, check_enough, examine
 from .label_turn import label_pool
 from .pool import Ledger, budget_schedule
 from .round import draw_start, make_learner, work
@@ -364,6 +364,7 @@ class Loop:
         self.team = Team(config, seal_data(data), learner, handler, annotator, schedule, unit)
         _refuse_truth_readers(self.team)
         _refuse_blind_stop(config, data)
+        check_enough(self.team)
         cost = CorrectionCost(**config.fix_options)
         self.state = State(self.folder, annotator, self.team.regions, config.region_labels, cost, config.tau)
         if handler is not None and handler.needs_truth:
@@ -403,12 +404,12 @@ class Loop:
         self._guard.check()
         card |= {**_pretended(self.team), **self._check_proposals(data)}
         write_json(self.folder.path / "data.json", card)  # refused: it stays
+        if not self.folder.rounds():  # before people work for what cannot be
+            _warn_of_certificates(self.team)
         self._summon_first(data)
         resume(self.state, data, self.config.mask_seconds)
         if self.rounds and data.watch is not None:
             data.watch.settled = True
-        if not self.rounds:
-            _warn_of_certificates(self.team)
         self._guard.write()  # a new run that cannot read its validation masks leaves none
 
     def _summon_first(self, data: SegData) -> None:

@@ -67,15 +67,18 @@ def results_size(
     return next(((int(h), int(w)) for h, w in sizes if h and w), None)
 
 # %% ../../nbs/formats/05_label_studio.ipynb #tools-ls-regions
-def _brush_names(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    "Region -> name, where brush and label are two results with one id."
-    found = {}
-    for result in results:
-        value = result.get("value", {})
-        names = next((value[kind] for kind in ("brushlabels", "polygonlabels", "labels") if value.get(kind)), None)
-        if names:
-            found[str(result.get("id"))] = str(names[0])
-    return found
+def _own_labels(result: Mapping[str, Any]) -> list[str]:
+    "The labels that stand in a result."
+    value = result.get("value", {})
+    kinds = ("brushlabels", "polygonlabels", "labels")
+    return [str(name) for name in next((value[kind] for kind in kinds if value.get(kind)), ())]
+
+
+def _region_labels(results: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    "The labels of each result: its own; else, brush and label being two results with one id, those of the other."
+    own = [_own_labels(result) for result in results]
+    by_id = {r["id"]: names for r, names in zip(results, own, strict=True) if names and r.get("id") is not None}
+    return [names or by_id.get(r.get("id"), []) for r, names in zip(results, own, strict=True)]
 
 
 def result_regions(
@@ -83,15 +86,15 @@ def result_regions(
     shape: tuple[int, int],  # H and W
     where: str = "annotation",  # for messages
 ) -> Iterator[tuple[str, np.ndarray]]:  # name and (H, W) bool, the lowest first
-    "Brushes and polygons of a `result`; `DataError` for one without a label, or of another size."
-    names = _brush_names(results)
-    for number, result in enumerate(results, start=1):
+    "Brushes and polygons of a `result`; `DataError` for one without a label, with several, or of another size."
+    for number, (result, names) in enumerate(zip(results, _region_labels(results), strict=True), start=1):
         value, told = result.get("value", {}), f"{where}, region {number}"
         kind = "rle" if "rle" in value else "points" if str(result.get("type", "")).startswith("polygon") else None
         if kind is None:
             continue  # a choice, a box, a text
-        if str(result.get("id")) not in names:
-            raise DataError(f"{told}: it has no label; give it one in Label Studio, or remove it")
+        if len(names) != 1:
+            several = f"{len(names)} labels ({', '.join(names)}), and a pixel has one class" if names else "no label"
+            raise DataError(f"{told}: it has {several}; give it one in Label Studio, or remove it")
         own = int(result.get("original_height") or shape[0]), int(result.get("original_width") or shape[1])
         if own != shape:
             raise DataError(
@@ -104,10 +107,13 @@ def result_regions(
                 "its file shows it; turn it back, and paint again"
             )
         if kind == "rle":
-            yield names[str(result.get("id"))], decode_brush(value["rle"], shape, told)
+            yield names[0], decode_brush(value["rle"], shape, told)
         else:  # in percent of the picture
-            points = np.asarray(value["points"], float) / 100 * [shape[1], shape[0]]
-            yield names[str(result.get("id"))], decode_coco([points.ravel().tolist()], shape, told)
+            try:
+                points = np.asarray(value["points"], float).reshape(-1, 2) / 100 * [shape[1], shape[0]]
+            except (KeyError, TypeError, ValueError):
+                raise DataError(f"{told}: a polygon has points, [[x, y], ...] in percent of the picture") from None
+            yield names[0], decode_coco([points.ravel().tolist()], shape, told)
 
 
 def mask_of_results(
@@ -211,6 +217,7 @@ def _ls_row(
     return MaskRow(image_id, content, photograph, **known)
 
 # %% ../../nbs/formats/05_label_studio.ipynb #tools-ls
+_OTHER_REGIONS = ("rectangle", "ellipse", "keypoint", "vector", "bitmask")  # left out, and counted
 _TASKS, _CONFIG = "tasks.json", "label_config.xml"
 
 
@@ -220,10 +227,15 @@ def _ls_labels(
     "The classes: as said, else as the tasks say that were written here, else as they occur; what no region covers."
     meta: dict[str, Any] = next((task["meta"] for task in tasks if isinstance(task.get("meta"), dict)), {})
     listed = list(classes or meta.get("classes") or [])
-    used = sorted({name for results, _ in chosen for name in _brush_names(results).values()})
+    used = sorted({name for results, _ in chosen for result in results for name in _own_labels(result)})
     rest = rest or meta.get("rest")
     labels = region_labels([*listed, *used], str(file), rest)
     return labels, rest_index(labels, rest)
+
+
+def _is_other_region(result: Mapping[str, Any]) -> bool:
+    "Is it a region, and none that becomes a mask?"
+    return str(result.get("type", "")).startswith(_OTHER_REGIONS) and "rle" not in result.get("value", {})
 
 
 @register_format("labelstudio")
@@ -259,7 +271,10 @@ class LabelStudio(FileFormat):
         near = [file.parent / "images", file.parent] if images is None else [Path(images)]
         rows = [_ls_row(c, i, n, labels, below, file, near) for c, i, n in zip(chosen, ids, names, strict=True)]
         left = len(all_tasks) - len(tasks)
-        return MaskSet(labels, rows, f"{left} tasks without an annotation were left out" if left else "")
+        notes = [f"{left} tasks without an annotation were left out"] if left else []
+        if other := sum(_is_other_region(result) for results, _ in chosen for result in results):
+            notes.append(f"{other} boxes, ellipses or points are no brushes or polygons and were left out")
+        return MaskSet(labels, rows, "; ".join(notes))
 
     def write(self, masks: MaskSet, folder: Path, *, prefix: str = "images/") -> None:  # before names in addresses
         labels, tasks = masks.labels, list[dict[str, Any]]()

@@ -40,6 +40,7 @@ from vlm_itl.formats.formats import (
     rest_of,
 )
 from .pictures import labelmap
+from .run_lengths import decode_coco
 
 # %% ../../nbs/formats/06_libraries.ipynb #libraries-hf-rows
 FEATURES = Features(
@@ -199,11 +200,29 @@ def _datumaro() -> Any:
         raise ConfigError(f"the format 'datumaro' needs its package: pip install datumaro ({error})") from None
 
 
+_REGIONS = ("mask", "polygon")
+
+
+def _datumaro_shape(item: Any) -> tuple[int, int]:
+    "Height and width of an item; `DataError` where nothing says."
+    mask = next((part for part in item.annotations if part.type.name == "mask"), None)
+    size = mask.image.shape if mask is not None else getattr(item.media, "size", None)
+    if size is None:
+        raise DataError(f"{item.id}: nothing says how large it is, neither a mask nor a photograph that can be opened")
+    return int(size[0]), int(size[1])
+
+
 def _datumaro_mask(item: Any, shape: tuple[int, int], names: list[str], labels: LabelSpace, rest: int) -> np.ndarray:
     "The mask of an item: of its regions, the higher z_order covers the lower."
-    regions = [part for part in item.annotations if part.type.name == "mask" and part.label is not None]
+    regions = [part for part in item.annotations if part.type.name in _REGIONS and part.label is not None]
     regions.sort(key=lambda part: part.z_order)
-    return merge_regions(shape, ((names[part.label], np.asarray(part.image, bool)) for part in regions), labels, rest)
+
+    def pixels(part: Any) -> np.ndarray:
+        if part.type.name == "polygon":
+            return decode_coco([list(part.points)], shape, f"{item.id}, a polygon of {names[part.label]!r}")
+        return np.asarray(part.image, bool)
+
+    return merge_regions(shape, ((names[part.label], pixels(part)) for part in regions), labels, rest)
 
 
 @register_format("datumaro")
@@ -223,17 +242,18 @@ class Datumaro(MaskFormat):
         names = [label.name for label in dataset.categories()[dm.AnnotationType.label]]
         rest = rest or dataset.infos().get("rest")
         labels = region_labels(names, str(path), rest)
-        items = [item for item in dataset if any(part.type.name == "mask" for part in item.annotations) or item.media]
+        items = [item for item in dataset if item.media or any(part.type.name in _REGIONS for part in item.annotations)]
         below = rest_index(labels, rest)
 
         def row(image_id: str, item: Any) -> MaskRow:
-            masks = [part for part in item.annotations if part.type.name == "mask"]
-            shape = masks[0].image.shape if masks else item.media.size
             image = getattr(item.media, "path", None) or None
-            content = lambda: _datumaro_mask(item, shape, names, labels, below)  # noqa: E731
+            content = lambda: _datumaro_mask(item, _datumaro_shape(item), names, labels, below)  # noqa: E731
             return MaskRow(image_id, content, image, **known_of(dict(item.attributes)))
 
-        return MaskSet(labels, [row(*both) for both in zip(safe_ids([i.id for i in items]), items, strict=True)])
+        others = ("bbox", "ellipse", "points", "polyline", "cuboid")
+        left = sum(part.type.name in others for item in items for part in item.annotations)
+        note = f"{left} boxes, points or lines are no regions and were left out" if left else ""
+        return MaskSet(labels, [row(*both) for both in zip(safe_ids([i.id for i in items]), items, strict=True)], note)
 
     def write(self, masks: MaskSet, folder: Path, *, split: str = "train") -> None:
         dm = _datumaro()

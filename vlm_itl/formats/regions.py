@@ -9,6 +9,7 @@ __all__ = ['looks_like', 'files_of', 'FileFormat', 'find_photograph', 'their_jso
 import math
 import xml.etree.ElementTree as ElementTree
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -191,6 +192,16 @@ def _refuse_results(path: Path) -> None:
             )
 
 
+def _refuse_shared_ids(path: Path, what: str, ids: Mapping[tuple[Any, str], Any]) -> None:
+    "`DataError` where two of them, by id and name, have one id: nobody knows whose a region is."
+    shared = [number for number, count in Counter(ids.values()).items() if count > 1]
+    if shared:
+        names = " and ".join(show(name, 60) for number, name in ids if number == shared[0])
+        raise DataError(
+            f"{path}: {what} {names} have one id, {show(shared[0], 40)}. Were files put together? Number them anew"
+        )
+
+
 def _coco_parts(path: Path) -> tuple[dict[Any, Any], list[Any], dict[Any, list[Any]], Any]:
     "Categories by id, images, annotations by image, and what no region covers if the file says so."
     read = their_json(path, dict)
@@ -204,6 +215,8 @@ def _coco_parts(path: Path) -> tuple[dict[Any, Any], list[Any], dict[Any, list[A
             image["shape"] = int(image["height"]), int(image["width"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: not the parts of a COCO file (missing or odd: {one_line(str(error), 80)})") from None
+    for what, entries, name in (("images", images, "file_name"), ("categories", read["categories"], "name")):
+        _refuse_shared_ids(path, what, {(entry["id"], str(entry[name])): entry["id"] for entry in entries})
     info = read.get("info")
     return categories, images, by_image, info.get("rest") if isinstance(info, dict) else None
 
@@ -313,7 +326,10 @@ def _cvat_region(element: Any, shape: tuple[int, int], where: str) -> np.ndarray
 def _cvat_mask(image: Any, shape: tuple[int, int], labels: LabelSpace, rest: int, where: str) -> np.ndarray:
     "The mask of one <image>."
     regions = [element for element in image if element.tag in ("mask", "polygon")]
-    regions.sort(key=lambda element: int(element.attrib.get("z_order", 0)))
+    try:
+        regions.sort(key=lambda element: int(element.attrib.get("z_order", 0)))
+    except ValueError as error:
+        raise DataError(f"{where}: a z_order is a whole number ({error})") from None
     told = [f"{where}, {e.tag} {e.attrib.get('label')!r}" for e in regions]
     return merge_regions(
         shape,
@@ -371,7 +387,10 @@ class Cvat(FileFormat):
         ids, below = safe_ids([stem(image.attrib.get("name", "")) for image in images]), rest_index(labels, rest)
         rows = [_cvat_row(image, image_id, labels, below, file) for image_id, image in zip(ids, images, strict=True)]
         left = sum(e.tag not in ("mask", "polygon", "tag") for image in images for e in image)
-        return MaskSet(labels, rows, f"{left} boxes, points or lines are no regions and were left out" if left else "")
+        notes = [f"{left} boxes, points or lines are no regions and were left out"] if left else []
+        if tracks := sum(1 for _ in tree.iter("track")):
+            notes.append(f"{tracks} tracks were left out, export a video as 'CVAT for images 1.1'")
+        return MaskSet(labels, rows, "; ".join(notes))
 
     def write(self, masks: MaskSet, folder: Path) -> None:
         tree = ElementTree.Element("annotations")

@@ -115,6 +115,23 @@ def encode_coco(
     return {"size": [int(side) for side in coded["size"]], "counts": coded["counts"].decode("ascii")}
 
 
+def _packed_counts(
+    text: str | bytes,  # of COCO's compressed RLE: 5 bits a letter, the lowest first, 32 says that there are more
+) -> np.ndarray:  # int64 (R,): from the fourth on each is told as its difference from the last but one
+    "The counts of packed runs; `ValueError` where the text was cut within one."
+    letters = np.frombuffer(text.encode("ascii") if isinstance(text, str) else text, np.uint8).astype(np.int64) - 48
+    ends = np.flatnonzero(letters & 32 == 0)
+    starts = np.r_[0, ends + 1][: len(ends)]
+    sizes = ends - starts + 1
+    if not len(ends) or ends[-1] + 1 < len(letters) or sizes.max() > 7:
+        raise ValueError("its counts were cut")
+    place = np.arange(len(letters)) - np.repeat(starts, sizes)
+    counts = np.add.reduceat((letters & 31) << (5 * place), starts)
+    counts -= np.where(letters[ends] & 16, np.int64(1) << (5 * sizes), 0)  # less than 0
+    counts[1::2], counts[2::2] = np.cumsum(counts[1::2]), np.cumsum(counts[2::2])
+    return counts
+
+
 def decode_coco(
     segmentation: Any,  # RLE, packed or as a list of counts; or polygons [[x0, y0, x1, y1, ...], ...] in pixels
     shape: tuple[int, int],  # H and W
@@ -124,17 +141,22 @@ def decode_coco(
     height, width = shape
     try:
         packed = isinstance(segmentation, dict) and isinstance(segmentation["counts"], str | bytes)
-        if isinstance(segmentation, dict) and not packed:
-            counts = np.asarray(segmentation["counts"], np.int64)
+        if isinstance(segmentation, dict):  # pycocotools leaves undefined what too few counts do not reach
+            told = segmentation["counts"]
+            counts = _packed_counts(told) if packed else np.asarray(told, np.int64)
             if counts.min(initial=0) < 0 or counts.sum() != height * width:
                 raise ValueError(f"its counts add up to {counts.sum()}")
         if isinstance(segmentation, dict) and [*segmentation["size"]] != [height, width]:
             raise ValueError(f"its size is {segmentation['size']}")
+        if isinstance(segmentation, list):  # what has two points or fewer encloses nothing
+            segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+            if not segmentation:
+                return np.zeros(shape, bool)
         coded = segmentation if packed else coco_masks.frPyObjects(segmentation, height, width)
         region = coco_masks.decode(coded)
     except Exception as error:  # pycocotools raises whatever comes to its mind
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DataError(f"{where}: no region of {width} x {height} pixels in COCO's form ({told})") from error
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{where}: no region of {width} x {height} pixels in COCO's form ({why})") from error
     return (region if region.ndim == 2 else region.any(axis=2)).astype(bool)
 
 # %% ../../nbs/formats/01_run_lengths.ipynb #runs-cvat

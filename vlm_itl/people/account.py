@@ -77,7 +77,7 @@ def people_account(
     "What people's work was."
     kinds: dict[str, Any] = {}
     for kind, rows in pd.DataFrame(answered_rows(folder, labels), columns=_COLUMNS).groupby("kind", sort=False):
-        timed, before = rows["seconds"].dropna(), rows["before"].dropna()
+        timed, before = rows.loc[rows["verdict"] != "skipped", "seconds"].dropna(), rows["before"].dropna()
         kinds[str(kind)] = {
             "n": len(rows),
             "timed": len(timed),

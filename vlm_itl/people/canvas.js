@@ -337,7 +337,7 @@ class Screen {
     this.#build();
     this.#listen();
     model.on("msg:custom", this.hear);
-    this.send({ what: "ready", view: this.name });
+    this.send({ what: "ready" });
     this.#expect();
   }
 
@@ -352,7 +352,7 @@ class Screen {
   // ---- what is said
 
   send(message, buffers = []) {
-    this.model.send(message, undefined, buffers);
+    this.model.send({ ...message, view: this.name }, undefined, buffers);
   }
 
   hear = (message, buffers) => {
@@ -364,8 +364,10 @@ class Screen {
   };
 
   async #show(task, [photo, start, mask]) {
-    const working = this.sent; // whoever has just answered is looking at the next one already
     clearTimeout(this.patience);
+    if (this.task?.id === task.id && !this.drafted && !this.sent) return; // it is here, and was painted on since
+    await this.keepDraft(); // what was painted while the kernel took its time
+    const working = this.sent; // whoever has just answered is looking at the next one already
     const [picture, ...both] = await Promise.all([createImageBitmap(new Blob([photo])), inflate(start), inflate(mask)]);
     this.task = task;
     this.start = both[0];
@@ -375,6 +377,7 @@ class Screen {
     this.press = null;
     this.sent = false;
     this.drafted = true; // the kernel has what is here
+    this.keptSeconds = task.seconds; // and how long it took
     this.size ||= Math.round(Math.min(task.width, task.height) / 50) * 2 + 1;
     this.clock.start(task.seconds, working && !document.hidden);
     this.at("place").textContent = `${task.place} of ${task.total}`;
@@ -453,11 +456,13 @@ class Screen {
   // What is unfinished goes to the kernel as well, so that a lost kernel or page costs seconds of work, not minutes.
   async keepDraft() {
     clearTimeout(this.draft);
-    if (!this.mask || this.drafted || this.sent) return;
+    if (!this.mask || this.sent || (this.drafted && this.clock.read() < this.keptSeconds + 1)) return;
+    const painted = !this.drafted;
     this.drafted = true;
+    this.keptSeconds = this.clock.read(); // who looked and painted nothing has worked, too
     this.#expect();
-    const message = { what: "draft", id: this.task.id, seconds: this.clock.read() };
-    this.send(message, [await deflate(this.mask.pixels)]);
+    const message = { what: "draft", id: this.task.id, seconds: this.keptSeconds };
+    this.send(message, painted ? [await deflate(this.mask.pixels)] : []);
   }
 
   // ---- what is seen
@@ -635,7 +640,7 @@ class Screen {
       ? [(event.clientX - box.left) * ratio, (event.clientY - box.top) * ratio]
       : [view.width / 2, view.height / 2];
     const whole = Math.min(view.width / this.mask.width, view.height / this.mask.height);
-    const scale = Math.min(Math.max(view.scale * factor, whole / 2), 40 * ratio);
+    const scale = Math.min(Math.max(view.scale * factor, whole / 2), Math.max(40 * ratio, whole)); // tiny ones fit at more
     view.x += sx / view.scale - sx / scale;
     view.y += sy / view.scale - sy / scale;
     view.scale = scale;

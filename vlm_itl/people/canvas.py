@@ -137,6 +137,11 @@ class _Kept:
         "Has nobody answered yet?"
         return not self.path("answers", request.id).is_file()
 
+    def given(self, request: Request) -> tuple[str, str]:
+        "By whom it was answered, and the digest of the answer; nothing where nobody has."
+        line = {} if self.is_open(request) else read_json(self.path("answers", request.id), dict)
+        return str(line.get("who", "")), str(line.get("digest", ""))
+
     def take(self, request: Request, verdict: str, mask: np.ndarray | None, seconds: float) -> None:
         "Write an answer down; `DataError` for one that cannot be taken."
         mask = None if mask is None else checked_mask(request, mask, self.labels)
@@ -156,9 +161,14 @@ class _Kept:
         same = proposal is not None and np.array_equal(mask, proposal)
         self.take(request, "drawn" if request.kind == "draw" else "accepted" if same else "fixed", mask, seconds)
 
-    def draft(self, request: Request, mask: np.ndarray, seconds: float) -> None:
-        "Write down what is half done."
-        _write(self.path("drafts", request.id), {"seconds": seconds}, mask_png(mask, self.labels), "draft")
+    def draft(self, request: Request, mask: np.ndarray | None, seconds: float) -> None:
+        "Write down what is half done; without a mask only the seconds: somebody has looked."
+        path = self.path("drafts", request.id)
+        if mask is not None:
+            return _write(path, {"seconds": seconds}, mask_png(mask, self.labels), "draft")
+        before: dict[str, Any] = read_json(path, dict) if path.is_file() else {"mask": None, "seconds": 0.0}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**before, "seconds": max(seconds, before["seconds"])})
 
     def answer(self, request: Request) -> Answer:
         "What was answered; `DataError` if other hands have changed it since."
@@ -187,13 +197,12 @@ class _Kept:
 
     def begun(self, request: Request) -> tuple[np.ndarray | None, float, str]:
         "The mask to go on with (None: from the start), the seconds so far, and the verdict if there is one."
+        answer = None if self.is_open(request) else self.answer(request)
+        verdict = "" if answer is None else answer.verdict
         if (path := self.path("drafts", request.id)).is_file():
             line, mask = _read(path)
-            return mask, line["seconds"], ""
-        if self.is_open(request):
-            return None, 0.0, ""
-        answer = self.answer(request)
-        return answer.mask, answer.seconds or 0.0, answer.verdict
+            return answer.mask if mask is None and answer else mask, line["seconds"], verdict
+        return (None, 0.0, "") if answer is None else (answer.mask, answer.seconds or 0.0, verdict)
 
 # %% ../../nbs/people/05_canvas.ipynb #canvas-talk
 class _Talk:
@@ -205,6 +214,8 @@ class _Talk:
         send: Callable[..., None],  # says something to the page: a message, and perhaps bytes
     ):
         self.kept, self.send = kept, send
+        self.view = ""  # the page that is heard
+        self.seen: dict[tuple[str, str], tuple[str, str]] = {}  # page and image -> the answer that the page knows of
 
     def hear(
         self,
@@ -212,18 +223,23 @@ class _Talk:
         buffers: Sequence[Any],  # the mask, deflated
     ) -> None:
         "Do what the page says; what goes wrong is said there in one line."
-        try:
-            with self.kept.lock:
+        with self.kept.lock:
+            self.view = str(message.get("view", ""))
+            try:
                 self.act(message, buffers)
-        except (VlmItlError, KeyError, TypeError, IndexError) as error:
-            text = str(error) if isinstance(error, VlmItlError) else f"the page said {show(dict(message), 80)}"
-            self.send({"what": "problem", "text": text})
+            except (VlmItlError, KeyError, TypeError, IndexError) as error:
+                text = str(error) if isinstance(error, VlmItlError) else f"the page said {show(dict(message), 80)}"
+                self._say({"what": "problem", "text": text})
+
+    def _say(self, content: Mapping[str, Any], *buffers: Any) -> None:
+        "Answer the page that is heard, and no other one: somebody may be painting there."
+        self.send({**content, "view": self.view}, *buffers)
 
     def act(self, message: Mapping[str, Any], buffers: Sequence[Any]) -> None:
         "One message."
         what, order = message["what"], self.kept.order()
         if what == "ready":
-            return self._show_open(order, 0, str(message.get("view", "")))
+            return self._show_open(order, 0)
         at = next((i for i, request in enumerate(order) if request.id == message["id"]), None)
         if what == "go":
             at = (len(order) if message["by"] < 0 else -1) if at is None else at
@@ -232,38 +248,53 @@ class _Talk:
             raise DataError(f"image {show(message['id'], 60)} is not asked here.")
         request, seconds = order[at], check_number("seconds", message["seconds"], 0)
         if what in ("submit", "draft"):
-            mask = _unpacked(buffers[0], _photo(request.image)[1], request.id)
-            if what == "draft":
+            looked = what == "draft" and not buffers
+            mask = None if looked else _unpacked(buffers[0], _photo(request.image)[1], request.id)
+            if mask is None or what == "draft":
                 self.kept.draft(request, mask, seconds)
-                return self.send({"what": "kept", "id": request.id})
+                return self._say({"what": "kept", "id": request.id})
+            self._refuse_overtaken(request)
             self.kept.submit(request, mask, seconds)
         else:
+            self._refuse_overtaken(request)
             self.kept.take(request, {"reject": "rejected", "skip": "skipped"}[what], None, seconds)
+        self.seen[self.view, request.id] = self.kept.given(request)
         self._show_open(order, at + 1)
 
-    def _show_open(self, order: Sequence[Request], after: int, view: str = "") -> None:
+    def _refuse_overtaken(self, request: Request) -> None:
+        "`DataError`, once, where another page has answered since this one was shown the image."
+        now = self.kept.given(request)
+        before, self.seen[self.view, request.id] = self.seen.get((self.view, request.id), now), now
+        if before != now:
+            raise DataError(
+                f"image {request.image_id!r} was answered on another page{' by ' * bool(now[0]) + now[0]}, while it "
+                "was open here: answer once more to replace that, or go on with the arrows."
+            )
+
+    def _show_open(self, order: Sequence[Request], after: int) -> None:
         "The next open image, or that there is none."
         places = [*range(after, len(order)), *range(after)]
         at = next((i for i in places if self.kept.is_open(order[i])), None)
         if at is None:
-            self.send({"what": "done", "total": len(order), "view": view})
+            self._say({"what": "done", "total": len(order)})
         else:
-            self._show(order, at, view)
+            self._show(order, at)
 
-    def _show(self, order: Sequence[Request], at: int, view: str = "") -> None:
-        "An image; to one page, or to all of them."
+    def _show(self, order: Sequence[Request], at: int) -> None:
+        "An image."
         request = order[at]
         photo, size = _photo(request.image)
         mask, seconds, verdict = self.kept.begun(request)
+        self.seen[self.view, request.id] = self.kept.given(request)
         proposal = request.proposal
         start = blank_mask(size, self.kept.labels) if proposal is None else proposal
-        task: dict[str, Any] = {"what": "task", "view": view, "id": request.id, "ask": request.kind}
+        task: dict[str, Any] = {"what": "task", "id": request.id, "ask": request.kind}
         task["name"] = request.image_id  # that an image is asked about again, nobody need know
         task |= {"reason": request.reason, "place": at + 1, "total": len(order)}
         task |= {"answered": sum(not self.kept.is_open(other) for other in order), "seconds": seconds}
         task |= {"width": size[0], "height": size[1], "verdict": verdict}
         packed = _packed(start)
-        self.send(task, [photo, packed, packed if mask is None else _packed(mask)])
+        self._say(task, [photo, packed, packed if mask is None else _packed(mask)])
 
 # %% ../../nbs/people/05_canvas.ipynb #canvas-widget
 class _Canvas(anywidget.AnyWidget):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Said', 'read_verdicts', 'numbered', 'files_for', 'exports_in', 'read_export', 'read_answer', 'refuse_unseen',
-           'refuse_black_and_white', 'how_to', 'photo_png', 'FolderAnnotator']
+           'refuse_black_and_white', 'void_value', 'how_to', 'photo_png', 'proposal_png', 'FolderAnnotator']
 
 # %% ../../nbs/people/02_folder.ipynb #folder-imports
 import csv
+import re
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from PIL import Image
 
 from ..core.checks import ConfigError, DataError, check_choice, check_number, closest, show
 from ..core.files import write_bytes, write_text
 from ..data.labels import VOID, LabelSpace
-from ..data.layouts import bare_name, image_files, pair_masks
+from ..data.layouts import bare_name, image_files, pair_masks, safe_ids
 from ..data.masks import open_image, read_image
 from ..data.meaning import read_text
 from ..formats.formats import FORMATS, MaskRow, MaskSet, read_masks, rest_of
@@ -130,9 +132,22 @@ def files_for(
     return _matched(names, files)
 
 
+def _as_asked(names: Mapping[str, Request], files: Mapping[str, Path]) -> dict[str, Path]:
+    "The same files; those whose names a tool has put into plain letters are called as was asked."
+    own, plain = {*names, *(request.id for request in names.values())}, dict[str, set[str]]()
+    for name in own:
+        for other in (safe_ids([name])[0], re.sub(r"[^-\w.]", "", name.strip().replace(" ", "_"))):
+            plain.setdefault(other, set()).add(name)
+    called: dict[str, Path] = {}
+    for key, path in files.items():
+        asked = [] if key in own else [name for name in plain.get(key, ()) if name not in files]
+        called[asked[0] if len(asked) == 1 else key] = path
+    return called
+
+
 def _matched(names: Mapping[str, Request], files: Mapping[str, Path]) -> tuple[dict[str, Path], list[Path]]:
     "Files by what they answer, and those that answer nothing."
-    there, found = _Names(files), dict[str, Path]()
+    there, found = _Names(_as_asked(names, files)), dict[str, Path]()
     named = {name: there.fitting(name, request) for name, request in names.items()}
     owners = {path: name for name, paths in named.items() for path in paths}
     for name, request in names.items():
@@ -181,7 +196,8 @@ def read_export(
     try:
         return read_masks(path, format or None, labels, **({"images": images} | {**(options or {})}))
     except (ConfigError, DataError) as error:
-        hint = "" if isinstance(error, DataError) else " (options go into annotator_options={'format_options': {...}})"
+        asks = isinstance(error, ConfigError) or "say crowd=" in str(error)
+        hint = " (options go into annotator_options={'format_options': {...}})" if asks else ""
         raise DataError(f"{path} is not taken: {error}{hint}") from error
 
 
@@ -282,11 +298,19 @@ _HOW = """What to do
 
 Classes
 {classes}
-255  no class: unclear or irrelevant pixels
+{void}
 
 Questions
 {questions}
 """
+
+
+def void_value(
+    labels: LabelSpace,  # the classes
+) -> int | None:  # None: white is a class, and no other value is ignored
+    "The grey value of void in a mask that a person saves."
+    white = [] if VOID in labels.file_values else [VOID]
+    return next((value for value in (*white, *labels.ignore) if isinstance(value, int)), None)
 
 
 def how_to(
@@ -297,8 +321,13 @@ def how_to(
     colors = labels.palette[: len(labels)].tolist()
     values = zip(labels.file_values, labels.names, colors, strict=True)
     classes = [f"{value:<4} {name} (red {r}, green {g}, blue {b})" for value, name, (r, g, b) in values]
+    grey = void_value(labels)
+    void = (
+        f"no class: unclear or irrelevant pixels ({'red {}, green {}, blue {}'.format(*labels.palette[VOID].tolist())})"
+    )
+    void = f"     {void}, in colours only" if grey is None else f"{grey:<4} {void}"
     questions = [f"{name}: {request.kind}. {request.reason}".rstrip() for name, request in names.items()]
-    return _HOW.format(classes="\n".join(classes), questions="\n".join(questions))
+    return _HOW.format(classes="\n".join(classes), void=void, questions="\n".join(questions))
 
 # %% ../../nbs/people/02_folder.ipynb #folder-photo
 def photo_png(
@@ -307,6 +336,24 @@ def photo_png(
     "A photograph as people and tools see it: upright RGB, as PNG, whatever a camera made of it."
     buffer = BytesIO()
     read_image(photo).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def proposal_png(
+    mask: np.ndarray,  # (H, W) uint8 class indices, 255 = void
+    labels: LabelSpace,  # what the sheet says
+) -> bytes:
+    "A proposal as a person would save it: a palette PNG of the sheet's values; in colours where void has no value."
+    void, buffer, table = void_value(labels), BytesIO(), np.full(256, VOID, np.uint8)
+    if void is None and (mask == VOID).any():
+        picture = Image.fromarray(labels.colorize(mask))
+    else:
+        table[: len(labels)], table[VOID] = labels.file_values, VOID if void is None else void
+        colors = np.tile(labels.palette[VOID], (256, 1))
+        colors[list(labels.file_values)] = labels.palette[: len(labels)]
+        picture = Image.fromarray(table[mask]).convert("L")
+        picture.putpalette(colors.tobytes())
+    picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 # %% ../../nbs/people/02_folder.ipynb #folder-class
@@ -345,7 +392,7 @@ class FolderAnnotator(Annotator):
             photo, shown = self.folder / "ask" / f"{name}.png", self.folder / "proposals" / f"{name}.png"
             if request.id in wanted and not photo.is_file():
                 if (proposal := request.proposal) is not None:
-                    write_bytes(shown, mask_png(proposal, self.labels))
+                    write_bytes(shown, proposal_png(proposal, self.told))
                 write_bytes(photo, photo_png(request.image))
         write_text(self.folder / "how_to.txt", how_to(names, self.labels))
 

@@ -109,6 +109,13 @@ class Answer:
         return said.hexdigest()
 
 # %% ../../nbs/people/01_requests.ipynb #requests-check
+def _without_options(text: str) -> str:
+    "What is wrong with a mask, without what a data set could be told: a run that waits for people keeps its settings."
+    before, found, _ = text.partition("data_options=")
+    whole = before.rfind(". ") + 1
+    return f"{before[:whole]} Save it in the grey values or colours of the classes." if found and whole else text
+
+
 def checked_mask(
     request: Request,  # that is answered
     cell: Any,  # what came: a file, or class indices (H, W)
@@ -118,7 +125,8 @@ def checked_mask(
     try:
         mask = read_mask(cell, labels, name=request.id)
     except DataError as error:
-        raise DataError(f"the answer for image {request.id!r} is not taken: {error}") from error
+        told = _without_options(str(error))
+        raise DataError(f"the answer for image {request.id!r} is not taken: {told}") from error
     width, height = request.size
     if mask.shape != (height, width):
         raise DataError(
