@@ -49,11 +49,11 @@ def total_clicks(
     ledger: Ledger,  # knows whether anybody asked for clicks
     masks: Iterable[np.ndarray],  # (H, W) uint8 each, human masks
     share: float = 1.0,  # of the corners that are moved, where a proposal is corrected
-) -> int | None:  # None: nobody asked, and no mask is read
-    "The clicks that whole masks take, by the rule of `count_clicks`."
-    if ledger.clicks is None:
-        return None
-    return sum(1 + round(share * (count_clicks(mask) - 1)) for mask in masks)
+) -> int | None:  # None: nobody asked
+    "The clicks of whole masks, by the rule of `count_clicks`. Each mask is read: a broken one is told before it is paid."
+    counted = ledger.clicks is not None
+    clicks = [1 + round(share * (count_clicks(mask) - 1)) if counted else 0 for mask in masks]
+    return sum(clicks) if counted else None
 
 # %% ../../nbs/experiment/03_annotator.ipynb #pool-oracle-pixels
 def _to_png(mask: np.ndarray) -> bytes:
