@@ -50,7 +50,7 @@ def total_clicks(
     masks: Iterable[np.ndarray],  # (H, W) uint8 each, human masks
     share: float = 1.0,  # of the corners that are moved, where a proposal is corrected
 ) -> int | None:  # None: nobody asked
-    "The clicks of whole masks, by the rule of `count_clicks`. Each mask is read: a broken one is told before it is paid."
+    "The clicks of whole masks, by the rule of `count_clicks`. Each is read: a broken mask is told before it is paid."
     counted = ledger.clicks is not None
     clicks = [1 + round(share * (count_clicks(mask) - 1)) if counted else 0 for mask in masks]
     return sum(clicks) if counted else None
