@@ -190,6 +190,22 @@ def test_answers_that_the_server_has_thrown_away_are_asked_for_anew(office: Offi
     assert [a.verdict for a in again] == [a.verdict for a in first] and len(office.batches) == 2
 
 
+def test_answers_of_today_that_are_missing_are_not_paid_for_twice(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that cannot hand out what it has just worked on would not hand out the next either."""
+    work = office.work
+
+    def forgetful(batch: dict[str, Any]) -> None:
+        work(batch)
+        office.files[batch["output_file_id"]] = b""
+
+    monkeypatch.setattr(office, "work", forgetful)
+    with pytest.raises(JudgeStopped, match="does not go on"):
+        judge_at(office).judge([ask(0), ask(1)])
+    assert len(office.batches) == 1
+
+
 def test_a_refused_file_is_one_clear_line(office: Office) -> None:
     office.ends = "failed"
     with pytest.raises(JudgeStopped, match=r"the batch batch0 has failed: no reason given\."):
