@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -397,6 +398,25 @@ def test_a_mask_outside_the_folder_is_not_read(person: NotebookAnnotator):
     file.write_text(json.dumps({**json.loads(file.read_text()), "mask": "../asked/b.png"}))
     with pytest.raises(DataError, match="no name of a file inside"):
         person.answered()
+
+
+def test_two_notebooks_on_one_folder_are_led_past_each_other(
+    person: NotebookAnnotator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    """What is open in another kernel that still runs comes last; what a killed kernel had open does not."""
+    held = person.folder / "held"
+    held.mkdir()
+    (held / "a.json").write_text(json.dumps({"pid": 2**22 + 1, "host": socket.gethostname()}))  # of a killed kernel
+    assert Page(person, monkeypatch).say("ready", view="1")["id"] == "a"
+    monkeypatch.setattr("os.getpid", lambda: 1)  # another notebook, whose process surely runs
+    other = open_canvas(person.folder, who="ben")
+    assert other.canvas
+    monkeypatch.undo()
+    page, second = Page(person, monkeypatch), Page(other, monkeypatch)
+    assert second.say("ready", view="2")["id"] == "b"  # "a" is open elsewhere
+    assert second.say("submit", ONES, id="b", seconds=2, view="2")["id"] == "c"
+    assert second.say("submit", ONES, id="c", seconds=2, view="2")["id"] == "a"  # nothing else is left
+    assert page.say("submit", ONES, id="a", seconds=2, view="1")["what"] == "done"
 
 
 def test_a_folder_knows_its_classes(person: NotebookAnnotator, tmp_path: Path):

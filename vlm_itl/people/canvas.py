@@ -6,7 +6,10 @@
 __all__ = ['blank_mask', 'NotebookAnnotator', 'open_canvas']
 
 # %% ../../nbs/people/05_canvas.ipynb #canvas-imports
+import os
+import socket
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,6 +28,7 @@ from IPython.display import display
 from ..core.checks import ConfigError, DataError, VlmItlError, check_number, show
 from ..core.files import read_json, write_bytes, write_json
 from ..core.guards import inside
+from ..core.runfolder import is_running
 from ..data.labels import VOID, LabelSpace
 from ..data.masks import open_image, read_image, read_indices
 from ..formats.formats import rest_of
@@ -52,7 +56,8 @@ def blank_mask(
 
 def _palette(labels: LabelSpace) -> list[dict[str, Any]]:
     "Name, colour and value of everything that can be painted."
-    named = [*enumerate(labels.names), (VOID, "void")]
+    nothing = next(name for name in ("void", "ignored", "left open", "no class") if name not in labels.names)
+    named = [*enumerate(labels.names), (VOID, nothing)]
     return [{"name": name, "color": labels.palette[value].tolist(), "value": value} for value, name in named]
 
 # %% ../../nbs/people/05_canvas.ipynb #canvas-bytes
@@ -204,6 +209,55 @@ class _Kept:
             return answer.mask if mask is None and answer else mask, line["seconds"], verdict
         return (None, 0.0, "") if answer is None else (answer.mask, answer.seconds or 0.0, verdict)
 
+# %% ../../nbs/people/05_canvas.ipynb #canvas-held
+class _Held:
+    "Which images the pages of this kernel have open, told to other kernels in which somebody opens the same folder."
+
+    def __init__(
+        self,
+        folder: Path,  # ID.json in it says which process has the image open
+        process: int = 0,  # 0: this one
+        patience: float = 900.0,  # seconds without a word from the page after which that is forgotten
+    ):
+        self.folder, self.patience = folder, patience
+        self.note = {"pid": process or os.getpid(), "host": socket.gethostname()}
+        self.mine: dict[str, Path] = {}  # page -> its file
+
+    def take(self, view: str, image_id: str) -> None:
+        "A page shows an image, and no other one any more."
+        self.drop(view)
+        self.mine[view] = inside(self.folder, f"{image_id}.json")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.mine[view], self.note)
+
+    def touch(self, view: str) -> None:
+        "The page has said something: it is still there."
+        if view in self.mine and self._note(self.mine[view]) == self.note:
+            self.mine[view].touch()
+
+    def drop(self, view: str) -> None:
+        "The page shows no image."
+        path = self.mine.pop(view, None)
+        if path is not None and path not in self.mine.values() and self._note(path) == self.note:
+            path.unlink(missing_ok=True)
+
+    def by_others(self) -> set[str]:
+        "The images that are open in other kernels, as far as those still run."
+        return {path.stem for path in self.folder.glob("*.json") if self._elsewhere(path)}
+
+    def _elsewhere(self, path: Path) -> bool:
+        "Does another kernel have it open?"
+        note = self._note(path)
+        old = note and path.is_file() and path.stat().st_mtime < time.time() - self.patience
+        return bool(note) and note != self.note and not old and is_running(note)
+
+    def _note(self, path: Path) -> dict[str, Any]:
+        "Which process has it; nothing where it is gone meanwhile."
+        try:
+            return dict(read_json(path, dict))
+        except VlmItlError:
+            return {}
+
 # %% ../../nbs/people/05_canvas.ipynb #canvas-talk
 class _Talk:
     "The kernel's half of the conversation."
@@ -216,6 +270,7 @@ class _Talk:
         self.kept, self.send = kept, send
         self.view = ""  # the page that is heard
         self.seen: dict[tuple[str, str], tuple[str, str]] = {}  # page and image -> the answer that the page knows of
+        self.held = _Held(kept.asked.folder / "held")
 
     def hear(
         self,
@@ -238,6 +293,7 @@ class _Talk:
     def act(self, message: Mapping[str, Any], buffers: Sequence[Any]) -> None:
         "One message."
         what, order = message["what"], self.kept.order()
+        self.held.touch(self.view)
         if what == "ready":
             return self._show_open(order, 0)
         at = next((i for i, request in enumerate(order) if request.id == message["id"]), None)
@@ -272,17 +328,19 @@ class _Talk:
             )
 
     def _show_open(self, order: Sequence[Request], after: int) -> None:
-        "The next open image, or that there is none."
-        places = [*range(after, len(order)), *range(after)]
-        at = next((i for i in places if self.kept.is_open(order[i])), None)
-        if at is None:
-            self._say({"what": "done", "total": len(order)})
-        else:
-            self._show(order, at)
+        "The next open image, rather one that is open in no other kernel, or that there is none."
+        places = [i for i in (*range(after, len(order)), *range(after)) if self.kept.is_open(order[i])]
+        if not places:
+            self.held.drop(self.view)
+            return self._say({"what": "done", "total": len(order)})
+        elsewhere = self.held.by_others()
+        self._show(order, next((i for i in places if order[i].id not in elsewhere), places[0]))
 
     def _show(self, order: Sequence[Request], at: int) -> None:
         "An image."
         request = order[at]
+        if self.view:  # a page, not Python
+            self.held.take(self.view, request.id)
         photo, size = _photo(request.image)
         mask, seconds, verdict = self.kept.begun(request)
         self.seen[self.view, request.id] = self.kept.given(request)
