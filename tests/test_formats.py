@@ -904,3 +904,19 @@ def test_what_is_wrong_with_a_row_is_said_by_every_format(tmp_path: Path):
     for word in ROUND:
         with pytest.raises(DataError, match="mask value 9 at row 0, column 0 means no class"):
             write_masks(masks, tmp_path / word, word)
+
+
+def test_exports_of_label_studio_that_hold_no_region_say_so(tmp_path: Path):
+    """JSON-MIN is recognised, and refused by its name; nothing painted anywhere asks for the classes."""
+    path = tmp_path / "export.json"
+    tag = [{"format": "rle", "rle": [0, 1], "brushlabels": ["cat"], "original_width": 8, "original_height": 6}]
+    smallest = {"id": 1, "image": "/upload/a.png", "tag": tag, "annotator": 1, "annotation_id": 3, "lead_time": 3.2}
+    path.write_text(json.dumps([smallest]))
+    for word in (None, "labelstudio"):
+        with pytest.raises(DataError, match="export the project as JSON \\(not JSON-MIN\\)"):
+            read_masks(path, word)
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png")
+    path.write_text(json.dumps([{"id": 1, "data": {"image": "/a.png"}, "annotations": [{"id": 1, "result": []}]}]))
+    with pytest.raises(DataError, match="nothing is painted in any annotation.*say classes="):
+        read_masks(path)
+    assert (read_masks(path, classes=["background", "cat"]).rows[0].mask == 0).all()

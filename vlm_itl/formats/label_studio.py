@@ -228,6 +228,8 @@ def _ls_labels(
     meta: dict[str, Any] = next((task["meta"] for task in tasks if isinstance(task.get("meta"), dict)), {})
     listed = list(classes or meta.get("classes") or [])
     used = sorted({name for results, _ in chosen for result in results for name in _own_labels(result)})
+    if not listed and not used:
+        raise DataError(f"{file}: nothing is painted in any annotation, so no class has a name; say classes=[...]")
     rest = rest or meta.get("rest")
     labels = region_labels([*listed, *used], str(file), rest)
     return labels, rest_index(labels, rest)
@@ -245,7 +247,7 @@ class LabelStudio(FileFormat):
     ending, what = ".json", "export"
 
     def fits(self, path: Path) -> bool:
-        return looks_like(path, "labelstudio")
+        return looks_like(path, "labelstudio") or looks_like(path, "json-min")  # `read` tells them apart
 
     def read(
         self,

@@ -40,12 +40,13 @@ from .run_lengths import decode_coco, decode_cvat, encode_coco, encode_cvat
 _MARKS = {
     "coco": (b"{", (b'"images"', b'"annotations"', b'"categories"')),
     "labelstudio": (b"[", (b'"data"', b'"annotations"')),
+    "json-min": (b"[", (b'"annotation_id"', b'"lead_time"')),
 }
 
 
 def looks_like(
     path: Path,  # a JSON file
-    kind: str,  # coco, labelstudio
+    kind: str,  # coco, labelstudio, json-min
 ) -> bool:
     "Does a JSON file look like one of a tool?"
     first, words = _MARKS[kind]
