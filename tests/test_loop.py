@@ -322,7 +322,13 @@ def test_an_empty_mask_needs_the_word_that_nothing_is_missing(toy: SegData, tmp_
 def test_what_cannot_work_with_proposals_is_one_line(toy: SegData, tmp_path: Path) -> None:
     more = proposals_of(toy, tmp_path / "masks")
     certified = {"acceptance": "certified", "alpha": 0.9, "delta": 0.9, "min_share": 0.1}
-    loop = loop_of(toy, tmp_path / "certified", **more, **certified)
+    with pytest.raises(ConfigError, match="needs a proposal of folder:masks for every validation image: 1 of 1"):
+        loop_of(toy, tmp_path / "certified", **more, **certified)  # before anything is drawn or paid
+    assert not (tmp_path / "certified" / "round_000").exists()
+    more["proposer_options"] = {"path": str(tmp_path / "masks"), "ignore": 255}
+    (held,) = toy.val["id"]
+    Image.fromarray(np.full_like(toy.val[0]["mask"], 255)).save(tmp_path / "masks" / f"{held}.png")
+    loop = loop_of(toy, tmp_path / "void", **more, **certified)  # there is a file, and nothing in it
     with pytest.raises(ConfigError, match="needs a proposal of folder:masks for every validation image: 1 of 1"):
         loop.run_round()
     loop.folder.close()

@@ -29,7 +29,14 @@ from ..data.masks import row_ids, truth_reader
 from ..data.sources import SegData, load_data
 
 # %% ../../nbs/experiment/10_loop.ipynb #experiment-imports-1
-from .acceptance import kept_proposals, make_proposals, proposal_images, refuse_truth, share_left
+from vlm_itl.experiment.acceptance import (
+    kept_proposals,
+    make_proposals,
+    proposal_images,
+    refuse_truth,
+    refuse_uncertifiable,
+    share_left,
+)
 from .annotator import Oracle, labelled_before, make_desk, masks_by_people
 from .config import Config, make_config, run_path
 from .judge_turn import JUDGE_SETTINGS, check_certifiable, check_enough, examine
@@ -433,6 +440,7 @@ class Loop:
         if known is None:
             team.proposer.prepare(proposal_images(team), team.data.labels)
             refuse_truth(team.proposer, data)
+            refuse_uncertifiable(team)  # again once the masks are made: here before anything is drawn or paid
         else:
             for card, (number, store) in zip(known, kept_proposals(team, self.state).items(), strict=False):
                 store.check(card, team.proposer.parts()[number])

@@ -65,6 +65,10 @@ class Proposer(ABC):
         "Image -> hash of the file that its proposal is made of; empty where there are no files."
         return {}
 
+    def lacks(self, image_id: str) -> bool:
+        "Is it known beforehand that it proposes nothing for an image? Asked after `prepare`."
+        return False
+
     def bind_look(self, look: Callable[..., Any]) -> None:
         "Give a proposer the round's model: `look(images, masks=store, desc=...)`. Fixed ones have no use for it."
         return None
@@ -392,6 +396,9 @@ class Folder(Proposer):
         there = {i: found[i] for i in ids if i in found and found[i].is_file()}
         return {i: hashlib.sha256(path.read_bytes()).hexdigest() for i, path in there.items()}
 
+    def lacks(self, image_id: str) -> bool:
+        return image_id not in self.files and image_id not in self.rows
+
     def _mask(self, image_id: str, image: Any) -> np.ndarray:  # (H, W) uint8
         "A proposal in our classes; `DataError` where a mask of another tool is not as large as its image."
         if self.format is None:
@@ -419,7 +426,7 @@ class Folder(Proposer):
             self.prepare(images, masks.labels)
         proposals: dict[str, Proposal] = {}
         for place, image_id in enumerate(row_ids(images)):
-            if image_id not in self.files and image_id not in self.rows:
+            if self.lacks(image_id):
                 continue
             try:
                 mask = self._mask(image_id, lambda place=place: images[place])
