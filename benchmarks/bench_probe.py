@@ -29,9 +29,9 @@ from vlm_itl.data.masks import DecodeRows, MaskStore, raw_rows, row_ids
 from vlm_itl.data.sources import SegData, load_data
 from vlm_itl.model.metrics import ConfusionMatrix
 from vlm_itl.model.predict import Inference, evaluate
+from vlm_itl.model.recipe import TrainSettings
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import load_model
-from vlm_itl.model.train import TrainSettings
 from vlm_itl.probe.probe import Probe, SeenImages, enlarge
 from vlm_itl.probe.probe_training import fit_probe, shrink_mask
 

@@ -28,9 +28,10 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 from vlm_itl.core.processes import Processes
 from vlm_itl.data.sources import SegData, load_data
 from vlm_itl.model.predict import Inference
+from vlm_itl.model.recipe import TrainSettings
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import Segmenter, load_model
-from vlm_itl.model.train import TrainSettings, fit
+from vlm_itl.model.train import fit
 from vlm_itl.sampler.together import Together, put_together
 
 

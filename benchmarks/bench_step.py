@@ -29,8 +29,9 @@ from vlm_itl.data.sources import SegData, load_data
 from vlm_itl.data.transforms import TrainingSet, collate
 from vlm_itl.model import train
 from vlm_itl.model.predict import Inference
+from vlm_itl.model.recipe import TrainSettings, learning_rates, train_transform
 from vlm_itl.model.segmenter import Segmenter, freeze_batchnorm, load_model, parameter_groups
-from vlm_itl.model.train import TrainSettings, fit, learning_rates, train_transform
+from vlm_itl.model.train import fit
 
 SIZE, BATCH = 96, 8
 FIRST, LAST = 20, 160  # steps between which the slope is taken

@@ -41,9 +41,10 @@ from vlm_itl.core.seeds import seed_everything
 from vlm_itl.data.sources import SegData, load_data
 from vlm_itl.data.transforms import TrainingSet, collate
 from vlm_itl.model.predict import Inference, autocast, predict_batches
+from vlm_itl.model.recipe import TrainSettings, learning_rates, pixel_loss, train_transform
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import Segmenter, freeze_batchnorm, load_model, parameter_groups
-from vlm_itl.model.train import TrainSettings, fit, learning_rates, pixel_loss, train_transform
+from vlm_itl.model.train import fit
 from vlm_itl.probe.probe_training import fit_probe
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"  # build tiny vision-language models

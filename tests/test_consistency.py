@@ -17,8 +17,9 @@ from vlm_itl.core.seeds import make_rng
 from vlm_itl.data.sources import toy_images
 from vlm_itl.model import convergence
 from vlm_itl.model.predict import Inference
+from vlm_itl.model.recipe import TrainSettings
 from vlm_itl.model.segmenter import load_model
-from vlm_itl.model.train import FitResult, TrainSettings, fit
+from vlm_itl.model.train import FitResult, fit
 from vlm_itl.probe.consistency import Consistency, agreement_loss, complementary, cut_box, follow, paste
 from vlm_itl.probe.features import FeatureCache
 from vlm_itl.probe.probe import Probe, ProbeHead

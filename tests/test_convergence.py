@@ -22,8 +22,9 @@ from vlm_itl.experiment.config import make_config, notebook_settings
 from vlm_itl.model import convergence, train
 from vlm_itl.model.convergence import Growth, grow_steps, held_out_losses, hold_out
 from vlm_itl.model.predict import Inference
+from vlm_itl.model.recipe import TrainSettings
 from vlm_itl.model.segmenter import Segmenter, load_model
-from vlm_itl.model.train import TrainSettings, fit
+from vlm_itl.model.train import fit
 
 VIEW = Inference(32)
 TOY = toy_images()

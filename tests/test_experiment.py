@@ -26,9 +26,10 @@ from vlm_itl.experiment.loop import Loop, load_run_data, run_al, run_baseline
 from vlm_itl.experiment.pool import Ledger, Pool
 from vlm_itl.model.metrics import image_iou
 from vlm_itl.model.predict import Inference, evaluate
+from vlm_itl.model.recipe import TrainSettings
 from vlm_itl.model.scoring import PoolScores, score_pool
 from vlm_itl.model.segmenter import MODELS, load_model
-from vlm_itl.model.train import TrainSettings, fit
+from vlm_itl.model.train import fit
 from vlm_itl.reports.tracking import read_wandb_file
 from vlm_itl.sampler.strategy import Sampler
 

@@ -39,7 +39,8 @@ from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import Loop, finish, run_al
 from vlm_itl.experiment.pool import Ledger
 from vlm_itl.model.predict import Inference, evaluate
-from vlm_itl.model.train import TrainSettings, fit
+from vlm_itl.model.recipe import TrainSettings
+from vlm_itl.model.train import fit
 from vlm_itl.sampler.strategy import Sampler
 
 pytestmark = pytest.mark.usefixtures("undrawn")

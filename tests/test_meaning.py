@@ -126,8 +126,9 @@ def test_number_2_said_by_check_data_and_by_reading(tmp_path: Path) -> None:
 def test_number_2_the_way_of_the_library(use: str, tmp_path: Path) -> None:
     """Training and evaluation take rows undecoded, past the transform that watched."""
     from vlm_itl.model.predict import Inference, evaluate
+    from vlm_itl.model.recipe import TrainSettings
     from vlm_itl.model.segmenter import load_model
-    from vlm_itl.model.train import TrainSettings, fit
+    from vlm_itl.model.train import fit
 
     root = write(tmp_path, "images/p{}.png", "masks/p{}.png", black_and_white, 2, count=14, names="background lesion")
     for options in ({}, {"values": [0, 255]}):

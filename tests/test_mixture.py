@@ -18,8 +18,9 @@ from vlm_itl.data.transforms import TrainingSet, collate
 from vlm_itl.experiment.config import make_config
 from vlm_itl.model.mixture import Draws, Mixture, capped_rates, deal, draws_of, mixed_order, read_mixture
 from vlm_itl.model.predict import Inference
+from vlm_itl.model.recipe import TrainSettings, pixel_loss, train_transform
 from vlm_itl.model.segmenter import load_model
-from vlm_itl.model.train import TrainSettings, fit, pixel_loss, train_transform
+from vlm_itl.model.train import fit
 
 
 def pool(count: int, people: int, kinds: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -40,9 +40,10 @@ from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_al
 from vlm_itl.experiment.round import make_learner
 from vlm_itl.model.predict import Inference, evaluate, predict_batches
+from vlm_itl.model.recipe import TrainSettings
 from vlm_itl.model.scoring import score_pool
 from vlm_itl.model.segmenter import MODELS, Segmenter, load_model, load_weights, save_model
-from vlm_itl.model.train import TrainSettings, try_once
+from vlm_itl.model.train import try_once
 from vlm_itl.probe.features import FeatureCache, MapEncoder, Seen, image_keys, look_once, pack, unpack
 from vlm_itl.probe.probe import Probe
 from vlm_itl.probe.probe_training import fit_probe

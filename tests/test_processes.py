@@ -31,9 +31,10 @@ from vlm_itl.data.sources import SegData, load_data
 from vlm_itl.experiment import make_config, run_al
 from vlm_itl.experiment.judge_turn import Journal, ask_about, judge_masks
 from vlm_itl.model.predict import Inference, evaluate
+from vlm_itl.model.recipe import TrainSettings
 from vlm_itl.model.scoring import PoolScores, score_pool
 from vlm_itl.model.segmenter import Segmenter, load_model, save_model
-from vlm_itl.model.train import TrainSettings, fit
+from vlm_itl.model.train import fit
 from vlm_itl.proposals.partial import write_confident
 from vlm_itl.proposals.proposers import make_proposer
 from vlm_itl.sampler.gradient import GradientProbe

@@ -29,12 +29,13 @@ from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows, raw_rows
 from vlm_itl.data.sources import SegData, toy_images
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.loop import run_baseline
-from vlm_itl.model import train
+from vlm_itl.model import recipe, train
 from vlm_itl.model.doubt import uncertainty_maps
 from vlm_itl.model.predict import Inference, evaluate, pick_device
+from vlm_itl.model.recipe import TrainSettings, pixel_loss
 from vlm_itl.model.scoring import PoolScores, masked_mean, score_pool, valid_cells
 from vlm_itl.model.segmenter import Segmenter, load_model
-from vlm_itl.model.train import TrainSettings, fit, pixel_loss
+from vlm_itl.model.train import fit
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -491,9 +492,9 @@ def test_images_without_a_label_do_no_harm():
 
 
 def test_epochs_replace_steps(some):
-    assert train.total_steps(TrainSettings(steps=7), 100) == 7
-    assert train.total_steps(TrainSettings(steps=7, epochs=2, batch_size=8), 20) == 5
-    assert train.total_steps(TrainSettings(epochs=0.5, batch_size=8), 8) == 1
+    assert recipe.total_steps(TrainSettings(steps=7), 100) == 7
+    assert recipe.total_steps(TrainSettings(steps=7, epochs=2, batch_size=8), 20) == 5
+    assert recipe.total_steps(TrainSettings(epochs=0.5, batch_size=8), 8) == 1
     _, result = trained(some.train, TrainSettings(steps=50, epochs=1, batch_size=4))
     assert result.steps == 2
 
@@ -558,10 +559,10 @@ def test_looking_at_validation_changes_no_step(some):
 
 def test_rates_and_recipe_depend_on_the_start():
     scratch = load_model("segformer-nano", SEVEN)
-    assert train.learning_rates(TrainSettings(), scratch) == (5e-3, 1.0)
+    assert recipe.learning_rates(TrainSettings(), scratch) == (5e-3, 1.0)
     scratch.pretrained = True
-    assert train.learning_rates(TrainSettings(), scratch) == (1e-4, 10.0)
-    assert train.learning_rates(TrainSettings(learning_rate=1.0, head_scale=2.0), scratch) == (1.0, 2.0)
+    assert recipe.learning_rates(TrainSettings(), scratch) == (1e-4, 10.0)
+    assert recipe.learning_rates(TrainSettings(learning_rate=1.0, head_scale=2.0), scratch) == (1.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -576,7 +577,7 @@ def test_rates_and_recipe_depend_on_the_start():
 def test_crop_is_a_share_of_the_evaluation_size(pretrained, crop, side, scale):
     model = load_model("segformer-nano", SEVEN)
     model.pretrained = pretrained
-    transform = train.train_transform(TrainSettings(crop=crop), model, 96)
+    transform = recipe.train_transform(TrainSettings(crop=crop), model, 96)
     assert transform.size == side and transform.scale == pytest.approx(scale)
 
 
@@ -586,7 +587,7 @@ def test_scale_one_shows_things_as_large_as_evaluation(crop):
     mask = np.random.default_rng(0).integers(0, 7, (64, 64), dtype=np.uint8)
     image = np.zeros((64, 64, 3), dtype=np.uint8)
     settings = TrainSettings(crop=crop, augment={"scale": (1, 1), "flip": 0, "jitter": 0})
-    transform = train.train_transform(settings, load_model("segformer-nano", SEVEN), 64)
+    transform = recipe.train_transform(settings, load_model("segformer-nano", SEVEN), 64)
     out = transform({"id": "a", "image": png(image), "mask": png(mask)}, np.random.default_rng(1))
     seen, side = out["labels"].numpy(), round(crop * 64)
     assert seen.shape == (side, side)

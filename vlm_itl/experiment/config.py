@@ -25,7 +25,7 @@ from ..judging.label_plan import LabelGoal
 from ..judging.measures import FULL_MASK_SECONDS
 from ..judging.stopping import StopRule
 from ..model.predict import Inference
-from ..model.train import TrainSettings
+from ..model.recipe import TrainSettings
 from ..people.requests import ANNOTATORS, annotator_options
 from ..proposals.correction import CorrectionCost
 from ..proposals.proposers import make_proposer

@@ -29,8 +29,9 @@ from ..model.checkpoints import RunningLoss
 from ..model.convergence import find_steps, held_out_losses, told_looks
 from ..model.mixture import draws_of, read_mixture
 from ..model.predict import Inference, autocast, evaluate, pick_device
+from ..model.recipe import TrainSettings, pixel_loss, total_steps
 from ..model.scoring import valid_cells
-from ..model.train import FitResult, TrainSettings, in_fixed_order, pixel_loss, total_steps
+from ..model.train import FitResult, in_fixed_order
 from .features import unpack
 from .probe import Probe, ProbeHead, SeenImages, enlarge
 
