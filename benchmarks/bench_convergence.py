@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,13 +54,15 @@ def one(config: Config, data: SegData, arm: float, selection: int) -> dict[str, 
     return {"images": len(picked), "steps": result.steps, "iou": iou, "cpu_s": round(seconds), "looks": looks}
 
 
-def measure(base: Config, data: SegData, seeds: range, rows: Path) -> list[dict[str, Any]]:
+def measure(
+    base: Config, data: SegData, seeds: range, rows: Path, arms: Sequence[float] = ARMS
+) -> list[dict[str, Any]]:
     """All trainings that are not yet in the file of rows."""
     done = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
     known = {(r["data"], r["model"], r["seed"], r["arm"], r["way"]): r for r in done}
     name = "scenes" if base.dataset == "scenes" else "photographs"
     for seed in seeds:
-        for arm in ARMS:
+        for arm in arms:
             found = 0
             for way in ("1x", "1x again", "2x"):
                 key = (name, Path(base.model).name, seed, arm, way)
@@ -118,6 +121,7 @@ def main() -> None:
     parser.add_argument("--model", default="segformer-nano")
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", type=float, nargs="+", default=ARMS, help="shares of the images with masks")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--shared", type=Path, default=Path(os.environ.get("VLM_ITL_SHARED", "../shared")))
     parser.add_argument("--rows", type=Path, default=ROOT / "runs" / "convergence.jsonl")
@@ -126,7 +130,7 @@ def main() -> None:
     dataset = "scenes" if args.data == "scenes" else str(args.shared / "data/VOCdevkit/VOC2012")
     base = make_config(dataset=dataset, model=args.model, image_size=args.image_size)
     data = load_data(dataset, seed=0, val_share=1)  # one image: nobody looks at it
-    rows = measure(base, data, range(args.first_seed, args.first_seed + args.seeds), args.rows)
+    rows = measure(base, data, range(args.first_seed, args.first_seed + args.seeds), args.rows, args.arms)
     table = summarise(rows)
     for line in table:
         print(json.dumps(line))
