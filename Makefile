@@ -45,6 +45,7 @@ $(STAMP):
 	@echo "installing into $(VENV) (once, a few minutes)"
 	@$(PYTHON) -m venv $(VENV) || { echo "no venv here (on Debian: apt install python3-venv)"; exit 1; }
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m compileall -q vlm_itl
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
@@ -52,12 +53,14 @@ demo: $(STAMP)
 	@$(BIN)/vlm_itl_run nbs/run_al.ipynb -f configs/demo.yaml $(ARGS) </dev/null
 
 # One thread per process, since notebooks and tests run one per core; short trainings in the run notebooks. A fresh cache, so that no generated data of an
-# older version is read. pytest comes last, and its closing line is the last one.
+# older version is read. The modules are compiled first, or two hundred processes would each do it where Python may not write beside them
+# (PYTHONDONTWRITEBYTECODE). pytest comes last, and its closing line is the last one.
 test: $(STAMP)
 	@set -e; \
 	cache=$$(mktemp -d); trap 'rm -rf "$$cache"' EXIT; \
 	export VLM_ITL_CACHE="$$cache" VLM_ITL_PROGRESS=0 HF_HUB_OFFLINE=1 WANDB_MODE=offline; \
 	export MPLBACKEND=agg TOKENIZERS_PARALLELISM=false PATH="$(BIN):$$PATH"; \
+	python -m compileall -q vlm_itl; \
 	echo "notebooks"; \
 	OMP_NUM_THREADS=1 VLM_ITL_MAX_STEPS=20 timeout $(NBDEV_TEST_SECONDS) nbdev_test --timing </dev/null; \
 	OMP_NUM_THREADS=1 timeout $(PYTEST_SECONDS) python -m pytest $(PYTEST_ARGS) </dev/null
