@@ -13,6 +13,7 @@ differences are paired.
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -191,6 +192,7 @@ def _remember_second_masks() -> None:
 
     memory, make = MaskMemory(1000), SecondOpinionHandler.__init__
 
+    @functools.wraps(make)  # the options are read from its signature
     def make_with_memory(self: Any, *values: Any, **options: Any) -> None:
         make(self, *values, **options)
         self._masks = memory
