@@ -365,6 +365,18 @@ def test_early_stopping_keeps_the_best(scenes):
     assert evaluate(model, data.val, view)["mean_iou"] == pytest.approx(max(looks.values()), abs=1e-9)
 
 
+def test_the_usual_precision_is_written_down(monkeypatch):
+    """bf16 for a probe where the device computes in it; what a run began with is what it is resumed with."""
+    for able, found in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr("vlm_itl.experiment.config.computes_bf16", lambda device, able=able: able)
+        config = make_config(model="probe:somewhere")
+        assert config.precision == config.view.precision == config.train_settings.precision == found
+        assert make_config(config.to_dict()) == config
+        assert make_config(model="probe:somewhere", precision="fp32").precision == "fp32"
+        assert make_config(model="cnn-nano").precision == make_config().precision == "fp32"
+    assert make_config(config.to_dict()).to_dict()["precision"] == "fp32"
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_precisions_train(precision):
     toy = toy_images()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Mode', 'Policy', 'Acceptance', 'AcceptBy', 'KeepModels', 'ColdStart', 'Unit', 'Goal', 'Start', 'Config',
-           'accepted_part', 'label_goal', 'make_config', 'notebook_settings', 'run_path']
+           'usual_precision', 'accepted_part', 'label_goal', 'make_config', 'notebook_settings', 'run_path']
 
 # %% ../../nbs/experiment/01_config.ipynb #settings-imports
 import ast
@@ -24,7 +24,7 @@ from ..data.leaks import LEAKS
 from ..judging.label_plan import LabelGoal
 from ..judging.measures import FULL_MASK_SECONDS
 from ..judging.stopping import StopRule
-from ..model.predict import Inference
+from ..model.predict import Inference, computes_bf16, pick_device
 from ..model.recipe import TrainSettings
 from ..people.requests import ANNOTATORS, annotator_options
 from ..proposals.correction import CorrectionCost
@@ -121,6 +121,7 @@ class Config(TrainSettings):
     resize: str = "keep"  # evaluation: keep the aspect and pad, or stretch to a square
     eval_batch_size: int = 8  # images at once when not training
     steps: int | Literal["auto"] = 1600  # optimizer steps per round; 0: only evaluate; auto: as many as help
+    precision: str = ""  # fp32, bf16, fp16 (GPU only); empty: bf16 for a probe where the device computes in it, or fp32
     warm_start: bool = False  # go on from the last round's weights instead of the initial ones
     goal: Goal = "model"  # model; or dataset: after the last round the rest of the pool is labelled, too
     goal_options: dict[str, Any] = field(default_factory=dict)  # {"quality": 0.8} or {"bad": 0.1}, see `LabelGoal`
@@ -145,6 +146,8 @@ class Config(TrainSettings):
             object.__setattr__(self, "proposer", "simulated" if pretended else "own")
         if not self.accept_by:
             object.__setattr__(self, "accept_by", accepted_part(self))
+        if not self.precision:
+            object.__setattr__(self, "precision", usual_precision(self.model, self.device))
         object.__setattr__(self, "plugins", load_plugins(self.plugins))  # before anything is looked up by name
         _check_words(self)
         _check_numbers(self)
@@ -182,6 +185,14 @@ def _check_proposer(config: Config) -> None:
         raise ConfigError("acceptance='certified' promises something about whole masks: it needs accept_by='image'.")
     if config.policy == "fix" and config.unit == "region":
         raise ConfigError("policy='fix' corrects masks of whole images: it needs unit='image'.")
+
+
+def usual_precision(
+    model: str,  # as in the settings
+    device: str,  # auto, cpu, cuda, ...
+) -> str:  # bf16 or fp32
+    "bf16 where it pays and costs nothing that could be measured: in a probe, on a device that computes in it."
+    return "bf16" if model.startswith("probe:") and computes_bf16(pick_device(device)) else "fp32"
 
 
 def accepted_part(
