@@ -492,7 +492,8 @@ def questions_to_come(
         return 0  # who knows how many classes there will be
     labels, total, looks = config.goal == "dataset", 0, team.handler is not None and team.handler.needs_segmenter
     each = sum(min(config.judge_limit or pool, pool - count) for count in counts)
-    at_end = pool - (counts[0] if config.stop else counts[-1]) if labels else 0
+    left = pool - (counts[0] if config.stop else counts[-1])
+    at_end = min(config.judge_limit or left, left) if labels else 0
     held_out = val * (len(counts) * (config.acceptance == "certified") + labels)
     for part in team.proposer.parts():
         start = team.schedule[0] if labels else 0  # their masks tell how good proposals are
