@@ -180,6 +180,10 @@ class CacheFile:
                 self._connection, self._pid = _connect(self.path, self.patience_s), os.getpid()
             yield self._connection
 
+    def __getstate__(self) -> dict[str, Any]:
+        "What a copy, or another process, needs: a connection of its own."
+        return {**vars(self), "_connection": None}
+
     def close(self) -> None:
         "Let go of the file; it is opened again when asked."
         if self._connection is not None and self._pid == os.getpid():
