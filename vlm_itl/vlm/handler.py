@@ -202,6 +202,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (  # what a reason says -> what to chang
     (r"max_tokens|cut off|\[length\]|thought", "give it a larger max_tokens, or turn its thinking off"),
     (r"judge refused|content_filter|refusal", "ask with another question, or ask another model"),
     (r"\b413\b|too large|payload", "show smaller pictures (max_side)"),
+    (r"is base_url right", "look at base_url: most end in /v1"),
     (
         r"image|mmproj|multimodal|vision|picture",
         "choose a model that takes pictures, and a server that was started so (llama.cpp: --mmproj)",
