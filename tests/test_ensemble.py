@@ -21,7 +21,7 @@ from vlm_itl.data.labels import LabelSpace
 from vlm_itl.experiment.config import make_config
 from vlm_itl.experiment.judge_turn import Journal, ask_once
 from vlm_itl.experiment.loop import run_al
-from vlm_itl.vlm.cache import CachedHandler, bill, handler_identity
+from vlm_itl.vlm.cache import CachedHandler, JudgementCache, bill, handler_identity
 from vlm_itl.vlm.ensemble import (
     COMBINATIONS,
     METHODS,
@@ -552,6 +552,7 @@ def test_answers_of_the_others_are_not_paid_for_again(tmp_path: Path, at: int, w
         journal = Journal(file) if where == "journal" else Journal(tmp_path / "none")
         if where == "cache":
             judge = CachedHandler(judge=judge, path=file)
+            judge.bind_payer("me")
         elif where == "memory":
             judge.bind_parts(kept.setdefault("parts", judge.parts()))
         return (ask_once(judge, queries, journal) if where == "journal" else judge.judge(queries)), journal
@@ -573,6 +574,8 @@ def test_answers_of_the_others_are_not_paid_for_again(tmp_path: Path, at: int, w
         sent = sum(len(judge._asked) for judge in (*first, *again))
         assert calls == sent, (calls, sent)
         assert Journal(file).lost == journal.lost and not Journal(file).parts.known
+    elif where == "cache":
+        assert JudgementCache(file).spent("me")["calls"] == sum(len(judge._asked) for judge in (*first, *again))
 
 
 def test_a_mask_that_the_last_judge_failed_on_as_it_died_is_asked_about_again(tmp_path: Path) -> None:

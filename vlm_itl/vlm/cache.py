@@ -352,7 +352,7 @@ class StoredParts(Parts):
         cache: JudgementCache,  # that of the judge which asks the others
     ):
         super().__init__()
-        self.file, self._used = cache.file, list[str]()
+        self.file, self._used, self._wasted = cache.file, list[str](), list[Judgement]()
         with self.file.connected() as connection:
             for key, answer in connection.execute("SELECT key, answer FROM parts"):
                 self.known[key] = Judgement(**json.loads(answer))
@@ -360,6 +360,7 @@ class StoredParts(Parts):
     def keep(self, answers: Mapping[str, Judgement], wasted: Sequence[Judgement] = ()) -> None:
         "On disk at once."
         super().keep(answers)
+        self._wasted += wasted
         rows = [(key, json.dumps(plain(judgement.to_dict()))) for key, judgement in answers.items()]
         with self.file.connected() as connection:
             connection.executemany("INSERT OR REPLACE INTO parts VALUES (?,?)", rows)
@@ -369,6 +370,11 @@ class StoredParts(Parts):
         used = [key for key in keys if key in self.known]
         super().use(used)
         self._used += used
+
+    def unpaid(self) -> dict[str, Judgement]:  # by names that no question has
+        "What was asked in vain since this was called last, as failures, which are paid and not remembered."
+        wasted, self._wasted = self._wasted, []
+        return {f"{UNUSABLE} {n}": replace(j, error=j.error or "in vain", raw="") for n, j in enumerate(wasted)}
 
     def settle(self) -> None:
         "The answers that hold them are stored."
@@ -411,10 +417,11 @@ class PaidJudge:
         self, answers: Mapping[str, Judgement], asked: Mapping[str, JudgeQuery], payer: str, seconds: float
     ) -> None:
         "Count what was spent, then write; `JudgeStopped` where money is limited and a price unknown."
-        self.spending.add(answers.values())
+        in_vain = self.parts.unpaid()
+        self.spending.add([*answers.values(), *in_vain.values()])
         final = {key: answer for key, answer in answers.items() if not key.startswith(UNUSABLE)}
         settings = json.dumps(handler_identity(self.judge), sort_keys=True)
-        self.cache.put(final, {key: asked[key].text() for key in final}, settings, payer, seconds)
+        self.cache.put(final | in_vain, {key: asked[key].text() for key in final}, settings, payer, seconds)
         self.parts.settle()
         unpriced = any(j.usd is None and is_final(j) for j in answers.values() if not j.cached)
         if self.spending.max_usd is not None and unpriced:
