@@ -612,3 +612,30 @@ def test_half_of_both_is_kept_and_small_batches_lose_nothing(tmp_path: Path) -> 
     again.patience = 1
     assert len(ask_once(BothHandler(judge=again, questions=questions), unlike(4), Journal(path))) == 4
     assert len(again._asked) == 12 - 4
+
+
+@pytest.mark.parametrize(("max_calls", "sent"), [(7, 6), (9, 9), (2, 0)])
+@pytest.mark.parametrize("kind", ["ensemble", "both"])
+def test_a_limit_of_calls_counts_those_of_every_judge(tmp_path: Path, kind: str, max_calls: int, sent: int) -> None:
+    """Three calls a mask: as many masks were asked about as there were calls."""
+    scripts, judge = [lively(0.9, name) for name in "abc"], Any
+    if kind == "ensemble":
+        judge = EnsembleHandler(judges=scripts, method="mean")
+    else:
+        judge = BothHandler(judge=scripts[0], questions=["quality", "exhaustive", "Is it right?"])
+    cached = CachedHandler(judge=judge, path=tmp_path / "c.sqlite", max_calls=max_calls)
+    with pytest.raises(JudgeStopped, match=f"stopped at max_calls={max_calls}"):
+        cached.judge(unlike(6))
+    assert sum(len(script._asked) for script in scripts) == sent == cached.calls
+    again = CachedHandler(judge=judge, path=tmp_path / "c.sqlite")
+    assert len(again.judge(unlike(6))) == 6 and sum(len(script._asked) for script in scripts) == 18
+
+
+def test_what_is_asked_to_fit_is_kept_when_a_judge_stops() -> None:
+    queries = [*unlike(4), *(replace(q, id=f"im{10 + i}", mask=BAD) for i, q in enumerate(unlike(4)))]
+    first = lively(lambda i, q: 0.2 if i >= 10 else 0.8, "a")
+    judge, good = EnsembleHandler(judges=[first, dying(2)], method="mean"), [True] * 4 + [False] * 4
+    with pytest.raises(JudgeStopped):
+        judge.fit(queries, good)
+    judge._judges[1] = lively(lambda i, q: 0.3 if i >= 10 else 0.9, "dies")
+    assert judge.fit(queries, good)["n"] == 8 and len(first._asked) == 8

@@ -1151,3 +1151,13 @@ def test_a_page_instead_of_a_reply_speaks_of_the_address(serve: Callable[..., Se
     judge = make_handler("openai", model="toy", base_url=server.url, max_retries=0)
     (said,) = judge.judge([ask(0)])
     assert "is base_url right" in str(said.error) and "base_url" in remedy(str(said.error))
+
+
+def test_retries_do_not_go_far_beyond_a_limit_of_calls(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """A server that is down: twenty questions that were tried thrice were sixty calls of twenty."""
+    server = serve(lambda i, attempt, wish: (503, failing("away")))
+    inner = judge_at(server, max_retries=2, patience=100)
+    judge = CachedHandler(judge=inner, path=tmp_path / "c.sqlite", max_calls=20)
+    with pytest.raises(JudgeStopped):
+        judge.judge([ask(i) for i in range(40)])
+    assert 20 <= len(server.wishes) <= 20 + 2

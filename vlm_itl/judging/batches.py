@@ -234,6 +234,11 @@ class OpenAIBatch(OpenAIHandler):
             half = f"half of the {price.source}"
             self.talk.price = replace(price, read=price.read / 2, written=price.written / 2, source=half)
 
+    @property
+    def calls_each(self) -> tuple[int, int]:
+        "A file is asked once, so that a limit does not tear it into small ones."
+        return 1, 1
+
     def _fields(self, prompt: Prompt) -> dict[str, Any]:
         "The request of one question."
         return self.talk.terms.adapted(self.talk.fields(prompt)) | self.talk.extra_body

@@ -331,16 +331,18 @@ class Spending:
     def allowed(
         self,
         size: int,  # of a batch
+        each: tuple[int, int] = (1, 1),  # calls that one question takes, at least and at most
     ) -> int:  # below one: a limit is reached
-        "How many questions of a batch may be asked now."
+        "How many questions of a batch may be asked now, so that retries go beyond the limit by one question at most."
         if self.max_calls is not None:
-            size = min(size, self.max_calls - self.calls)
+            left, (least, most) = self.max_calls - self.calls, each
+            size = min(size, max(1, left // most) if left >= least else 0)
         if self.max_usd is not None:
-            left = self.max_usd - self.usd
+            money = self.max_usd - self.usd
             if self.dearest is None:
-                size = min(size, 1 if left > 0 else 0)
+                size = min(size, 1 if money > 0 else 0)
             elif self.dearest > 0:
-                size = min(size, int(left / self.dearest + 1e-9))
+                size = min(size, int(money / self.dearest + 1e-9))
         return size
 
 # %% ../../nbs/vlm/06_cache.ipynb #cache-paid-judge
@@ -465,7 +467,7 @@ class CachedHandler(VLMHandler):
         judge: str | VLMHandler,  # the judge, or its name
         options: dict[str, Any] | None = None,  # of the judge, where `judge` is a name
         path: str | Path,  # the SQLite file
-        max_calls: int | None = None,  # calls of this handler, retries included; then `JudgeStopped`
+        max_calls: int | None = None,  # calls of this handler, retries included (those of one question may go beyond)
         max_usd: float | None = None,  # money spent by this handler; then `JudgeStopped`
         batch_size: int | None = None,  # questions between two writes; None: as the judge, 64 at most but by files
         seed: int = 0,  # handed to the judge, where `judge` is a name
@@ -551,7 +553,7 @@ class CachedHandler(VLMHandler):
                 waiting.setdefault(key, query)  # the same question twice is asked once
         self.hits += sum(key in answers for key in keys)
         while waiting:
-            allowed = self.spending.allowed(self.batch_size)
+            allowed = self.spending.allowed(self.batch_size, self.judge_handler.calls_each)
             if allowed < 1:
                 places = [place for place, key in enumerate(keys) if key in answers]
                 answered = self._hand_out([keys[i] for i in places], [queries[i] for i in places], answers)
@@ -570,7 +572,7 @@ class CachedHandler(VLMHandler):
 def _why_stopped(handler: CachedHandler) -> str:
     "Which limit, and how to go on."
     spent = handler.spending
-    by_calls = spent.max_calls is not None and spent.calls >= spent.max_calls
+    by_calls = spent.max_calls is not None and spent.calls + handler.judge_handler.calls_each[0] > spent.max_calls
     limit = f"max_calls={spent.max_calls}" if by_calls else f"max_usd={spent.max_usd}"
     return (
         f"judge {handler.model!r} stopped at {limit} ({spent.calls} calls, {spent.usd:.4f} USD). "

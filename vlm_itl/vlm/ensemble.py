@@ -176,6 +176,11 @@ class BothHandler(VLMHandler):
         "The judge that is asked."
         return (self.judge_handler,)
 
+    @property
+    def calls_each(self) -> tuple[int, int]:
+        least, most = self.judge_handler.calls_each
+        return len(self.questions) * least, len(self.questions) * most
+
     def identity(self) -> dict[str, Any]:  # for the cache
         "The judge, and how its answers are combined."
         own = {"questions": self.questions, "combine": self.combine, "threshold": self.threshold}
@@ -400,8 +405,17 @@ class EnsembleHandler(VLMHandler):
         "Ask all judges, and weigh them (methods mean and stack)."
         if self.method == "vote":
             raise ConfigError("judge 'ensemble': a vote has nothing to fit; use method mean or stack.")
-        answers = [judge.judge(queries) for judge in self._judges]
-        self.weights = fit_ensemble(answers, good, self.method, self.names)
+        answers, desk = list[Mapping[int, Judgement]](), PartDesk(self.parts())
+        for judge in self._judges:
+            try:
+                answers.append(desk.ask(judge, queries))
+            except JudgeError as error:
+                came = [error.judgements] if isinstance(error, JudgeStopped) else []
+                desk.stopped([*answers, *came], [])
+                raise
+        told = [[row[i] for i in range(len(queries))] for row in answers]
+        self.weights = fit_ensemble(told, good, self.method, self.names)
+        desk.told()
         if path is not None:
             write_json(path, self.weights)
         return self.weights

@@ -427,6 +427,12 @@ class Equipped:
         return any(judge.by_files for judge in self.inner())
 
     @property
+    def calls_each(self) -> tuple[int, int]:
+        "How many calls one question takes: at least, and at most (retries included)."
+        inner = [judge.calls_each for judge in self.inner()] or [(1, 1)]
+        return sum(least for least, _ in inner), sum(most for _, most in inner)
+
+    @property
     def looks_ahead(self) -> bool:
         "Is anything gained by telling it what it will be asked next?"
         return any(judge.looks_ahead for judge in self.inner())
