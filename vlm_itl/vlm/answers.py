@@ -269,7 +269,7 @@ _RESERVE = re.compile(
     r"|\b(?:however|except|although|though|unless|partly|partially|mostly|almost|nearly|caveats?|slight\w*|minor"
     r"|roughly"
     r"|approximately|generally|largely|somewhat|maybe|perhaps|possibly|probably|reservations?|apart from"
-    r"|aside from|minus|save for|excluding|half|a (?:bit|little|few) of"
+    r"|aside from|not (?:for|on|so)|minus|save for|excluding|half|a (?:bit|little|few) of"
     r"|(?<![\d.])\d{1,2}(?:\.\d+)? ?(?:%|per ?cent) of"
     r"|with (?:some|a few|one|two|an?) exceptions?|other than|to some (?:extent|degree)|for the most part|in part"
     r"|more or less|kind of|sort of|not (?:entirely|fully|completely|quite|perfectly|really))\b"
@@ -294,7 +294,7 @@ _FLAT_NO = re.compile(
     r"\b(?:definitely|absolutely|certainly|clearly|of course|surely) (?P<word>not)(?=\s*(?:$|[.,;!\n]))"
 )
 _ANSWER_NO = re.compile(
-    r"\s*(?:$|[:(]|[^\w\s](?!\s*\d)|\n)|\s(?:it|its|the|there|they|this|that|these|those|because|since|not|an?|some|i)\b"
+    r"\s*(?:$|[:(]|[^\w\s](?!\s*\d)|\n)|\s(?:it|its|the|there|they|this|that|these|those|because|since|not|an?|some|i|for|on|to|regarding)\b"
 )  # what may follow the answer "no"; anything else makes it "no <noun>" or "No. 3"
 _LEAD = (
     r"(?:(?:sure|well|ok|okay|so|then|hence|thus|therefore|overall|absolutely|definitely|certainly|clearly|indeed"
