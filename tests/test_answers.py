@@ -85,3 +85,44 @@ def test_odd_answers_take_no_time(text: str) -> None:
     began = time.process_time()
     parse_answer(text)
     assert time.process_time() - began < 2
+
+
+NOT_ANSWERS = [  # each was read as yes
+    "Yes.\n\nWait, actually no.",
+    "Is the cat covered? Yes. Is anything else covered? Yes.",
+    "Cat: yes. Other objects: yes.",
+    "1. cat - yes 2. dog - no",
+    "Yes for the cat, no for the dog.",
+    "Yes to the cat, no to the dog.",
+    "Yes for the cat, not for the dog.",
+    "The cat: yes. The dog: no. Overall: yes.",
+    "The correct answer would be yes if the tail were covered.",
+    "I'd answer yes had the tail been covered.",
+    "A yes would require the tail.",
+    "Yes, minus the tail.",
+    "Yes, save for the tail.",
+    "Yes, it covers about 80% of the cat.",
+    "Yes, about half.",
+    "Yes, the tail sticks out.",
+    "Yes, the region is bigger than the cat.",
+    "Yes, there's a bit of grass in it.",
+    "Yes, the colours are swapped.",
+]
+ANSWERS = {
+    "Is any part of another object coloured? No. Verdict: yes": "yes",
+    "Other objects coloured: no. Cat covered: yes. Verdict: yes": "yes",
+    "1) cat: yes 2) dog: yes": "yes",
+    "The cat: yes. The dog: no. Overall: no.": "no",
+    "Yes, the region is no larger than the cat.": "yes",
+    "Yes, it covers 100% of the cat.": "yes",
+    "Yes, 95%": "yes",
+    "No (0.9)": "no",
+    "No: 30% of the cat is uncovered.": "no",
+    "No more than half is covered. No.": "no",
+}
+
+
+def test_a_yes_that_is_taken_back_or_said_of_something_else_is_none() -> None:
+    """Retractions, conditions, shares, a second question that asks for what is wrong, a list in one line."""
+    replies = [{"reply": reply, "expected": "abstain"} for reply in NOT_ANSWERS]
+    assert not misread([*replies, *({"reply": r, "expected": verdict} for r, verdict in ANSWERS.items())])

@@ -617,3 +617,19 @@ def test_bad_queries_cost_a_human_only_themselves(tmp_path: Path) -> None:
 
 def test_confidence_is_a_handler() -> None:
     assert issubclass(ConfidenceHandler, VLMHandler) and make_handler("confidence").needs_segmenter
+
+
+def test_a_humans_no_to_a_whole_mask_is_none_to_each_of_its_classes(tmp_path: Path) -> None:
+    """accept_by=class asks about single classes; one of them may well be right."""
+    two, one = truth_of(0), np.where(truth_of(1) == 2, 0, truth_of(1)).astype(np.uint8)
+    handler = make_handler("human", path=write_verdicts(tmp_path / "v.csv", [("im0", two, "no"), ("im1", one, "no")]))
+    assert handler.judge([ask(0)])[0].verdict == "no"
+    said = handler.judge([replace(ask(0), class_ids=(c,), question="label") for c in (1, 2)])
+    assert [j.verdict for j in said] == ["abstain"] * 2 and all("whole mask" in str(j.error) for j in said)
+    assert handler.judge([replace(ask(1, one), class_ids=(1,), question="label")])[0].verdict == "no"
+
+
+@pytest.mark.parametrize("name", ["v.csv", "v.jsonl"])
+def test_ids_with_odd_spaces_round_trip(tmp_path: Path, name: str) -> None:
+    ids = ["a\u2028b", "a\x85b", "a\x0cb", "a b"]
+    assert list(read_verdicts(write_verdicts(tmp_path / name, [(i, None, "yes") for i in ids]))) == ids

@@ -190,6 +190,31 @@ def test_answers_that_the_server_has_thrown_away_are_asked_for_anew(office: Offi
     assert [a.verdict for a in again] == [a.verdict for a in first] and len(office.batches) == 2
 
 
+@pytest.mark.parametrize("oldest_first", [True, False])
+def test_the_newest_batch_whose_answers_are_there_is_taken(office: Office, oldest_first: bool) -> None:
+    """Two of three of one content are thrown away: whichever the list names first, the third is fetched, unpaid."""
+    queries = [ask(i) for i in range(3)]
+
+    def throw_away() -> None:
+        for batch in office.batches.values():
+            office.files[batch["output_file_id"]] = b""
+
+    first = judge_at(office).judge(queries)
+    for _ in range(2):
+        throw_away()
+        judge_at(office).judge(queries)
+    assert len(office.batches) == 3
+    told = list(office.batches.items())
+    for made, (_, batch) in enumerate(told):
+        batch["created_at"] = 1_700_000_000 + made
+    office.batches = dict(told if oldest_first else told[::-1])
+    assert [a.verdict for a in judge_at(office).judge(queries)] == [a.verdict for a in first]
+    assert len(office.batches) == 3
+    throw_away()
+    assert [a.verdict for a in judge_at(office).judge(queries)] == [a.verdict for a in first]
+    assert len(office.batches) == 4
+
+
 def test_answers_of_today_that_are_missing_are_not_paid_for_twice(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:

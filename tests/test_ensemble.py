@@ -19,8 +19,9 @@ from sklearn.metrics import roc_auc_score
 from vlm_itl.core.checks import ConfigError, DataError, JudgeError, RunError
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.experiment.config import make_config
+from vlm_itl.experiment.judge_turn import Journal, ask_once
 from vlm_itl.experiment.loop import run_al
-from vlm_itl.vlm.cache import CachedHandler, handler_identity
+from vlm_itl.vlm.cache import CachedHandler, JudgementCache, bill, handler_identity
 from vlm_itl.vlm.ensemble import (
     COMBINATIONS,
     METHODS,
@@ -521,3 +522,120 @@ def test_a_run_with_everything_at_once(tmp_path: Path) -> None:
         assert line["attempts"] == 4 and line["usd"] == 0.0 and "human(human.csv): abstain" in line["raw"]
     assert len(rounds) == 2 and rounds[1].judge and rounds[1].judge["coverage"] == 1.0
     assert set(METHODS) == {"vote", "mean", "stack"}
+
+
+def unlike(count: int) -> list[JudgeQuery]:
+    return [ask(i, mask=np.where(np.eye(6), i, TRUTH).astype(np.uint8)) for i in range(count)]
+
+
+def dying(good: int, name: str = "dies") -> Script:
+    """Answers some questions, then fails as a server that is gone."""
+    judge = lively(lambda i, q: 0.9 if len(judge._asked) <= good else abstain("server gone", usd=0.001), name)
+    return judge
+
+
+def lively(said: Any, name: str, batch_size: int = 32) -> Script:
+    judge = Script(said, name, batch_size=batch_size)
+    judge.patience = 3
+    return judge
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("where", ["memory", "cache", "journal"])
+def test_answers_of_the_others_are_not_paid_for_again(tmp_path: Path, at: int, where: str) -> None:
+    """One of three judges dies in the middle: what the others had answered is kept until the answer is whole."""
+    queries, file = unlike(6), tmp_path / ("c.sqlite" if where == "cache" else "j.jsonl")
+    kept: dict[str, Any] = {}
+
+    def asked(judges: list[Script]) -> tuple[list[Judgement], Journal]:
+        judge: VLMHandler = EnsembleHandler(judges=judges, method="mean")
+        journal = Journal(file) if where == "journal" else Journal(tmp_path / "none")
+        if where == "cache":
+            judge = CachedHandler(judge=judge, path=file)
+            judge.bind_payer("me")
+        elif where == "memory":
+            judge.bind_parts(kept.setdefault("parts", judge.parts()))
+        return (ask_once(judge, queries, journal) if where == "journal" else judge.judge(queries)), journal
+
+    first = [lively(0.8, "a"), lively(0.6, "b"), lively(0.7, "c")]
+    first[at] = dying(2, first[at].model)
+    with pytest.raises(JudgeStopped):
+        asked(first)
+    again = [lively(0.8, "a"), lively(0.6, "b"), lively(0.7, "c")]
+    again[at]._answer = 0.9
+    said, journal = asked(again)
+    told = 2 * (where == "memory" and at == 2)  # the error brought them, and nobody has kept it
+    assert [len(judge._asked) for judge in again] == [told] * at + [4 + told] + [6] * (2 - at)
+    assert [j.p_yes for j in said] == pytest.approx(
+        [np.mean([[0.8, 0.6, 0.7][k] if k != at else 0.9 for k in range(3)])] * 6
+    )
+    if where == "journal":  # all that was sent is charged, once
+        calls, _ = bill([*journal.known.values(), *journal.lost])
+        sent = sum(len(judge._asked) for judge in (*first, *again))
+        assert calls == sent, (calls, sent)
+        assert Journal(file).lost == journal.lost and not Journal(file).parts.known
+    elif where == "cache":
+        assert JudgementCache(file).spent("me")["calls"] == sum(len(judge._asked) for judge in (*first, *again))
+
+
+def test_a_mask_that_the_last_judge_failed_on_as_it_died_is_asked_about_again(tmp_path: Path) -> None:
+    """Else the verdict of those that were left would stand for good, as if it were that of all."""
+    queries, path = unlike(6), tmp_path / "j.jsonl"
+    with pytest.raises(JudgeStopped) as stop:
+        ask_once(EnsembleHandler(judges=[lively(0.8, "a"), dying(2)], method="mean"), queries, Journal(path))
+    assert sorted(stop.value.judgements) == [0, 1]
+    ensemble = EnsembleHandler(judges=[lively(0.8, "a"), lively(0.2, "dies")], method="mean")
+    said = ask_once(ensemble, queries, Journal(path))
+    assert [j.p_yes for j in said] == pytest.approx([0.85] * 2 + [0.5] * 4) and {j.p_mass for j in said} == {1.0}
+
+
+def test_parts_that_no_answer_came_to_need_are_charged(tmp_path: Path) -> None:
+    """The dead judge is taken out: what the others had answered for the old ensemble was paid all the same."""
+    queries, path = unlike(4), tmp_path / "j.jsonl"
+    first = [lively(0.8, "a"), dying(0), lively(0.7, "c")]
+    with pytest.raises(JudgeStopped):
+        ask_once(EnsembleHandler(judges=first), queries, Journal(path))
+    journal, rest = Journal(path), [lively(0.8, "other"), lively(0.7, "c")]
+    ask_once(EnsembleHandler(judges=rest), queries, journal)
+    calls, _ = bill([*journal.known.values(), *journal.lost])
+    assert calls == sum(len(judge._asked) for judge in (*first, *rest))
+
+
+def test_half_of_both_is_kept_and_small_batches_lose_nothing(tmp_path: Path) -> None:
+    """Three questions to a judge that takes two at a time, which dies at the fifth."""
+    path, questions = tmp_path / "j.jsonl", ["quality", "exhaustive", "Is it right?"]
+    judge = dying(4)
+    judge.batch_size, judge.patience = 2, 1
+    with pytest.raises(JudgeStopped):
+        ask_once(BothHandler(judge=judge, questions=questions), unlike(4), Journal(path))
+    again = lively(0.9, "dies", batch_size=2)
+    again.patience = 1
+    assert len(ask_once(BothHandler(judge=again, questions=questions), unlike(4), Journal(path))) == 4
+    assert len(again._asked) == 12 - 4
+
+
+@pytest.mark.parametrize(("max_calls", "sent"), [(7, 6), (9, 9), (2, 0)])
+@pytest.mark.parametrize("kind", ["ensemble", "both"])
+def test_a_limit_of_calls_counts_those_of_every_judge(tmp_path: Path, kind: str, max_calls: int, sent: int) -> None:
+    """Three calls a mask: as many masks were asked about as there were calls."""
+    scripts, judge = [lively(0.9, name) for name in "abc"], Any
+    if kind == "ensemble":
+        judge = EnsembleHandler(judges=scripts, method="mean")
+    else:
+        judge = BothHandler(judge=scripts[0], questions=["quality", "exhaustive", "Is it right?"])
+    cached = CachedHandler(judge=judge, path=tmp_path / "c.sqlite", max_calls=max_calls)
+    with pytest.raises(JudgeStopped, match=f"stopped at max_calls={max_calls}"):
+        cached.judge(unlike(6))
+    assert sum(len(script._asked) for script in scripts) == sent == cached.calls
+    again = CachedHandler(judge=judge, path=tmp_path / "c.sqlite")
+    assert len(again.judge(unlike(6))) == 6 and sum(len(script._asked) for script in scripts) == 18
+
+
+def test_what_is_asked_to_fit_is_kept_when_a_judge_stops() -> None:
+    queries = [*unlike(4), *(replace(q, id=f"im{10 + i}", mask=BAD) for i, q in enumerate(unlike(4)))]
+    first = lively(lambda i, q: 0.2 if i >= 10 else 0.8, "a")
+    judge, good = EnsembleHandler(judges=[first, dying(2)], method="mean"), [True] * 4 + [False] * 4
+    with pytest.raises(JudgeStopped):
+        judge.fit(queries, good)
+    judge._judges[1] = lively(lambda i, q: 0.3 if i >= 10 else 0.9, "dies")
+    assert judge.fit(queries, good)["n"] == 8 and len(first._asked) == 8

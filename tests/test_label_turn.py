@@ -119,6 +119,23 @@ def test_the_seconds_add_up(done: tuple[dict[str, Any], Path]) -> None:
     assert summary["labels"][0] == "background"  # the names of the classes stay
 
 
+def test_the_judge_is_asked_about_no_more_than_its_limit(scenes: Path, proposed: Path, tmp_path: Path) -> None:
+    """The labelling at the end as well: what is beyond the limit has no judge's word and is corrected by people."""
+    card = label(scenes, proposed, tmp_path / "run", goal_options={"quality": 0.7}, judge_limit=3)
+    truth = {r["id"]: r["mask"] for r in load_data(str(scenes), val_share=0.1, leaks="off").train}
+    judged = [line for line in card["lines"] if line["p_yes"] is not None]
+    others = [line for line in card["lines"] if line["proposer"] is not None and line["p_yes"] is None]
+    assert 3 < len(judged) <= 6 and all(
+        line["judge"] == "mock" for line in judged
+    )  # three of the round are still known
+    assert others and {(line["by"], line["judge"]) for line in others} == {("corrected", None)}
+    store = MaskStore(tmp_path / "run" / "labels" / "masks", load_data(str(scenes), leaks="off").labels)
+    assert all((store[line["id"]] == truth[line["id"]]).all() for line in others)
+    seconds = card["measured"]["curve"]["seconds"]
+    assert min(seconds) >= sum(line["human_seconds"] for line in others)  # no plan leaves them out
+    assert card["measured"]["quality"] >= 0.7
+
+
 def test_a_finished_run_is_read(done: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     card, out = done
     monkeypatch.setattr(Oracle, "fix", None)

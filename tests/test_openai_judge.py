@@ -31,7 +31,7 @@ from vlm_itl.core.checks import ConfigError, JudgeError
 from vlm_itl.data.labels import LabelSpace
 from vlm_itl.vlm.cache import CachedHandler, query_key
 from vlm_itl.vlm.exchange import PRICES, price_of, yes_share
-from vlm_itl.vlm.handler import HANDLERS, Judgement, JudgeQuery, JudgeStopped, make_handler
+from vlm_itl.vlm.handler import HANDLERS, Judgement, JudgeQuery, JudgeStopped, make_handler, remedy
 from vlm_itl.vlm.server import OpenAIHandler
 
 pytest.importorskip("openai")
@@ -1114,3 +1114,50 @@ def test_a_run_stops_at_its_limit_goes_on_and_holds_no_key(
     assert server.keys == {f"Bearer {KEY}"}
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 5 and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("ended", "why"),
+    [
+        ("model_length", "cut off at max_tokens"),  # Mistral
+        ("MAX_TOKENS", "cut off at max_tokens"),  # Gemini, behind gateways
+        ("max_tokens", "cut off at max_tokens"),  # Anthropic, behind gateways
+        ("SAFETY", "the judge refused"),
+        ("refusal", "the judge refused"),
+        ("abort", "broke off"),  # SGLang, vLLM
+        ("eos_token", None),  # TGI
+        ("STOP", None),
+        (None, None),
+    ],
+)
+def test_an_answer_that_did_not_end_is_none_in_whatever_words(
+    serve: Callable[..., Server], ended: str | None, why: str | None
+) -> None:
+    """Half of 'Yes, it covers the cat, but not ...' is no yes."""
+    server = serve(lambda i, attempt, wish: (OK, reply("Yes, it covers the cat", finish_reason=ended)))
+    (said,) = make_handler("openai", model="toy", base_url=server.url, max_retries=0).judge([ask(0)])
+    assert said.verdict == ("yes" if why is None else "abstain") and (why or "") in (said.error or "")
+
+
+def test_thoughts_that_are_counted_in_the_sum_alone_are_paid(serve: Callable[..., Server]) -> None:
+    usage = {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 305}  # Gemini
+    server = serve(lambda i, attempt, wish: (OK, {**reply("Yes"), "usage": usage}))
+    (said,) = make_handler("openai", model="toy", base_url=server.url, price=(1.0, 10.0)).judge([ask(0)])
+    assert said.tokens == 305 and said.usd == pytest.approx((100 + 10 * 205) / 1e6)
+
+
+def test_a_page_instead_of_a_reply_speaks_of_the_address(serve: Callable[..., Server]) -> None:
+    server = serve(lambda i, attempt, wish: (OK, b"<html>Welcome</html>", {"Content-Type": "text/html"}))
+    judge = make_handler("openai", model="toy", base_url=server.url, max_retries=0)
+    (said,) = judge.judge([ask(0)])
+    assert "is base_url right" in str(said.error) and "base_url" in remedy(str(said.error))
+
+
+def test_retries_do_not_go_far_beyond_a_limit_of_calls(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """A server that is down: twenty questions that were tried thrice were sixty calls of twenty."""
+    server = serve(lambda i, attempt, wish: (503, failing("away")))
+    inner = judge_at(server, max_retries=2, patience=100)
+    judge = CachedHandler(judge=inner, path=tmp_path / "c.sqlite", max_calls=20)
+    with pytest.raises(JudgeStopped):
+        judge.judge([ask(i) for i in range(40)])
+    assert 20 <= len(server.wishes) <= 20 + 2

@@ -324,7 +324,9 @@ class Patient(Scripted):
         ({"acceptance": "certified", "alpha": 0.6, "delta": 0.8}, 8 + 4 + 2 * 4),
         (FROM_ELSEWHERE, 8),  # each mask once
         ({**FROM_ELSEWHERE, "judge_limit": 3}, 3 + 3),
-        ({**FROM_ELSEWHERE, "judge_limit": 3, "goal": "dataset"}, 8 + 4 + 12),  # all that is left, and what was drawn
+        ({"goal": "dataset", "judge_limit": 2}, 2 + 2 + 2 + 4),  # a limit is one at the end as well
+        ({**FROM_ELSEWHERE, "judge_limit": 3, "goal": "dataset"}, 8 + 4 + 12),  # what is left, and what was drawn
+        ({**FROM_ELSEWHERE, "judge_limit": 1, "goal": "dataset"}, 1 + 1 + 1 + 4 + 12),
         ({**FROM_ELSEWHERE, "goal": "dataset", "stop": {"seconds": 1}}, 8 + 4 + 12),
         (SEVERAL, 8 + 8 + 4),
     ],

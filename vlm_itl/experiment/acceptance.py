@@ -233,7 +233,7 @@ def _keep_answers(team: Team, here: Path, journals: Sequence[Journal]) -> None:
 def pay_judge(ledger: Ledger, judgements: Sequence[Judgement], journal: Journal) -> None:
     "Charge some answers, and those in the journal that a killed process got and nobody has asked for again."
     paid = {id(j) for j in journal.earlier.values()}
-    every = {id(j): j for j in (*journal.known.values(), *journal.spent, *judgements)}
+    every = {id(j): j for j in (*journal.known.values(), *journal.lost, *judgements)}
     ledger.pay_judge(*bill([judgement for place, judgement in every.items() if place not in paid]))
 
 

@@ -94,7 +94,7 @@ class Config(TrainSettings):
     cold_start: ColdStart = "random"  # who picks the images before round 0: random, typiclust, probcover, coreset
     judge: str = "mock"  # the VLM handler (mode vlm)
     judge_options: dict[str, Any] = field(default_factory=dict)  # e.g. {"accuracy": 0.9}
-    judge_limit: int = 0  # images judged per round; 0: all unlabelled ones
+    judge_limit: int = 0  # images judged per round, and at the end (goal dataset); 0: all unlabelled ones
     question: str = "quality"  # what the judge is asked
     preflight: int = 6  # questions that examine the judge before any training; 0: none
     proposer: str = (

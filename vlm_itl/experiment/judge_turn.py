@@ -15,7 +15,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ from vlm_itl.vlm.handler import (
     Judgement,
     JudgeQuery,
     JudgeStopped,
+    Parts,
     RowPicture,
     Shown,
     VLMHandler,
@@ -63,6 +64,34 @@ from vlm_itl.vlm.handler import (
 )
 
 # %% ../../nbs/experiment/05_judge_turn.ipynb #turns-judge-journal
+class _KeptParts(Parts):
+    "What judges inside another have answered, in its journal; what is told is taken out with the answer."
+
+    def __init__(self, journal: "Journal"):
+        super().__init__()
+        self.journal, self.told = journal, list[str]()
+
+    def keep(self, answers: Mapping[str, Judgement], wasted: Sequence[Judgement] = ()) -> None:
+        "On disk at once."
+        super().keep(answers)
+        self.journal.spent += wasted
+        lines = [{"part": key, **judgement.to_dict()} for key, judgement in answers.items()]
+        lines += [{"spent": judgement.to_dict()} for judgement in wasted]
+        if lines:
+            self.journal.write("".join(to_json(line) + "\n" for line in lines))
+
+    def use(self, keys: Iterable[str]) -> None:
+        "Noted with the next answers, which hold them and their cost."
+        used = [key for key in keys if key in self.known]
+        super().use(used)
+        self.told += used
+
+    def line(self) -> str:
+        "What was used since the last line."
+        used, self.told = self.told, []
+        return to_json({"used": used}) + "\n" if used else ""
+
+
 class Journal:
     "The answers of a round so far, one per line, so that after a kill nobody is asked twice."
 
@@ -75,17 +104,34 @@ class Journal:
         self.earlier = dict(earlier or {})
         self.known: dict[str, Judgement] = dict(self.earlier)
         self.spent: list[Judgement] = []  # paid, but asked again
+        self.parts = _KeptParts(self)
         text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         for line in text.split("\n"):
             try:
                 entry = json.loads(line)
-                if "again" in entry:
-                    self._forget(entry["again"])
-                    continue
-                key = entry.pop("key")
-                self.known[key] = Judgement(**entry)
+                self._read(entry)
             except (ValueError, TypeError, KeyError, AttributeError):  # the last line of a killed process, cut short
                 continue
+
+    def _read(self, entry: dict[str, Any]) -> None:
+        "One line."
+        if "again" in entry:
+            self._forget(entry["again"])
+        elif "used" in entry:
+            Parts.use(self.parts, entry["used"])
+        elif "spent" in entry:
+            self.spent.append(Judgement(**entry["spent"]))
+        elif "part" in entry:
+            key = entry.pop("part")
+            self.parts.known[key] = Judgement(**entry)
+        else:
+            key = entry.pop("key")
+            self.known[key] = Judgement(**entry)
+
+    @property
+    def lost(self) -> list[Judgement]:
+        "What is paid and in no answer: what was asked again, and parts of answers that did not come."
+        return [*self.spent, *self.parts.known.values()]
 
     @property
     def fresh(self) -> dict[str, Judgement]:
@@ -101,7 +147,8 @@ class Journal:
         if not answers:
             return
         self.known.update(answers)
-        self._write("".join(to_json({"key": key, **judgement.to_dict()}) + "\n" for key, judgement in answers.items()))
+        lines = [to_json({"key": key, **judgement.to_dict()}) + "\n" for key, judgement in answers.items()]
+        self.write("".join([*lines, self.parts.line()]))
 
     def stopped(self, answers: Mapping[str, Judgement]) -> None:
         "Write down what a judge had answered when it stopped; failures like the ones in it are asked again next time."
@@ -110,9 +157,12 @@ class Journal:
         again = [key for key, judgement in self.fresh.items() if failure_kind(judgement) in kinds]
         if again:
             self._forget(again)
-            self._write(to_json({"again": again}) + "\n")
+            self.write(to_json({"again": again}) + "\n")
 
-    def _write(self, lines: str) -> None:
+    def write(
+        self,
+        lines: str,  # of JSON
+    ) -> None:
         "Append, safely on disk."
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(("\n" if file.tell() else "") + lines)
@@ -155,6 +205,7 @@ def ask_once(
     known = {} if journal is None else journal.known
     earlier = {} if journal is None else journal.earlier
     keys = [query_key(query) for query in queries]
+    handler.bind_parts(Parts() if journal is None else journal.parts)
     fresh = [(key, query) for key, query in zip(keys, queries, strict=True) if key not in known]
     if handler.needs_truth:
         for query in (q for key, q in zip(keys, queries, strict=True) if key in known and key not in earlier):
@@ -477,7 +528,7 @@ def _ask_known(team: Team, state: State, journal: Journal) -> dict[str, Any]:
             handler, queries, lambda asked: ask_once(handler, asked, keep), lambda j: would_accept(config, j)
         )
     except JudgeStopped as stop:
-        calls, usd = bill([*journal.known.values(), *journal.spent])
+        calls, usd = bill([*journal.known.values(), *journal.lost])
         return {"passed": False, "problem": str(stop), "calls": calls, "paid_usd": usd}
     return _examined(team, state, findings, journal)
 
@@ -492,7 +543,8 @@ def questions_to_come(
         return 0  # who knows how many classes there will be
     labels, total, looks = config.goal == "dataset", 0, team.handler is not None and team.handler.needs_segmenter
     each = sum(min(config.judge_limit or pool, pool - count) for count in counts)
-    at_end = pool - (counts[0] if config.stop else counts[-1]) if labels else 0
+    left = pool - (counts[0] if config.stop else counts[-1])
+    at_end = min(config.judge_limit or left, left) if labels else 0
     held_out = val * (len(counts) * (config.acceptance == "certified") + labels)
     for part in team.proposer.parts():
         start = team.schedule[0] if labels else 0  # their masks tell how good proposals are
@@ -505,7 +557,7 @@ def _examined(team: Team, state: State, findings: dict[str, Any], journal: Journ
     "Add what was asked in vain, show the table, say whether the judge can work."
     if not len(team.data.val):  # nobody knows which masks are right
         findings["right"] = findings["opposite"] = [0, 0]
-    calls, usd = bill(journal.spent)
+    calls, usd = bill(journal.lost)
     findings["calls"] += calls
     known = None not in (findings["paid_usd"], usd)
     findings["paid_usd"] = findings["paid_usd"] + usd if known else None

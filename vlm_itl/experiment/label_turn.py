@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['APART', 'LABELS', 'sample_start', 'share_by_chance', 'ask_about_start', 'known_sample', 'join_samples', 'Asked',
-           'ask_for_labels', 'costs_of_work', 'carry_out', 'drawn_before', 'measure_labels', 'masks_before', 'promise',
-           'label_pool']
+           'ask_for_labels', 'costs_of_work', 'allowed_actions', 'carry_out', 'drawn_before', 'measure_labels',
+           'masks_before', 'promise', 'label_pool']
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-imports
 import shutil
@@ -32,6 +32,7 @@ from vlm_itl.experiment.acceptance import (
     ask_judge,
     changes,
     held_out,
+    images_to_judge,
     journal_of,
     pay_judge,
     shown_masks,
@@ -56,7 +57,7 @@ from ..people.account import WorkCosts, measured_costs
 from ..people.desk import Desk, question_id
 from ..proposals.correction import CorrectionCost
 from ..proposals.proposers import Own
-from ..vlm.handler import Shown, probability_of
+from ..vlm.handler import Shown, abstain, probability_of
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-sample
 APART = 5  # parts of the labelled images; a judge that learns is asked about one after it has learnt from the others
@@ -162,6 +163,7 @@ class Asked:
     left: list[str]  # images without a human mask, in the order of the pool
     told: dict[str, Told]  # those of them that have a proposal
     sample: Sample  # proposals whose truth is known
+    over: frozenset[str] = frozenset()  # of those with a proposal: beyond `judge_limit`, so that nobody was asked
 
 
 def _wake(team: Team, state: State, work: Path) -> None:
@@ -178,12 +180,20 @@ def _apart(team: Team, ids: Sequence[str]) -> list[str]:
     return [ids[place] for place in one_of_each(ids, team.data.groups, team.config.seed)]
 
 
+def _beyond_limit(limit: int, ids: Sequence[str], shown: Sequence[Offered]) -> dict[str, Told]:
+    "Images with a proposal about which the judge is not asked; the first proposer's mask is the one to correct."
+    first = {i: part for part in reversed(shown) for i in part.proposals}
+    free: dict[str, Any] = {"attempts": 0, "tokens": 0, "usd": 0.0, "latency_s": 0.0}
+    why = f"not asked: beyond judge_limit={limit}"
+    return {i: Told(abstain(why, id=i, **free), first[i]) for i in ids if i in first}
+
+
 def ask_for_labels(
     team: Team,
     state: State,
     work: Path,  # the folder that it can go on from
 ) -> Asked:
-    "Judge the proposals of the sample and of what has no human mask."
+    "Judge the proposals of the sample, and of what has no human mask as many as `judge_limit` allows."
     handler, cost = team.handler, state.cost
     assert handler is not None
     _wake(team, state, work)
@@ -203,17 +213,21 @@ def ask_for_labels(
     def ready(rows: Any, part: Offered) -> None:
         teach(team, state, work, rows, part.masks, part.part.fixed, part.proposals)
 
-    told = ask_judge(team, images, shown_masks(team, state, work, images, own), journal, ready)
+    shown = shown_masks(team, state, work, images, own)
+    offered, known = {i for part in shown for i in part.proposals}, [] if journal is None else journal.earlier.values()
+    asked = images_to_judge(team, state, list(offered), [judgement.id for judgement in known])
+    told = ask_judge(team, team.annotator.images.select(team.annotator.rows(asked)), shown, journal, ready)
+    over = _beyond_limit(team.config.judge_limit, [i for i in left if i not in set(asked)], shown)
     val = team.data.val.remove_columns("mask")
-    with held_out(team, state, work) as shown:
-        about = ask_judge(team, val, shown, journal)
+    with held_out(team, state, work) as seen:
+        about = ask_judge(team, val, seen, journal)
         parts.append(known_sample(team, _apart(team, row_ids(val)), about, truth_reader(team.data.val), cost))
     if journal is not None:
         pay_judge(state.ledger, [], journal)
     sample = join_samples(parts)
     if not sample.there.any():
         raise ConfigError(f"goal='dataset': no image with a human mask has a proposal of {team.proposer.source}.")
-    return Asked(left, told, sample)
+    return Asked(left, told | over, sample, frozenset(over))
 
 # %% ../../nbs/experiment/09_label_turn.ipynb #label-turn-costs
 def costs_of_work(
@@ -253,6 +267,11 @@ def _summon(team: Team, asked: Asked, actions: Sequence[Action]) -> None:
     team.annotator.summon({"fix": refused}, shown)
 
 
+def allowed_actions(asked: Asked, actions: Sequence[Action]) -> list[Action]:  # one per image of `asked.left`
+    "What the plan says, but for masks that the judge was not asked about: people correct those."
+    return ["fix" if i in asked.over else action for i, action in zip(asked.left, actions, strict=True)]
+
+
 def carry_out(
     team: Team,
     state: State,
@@ -279,7 +298,7 @@ def carry_out(
             "id": image_id,
             "by": by,
             "proposer": None if told is None else told.shown.part.source,
-            "judge": team.config.judge if told is not None else None,
+            "judge": None if told is None or image_id in asked.over else team.config.judge,
             "p_yes": p_yes,
             "human_seconds": round(oracle.ledger.human_seconds - before, 3),
         }
@@ -311,8 +330,11 @@ def measure_labels(
     ious = np.nan_to_num([image_iou(masks[i], truths[i], len(team.data.labels)) for i in asked.left], nan=1.0)
     whole, done = len(state.pool.ids), len(state.pool.ids) - len(asked.left)
     others = known_sample(team, asked.left, asked.told, truths.__getitem__, cost)
-    curve = label_curve(asked.sample, others, goal, cost, price, team.config.seed) if asked.left else {}
-    share = len(asked.left) / whole
+    planned = np.array([i not in asked.over for i in asked.left], dtype=bool)
+    curve = label_curve(asked.sample, others.take(planned), goal, cost, price, team.config.seed) if any(planned) else {}
+    over, share, part = others.take(~planned), len(asked.left) / whole, int(planned.sum()) / whole
+    fix = np.full(len(over.iou), ACTIONS.index("fix"))
+    always = spent + float(seconds_spent(fix, over.iou, over.share, goal, cost, price).sum())
     verify = np.full(len(asked.left), ACTIONS.index("verify"))
     return {
         "quality": float((sum(ious) + done) / whole),
@@ -323,9 +345,9 @@ def measure_labels(
             "quality": 1 - share * float(np.mean(_verified(others, goal))) if asked.left else 1.0,
         },
         "curve": {
-            "seconds": [spent + s for s in curve.get("seconds", [])],
-            "quality": [1 - share * (1 - q) for q in curve.get("quality", [])],
-            "bad": [share * b for b in curve.get("bad", [])],
+            "seconds": [always + s for s in curve.get("seconds", [])],
+            "quality": [1 - part * (1 - q) for q in curve.get("quality", [])],
+            "bad": [part * b for b in curve.get("bad", [])],
         },
     }
 
@@ -398,7 +420,7 @@ def label_pool(
         if asked.left:
             p_yes, (mask, check, fix) = _scores(asked.told, asked.left), (costs.mask, costs.check, costs.cost)
             plan = plan_labels(asked.sample, p_yes, goal, fix, mask, done, seed=team.config.seed, check_seconds=check)
-            lines += carry_out(team, state, asked, plan["actions"], masks)
+            lines += carry_out(team, state, asked, allowed_actions(asked, plan["actions"]), masks)
         write_text(here / "provenance.jsonl", "".join(to_json(line) + "\n" for line in lines))
         card = {
             "goal": asdict(goal),

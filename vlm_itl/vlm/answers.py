@@ -193,6 +193,7 @@ _BAD = re.compile(
     r"|leav\w+ out|left un\w+|un(?:cover|colou?r|mark|label|mask|segment)\w*|cuts? off|cut|spill\w*|leak\w*|bleed\w*"
     r"|exceed\w*|overflow\w*|beyond|outside|errors?|mistakes?|problems?|issues?|gaps?|holes?|flaws?|flawed|fail\w*"
     r"|off (?:the|target|by|cent)|(?:way|completely|totally|slightly) off"
+    r"|st(?:icks?|icking|uck) out|(?:bigger|larger|smaller|wider|narrower|longer|shorter) than|swapped|mixed up"
     r"|poor\w*|bad\w*|too (?:large|small|big|much|little|wide|narrow|coarse|far)|instead|rough|sloppy|mis\w+ed|false"
     r"|lacks?|lacking|insufficient\w*|inadequate\w*|neglect\w*|ignor\w+|exclud\w*|unmatched|stray|defects?"
     r"|inconsisten\w+"
@@ -253,7 +254,8 @@ _UNSURE = re.compile(
     r"|impossible to"
     r"|(?:hard|difficult) to (?:say|tell|judge|determine|be)|(?:it|that) depends|no way to"
     r"|not (?:a )?(?:yes|no)|otherwise,?(?: \w+){0,3} (?:yes|no))\b"
-    r"|\b(?:could be|might be|maybe|perhaps|possibly|either) (?:yes|no)\b"
+    r"|\b(?:yes|no),? (?:only )?(?:if|provided|assuming|would|had|were)\b|\b(?:could be|might be|maybe|perhaps"
+    r"|possibly|either) (?:yes|no)\b"
 )
 _REFUSES = re.compile(
     r"\b(?:i|we)(?: am|'m| was)?(?: sorry,? (?:but )?i)? (?:can't|cannot|can not|could not|couldn't|won't|will not"
@@ -266,7 +268,9 @@ _RESERVE = re.compile(
     r"(?<!nothing )\bbut\b(?! (?:nothing|no other|not (?:any|the background)|without|never)\b)"
     r"|\b(?:however|except|although|though|unless|partly|partially|mostly|almost|nearly|caveats?|slight\w*|minor"
     r"|roughly"
-    r"|approximately|generally|largely|somewhat|maybe|perhaps|possibly|probably|reservations?|apart from|aside from"
+    r"|approximately|generally|largely|somewhat|maybe|perhaps|possibly|probably|reservations?|apart from"
+    r"|aside from|not (?:for|on|so)|minus|save for|excluding|half|a (?:bit|little|few) of"
+    r"|(?<![\d.])\d{1,2}(?:\.\d+)? ?(?:%|per ?cent) of"
     r"|with (?:some|a few|one|two|an?) exceptions?|other than|to some (?:extent|degree)|for the most part|in part"
     r"|more or less|kind of|sort of|not (?:entirely|fully|completely|quite|perfectly|really))\b"
 )
@@ -290,7 +294,7 @@ _FLAT_NO = re.compile(
     r"\b(?:definitely|absolutely|certainly|clearly|of course|surely) (?P<word>not)(?=\s*(?:$|[.,;!\n]))"
 )
 _ANSWER_NO = re.compile(
-    r"\s*(?:$|[^\w\s](?!\s*\d)|\n)|\s(?:it|its|the|there|they|this|that|these|those|because|since|not|an?|some|i)\b"
+    r"\s*(?:$|[:(]|[^\w\s](?!\s*\d)|\n)|\s(?:it|its|the|there|they|this|that|these|those|because|since|not|an?|some|i|for|on|to|regarding)\b"
 )  # what may follow the answer "no"; anything else makes it "no <noun>" or "No. 3"
 _LEAD = (
     r"(?:(?:sure|well|ok|okay|so|then|hence|thus|therefore|overall|absolutely|definitely|certainly|clearly|indeed"
@@ -309,7 +313,9 @@ _MARK = re.compile(
     r"(?: (?:to|for|the|this|your|question|here|would|be|is|was|must|should|has|that|therefore|thus|clearly|simply)\b)*"
     rf"[\s:=,—-]*{_LABEL}(?:a (?:clear |definite |firm |resounding )?)?'?$"
 )
-_ITEM = re.compile(r"(?:^|[\n,;|])\s*(?:[-•+]\s*|\d+[.)]\s*)?(?P<label>[^\n.,;:!?|—]{1,60}?)\s*(?:[:|—]|\s-|->)\s*$")
+_ITEM = re.compile(
+    r"(?:^|[\n,;|]|[.!?] )\s*(?:[-•+]\s*|\d+[.)]\s*)?(?P<label>[^\n.,;:!?|—]{1,60}?)\s*(?:[:|—]|\s-|->)\s*$"
+)
 
 # %% ../../nbs/vlm/01_answers.ipynb #answers-places-edge
 _EDGE = re.compile(r"[.!?;:,\n—|、()]")
@@ -326,8 +332,13 @@ class _Place:
     kind: str  # mark, lead, alone, trail: answers; item: of one class; aside: said on the way
 
 # %% ../../nbs/vlm/01_answers.ipynb #answers-places-kind
+def _asks_for_ill(asked: str) -> bool:
+    "Would a yes to this speak against the mask: is anything wrong, is anything else covered?"
+    return bool(_BAD.search(asked) or (_OTHER.search(asked) and not _NEGATION.search(asked)))
+
+
 def _kind(text: str, start: int, end: int) -> str:
-    "What a word is where it stands; empty: no answer."
+    "What a word is where it stands; empty: no answer; loose: nobody can say what it answers."
     near, after = text[max(0, start - 200) : start], text[end:]
     last = not after.strip(" \t\n.!)|'")
     if re.match(r"'?\s*\?", after):
@@ -337,7 +348,7 @@ def _kind(text: str, start: int, end: int) -> str:
         ifs = re.search(r"\b(?:if|whether|when|unless|otherwise)\b", head)
         return "aside" if ifs or _NEGATION.search(head.rsplit(",", 1)[-1]) else "mark"
     if (asked := re.search(r"([^.!?\n]+)\?\s*$", near)) is not None:
-        if _BAD.search(asked[1]):
+        if _asks_for_ill(asked[1]):
             return "turned"
         if start < 200 and not near[: asked.start()].strip():
             return "lead"
@@ -349,9 +360,9 @@ def _kind(text: str, start: int, end: int) -> str:
     if not line.strip(" \t-•+(") and not rest.strip(" \t.!)'"):
         return "alone"
     if (item := _ITEM.search(near)) is not None and not _START.match(item["label"]):
-        return "item" if not _BAD.search(item["label"]) else "turned"
+        return "turned" if _asks_for_ill(item["label"]) else "item"
     if not _START.match(_EDGE.split(near)[-1]):
-        return ""
+        return "loose"
     sentence = re.split(r"[.!?;:\n]", near)[-1]
     why = _START.match(sentence) and not re.search(r"[.!?]\s*\S|\n\s*\S", after) and any(s for _, s in _senses(after))
     return "trail" if last or why else "aside"
@@ -388,7 +399,8 @@ def _decide(text: str) -> Reading:
         return _NOTHING
     for place in places:
         early = word.kind == "mark" and place.start < word.start  # thinking aloud
-        heeded = place.kind == "aside" and not early or place.kind == "item" and (not early or word.verdict == "yes")
+        heeded = place.kind == "aside" and not early
+        heeded = heeded or (place.kind in ("item", "loose") and (not early or word.verdict == "yes"))
         if heeded and place.verdict != word.verdict:
             return _NOTHING
     first = basis[0]

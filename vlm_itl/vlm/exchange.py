@@ -583,6 +583,9 @@ def cost_of(
     read, written = field_of(usage, "prompt_tokens"), field_of(usage, "completion_tokens")
     if type(read) is not int or type(written) is not int or not 0 <= min(read, written) <= read + written < 2**40:
         return None, None
+    total = field_of(usage, "total_tokens")
+    if type(total) is int and read + written < total < 2**40:  # Gemini counts thoughts in the sum alone, and bills them
+        written = total - read
     return read + written, None if price is None else price.of(read, written)
 
 # %% ../../nbs/vlm/08_exchange.ipynb #exchange-judged
@@ -607,6 +610,19 @@ def _judged(text: str, question: str, spelt: Any, wishes: Wishes, facts: dict[st
     return Judgement(verdict, float(verdict == "yes"), None, "hard", **facts)
 
 
+_ENDS = {  # how a server says that an answer ended -> what it means; all else is an end
+    "length": r"length|max_?(?:output_?|new_?)?tokens|token_?limit",
+    "content_filter": r"content_?filter|safety|recitation|prohibited|blocklist|spii|refus|sensitive",
+    "error": r"error|abort|cancel|interrupt|insufficient_system",
+}
+
+
+def _how_ended(reason: Any) -> str:
+    "length, content_filter, error, or stop: servers have words of their own (`model_length`, `MAX_TOKENS`, `abort`)."
+    said = reason.lower() if isinstance(reason, str) else ""
+    return next((meaning for meaning, words in _ENDS.items() if re.search(words, said)), "stop")
+
+
 def _why_short(text: str, message: Any, max_tokens: int) -> str:
     "What an answer that reached its limit lacks."
     short = f"the answer was cut off at max_tokens={max_tokens}"
@@ -626,6 +642,8 @@ def read_reply(
 ) -> Judgement:  # score_kind "none" beside yes or no: there were log-probabilities, but another text's
     "A judgement from a reply; `ValueError` if it is none."
     choices = field_of(reply, "choices")
+    if isinstance(reply, str):
+        raise ValueError("the server's reply is a text, no chat completion: is base_url right? Most end in /v1")
     if not isinstance(choices, list) or not choices or field_of(choices[index], "message") is None:
         raise ValueError("the reply is not a chat completion")
     choice, named = choices[index], field_of(reply, "model")
@@ -634,6 +652,7 @@ def read_reply(
     facts: dict[str, Any] = {"tokens": tokens, "usd": usd, "model": who}
     message, ended = field_of(choice, "message"), field_of(choice, "finish_reason")
     text, refusal = text_of(field_of(message, "content")), field_of(message, "refusal")
+    ended = _how_ended(ended)
     if refusal or ended == "content_filter":
         raw = key.hide(refusal if isinstance(refusal, str) else text)[:LONGEST_ANSWER] or "[content_filter]"
         return abstain("the judge refused", raw=raw, **facts)

@@ -667,7 +667,7 @@ def read_verdicts(
     path = resolve_path(path)
     kind = _verdict_format(path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # an id may hold U+2028, which is no end of a line
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the verdicts {path} cannot be read: {short_error(error)}") from error
     if kind == "csv":
@@ -722,6 +722,8 @@ class HumanHandler(VLMHandler):
             elif by_mask:
                 why = "the human saw another mask of this image"
             return abstain(why, tokens=0, usd=0.0, latency_s=0.0)
+        if verdict == "no" and query.alone() and set(query.alone()) != set(replace(query, class_ids=()).classes()):
+            return abstain("the human's no is about the whole mask, not about this class", tokens=0, usd=0.0)
         p_yes = None if verdict == "abstain" else float(verdict == "yes")
         kind = "none" if verdict == "abstain" else "hard"
         return Judgement(verdict, p_yes, None, kind, raw=verdict, tokens=0, usd=self.usd, latency_s=self.seconds)

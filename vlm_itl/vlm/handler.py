@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['VERDICTS', 'REMEDIES', 'NEEDS', 'HANDLERS', 'background_of', 'RowPicture', 'JudgeQuery', 'check_query', 'Judgement',
            'abstain', 'probability_of', 'failure_kind', 'remedy', 'Streak', 'JudgeStopped', 'ask_batch', 'Shown',
-           'Equipped', 'VLMHandler', 'register_handler', 'handler_options', 'make_handler', 'AlwaysYes', 'AlwaysNo']
+           'Parts', 'Equipped', 'VLMHandler', 'register_handler', 'handler_options', 'make_handler', 'AlwaysYes',
+           'AlwaysNo']
 
 # %% ../../nbs/vlm/02_handler.ipynb #vlm-imports
 import inspect
@@ -201,6 +202,7 @@ REMEDIES: tuple[tuple[str, str], ...] = (  # what a reason says -> what to chang
     (r"max_tokens|cut off|\[length\]|thought", "give it a larger max_tokens, or turn its thinking off"),
     (r"judge refused|content_filter|refusal", "ask with another question, or ask another model"),
     (r"\b413\b|too large|payload", "show smaller pictures (max_side)"),
+    (r"is base_url right", "look at base_url: most end in /v1"),
     (
         r"image|mmproj|multimodal|vision|picture",
         "choose a model that takes pictures, and a server that was started so (llama.cpp: --mmproj)",
@@ -305,6 +307,29 @@ NEEDS = (  # what a judge may ask for
 )
 
 
+class Parts:
+    "What judges inside another one had answered when one of them stopped, until the answer to the whole is told."
+
+    def __init__(self) -> None:
+        self.known: dict[str, Judgement] = {}  # paid, and in no answer yet
+
+    def keep(
+        self,
+        answers: Mapping[str, Judgement],  # by key of whoever asks
+        wasted: Sequence[Judgement] = (),  # paid as well, and asked again: failures
+    ) -> None:
+        "Keep some, as long as this process lives; what is overridden may keep them longer."
+        self.known.update(answers)
+
+    def use(
+        self,
+        keys: Iterable[str],  # whose answers are part of one that is told now, with what they cost
+    ) -> None:
+        "They are no longer needed."
+        for key in keys:
+            self.known.pop(key, None)
+
+
 class Equipped:
     "What a judge is handed before it is asked, and hands on to the judges that it asks in turn."
 
@@ -322,10 +347,11 @@ class Equipped:
     _payer: str = ""
     _pool: Shown | None = None
     _helpers: Any = None  # `vlm_itl.sampler.helpers.Helpers`
+    _parts: Parts | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        "What another process needs of it: not the other processes."
-        return {name: value for name, value in vars(self).items() if name != "_helpers"}
+        "What another process needs of it: not the other processes, and nothing that they would write."
+        return {name: value for name, value in vars(self).items() if name not in ("_helpers", "_parts")}
 
     def inner(self) -> Sequence["VLMHandler"]:
         "The judges that this one asks in turn; what is bound to it is bound to them."
@@ -401,6 +427,12 @@ class Equipped:
         return any(judge.by_files for judge in self.inner())
 
     @property
+    def calls_each(self) -> tuple[int, int]:
+        "How many calls one question takes: at least, and at most (retries included)."
+        inner = [judge.calls_each for judge in self.inner()] or [(1, 1)]
+        return sum(least for least, _ in inner), sum(most for _, most in inner)
+
+    @property
     def looks_ahead(self) -> bool:
         "Is anything gained by telling it what it will be asked next?"
         return any(judge.looks_ahead for judge in self.inner())
@@ -429,6 +461,21 @@ class Equipped:
         self._payer = payer
         for number, judge in enumerate(self.inner()):
             judge.bind_payer(payer and f"{payer}.{number}")
+
+    def bind_parts(
+        self,
+        parts: Parts,  # where answers of judges inside are kept that would be lost
+    ) -> None:
+        "Say where to keep what some judges have answered when another one, which has to answer as well, stops."
+        self._parts = parts
+        for judge in self.inner():
+            judge.bind_parts(parts)
+
+    def parts(self) -> Parts:
+        "Where such answers are kept: in memory, where nothing else was bound."
+        if self._parts is None:
+            self._parts = Parts()
+        return self._parts
 
     def truth(
         self,

@@ -732,6 +732,11 @@ class OpenAIHandler(PictureJudge):
         where = f"base_url={talk.address.url!r}{more}"
         return f"OpenAIHandler(model={self.model!r}, {where}, api_key_env={talk.key.variable!r})"
 
+    @property
+    def calls_each(self) -> tuple[int, int]:
+        votes = self.talk.wishes.votes
+        return 1, (1 + self.limits.max_retries) * (1 + (votes if votes > 1 else 0)) * len(self.talks)
+
     def identity(self) -> dict[str, Any]:  # for the cache
         "What can change an answer. How fast it is asked cannot."
         talk = self.talk
