@@ -590,7 +590,7 @@ def _audit(team: Team, state: State, accepted: Sequence[str], ious: dict[str, fl
     "A simulated human looks at some accepted masks: those checked, and those of them that are bad."
     checked = _to_audit(team, state, accepted)
     state.ledger.pay_checks(len(checked))
-    return {"checked": checked, "bad": [i for i in checked if not ious[i] >= team.config.tau]}
+    return {"checked": checked, "bad": [i for i in checked if ious[i] < team.config.tau]}
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-turn
 @dataclass

@@ -26,7 +26,7 @@ from ..people.requests import WITH_MASK, AnswerStore
 
 # %% ../../nbs/experiment/11_export.ipynb #export-data
 def _leaks_again(config: Mapping[str, Any]) -> str:
-    "What look-alikes mean now: the run's own splits are found again only where pictures are looked at as they were then."
+    "The run's own splits are found again only where pictures are looked at as they were then."
     return "off" if config.get("leaks") == "off" else "warn"
 
 
