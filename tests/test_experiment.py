@@ -507,6 +507,32 @@ def certified(scenes, tmp_path_factory):
     return folder
 
 
+@pytest.mark.parametrize("by", ["image", "class"])
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_rates_are_those_of_what_was_accepted(scenes, tmp_path, by, threshold):
+    """Reports call them good masks accepted, and good among the accepted; they followed verdicts that did not count."""
+    more = {
+        "proposer": "simulated",
+        "acceptance": "threshold",
+        "judge_threshold": threshold,
+        "tau": 0.6,
+        "preflight": 0,
+    }
+    if by == "class" and threshold:
+        more["judge_options"] = {"accuracy": 0.8}
+    (record,) = run(scenes, tmp_path / "run", mode="vlm", accept_by=by, initial=5, max_labelled=5, **more)
+    found = record.judge
+    if not threshold:  # everything is accepted
+        assert found["sensitivity"] == 1.0 and found["specificity"] == 0.0 and found["acceptance"] == 1.0
+        assert found["precision"] == found["base_rate"] < 1
+    lines = (tmp_path / "run/round_000/judgements.jsonl").read_text().splitlines()
+    told = [entry for entry in map(json.loads, lines) if entry["iou"] is not None]
+    assert {entry["verdict"] for entry in told} >= {"yes", "no"} or by == "class"  # what was said stays as it was said
+    if by == "image":
+        good = [entry["iou"] >= 0.6 for entry in told if entry["p_yes"] >= threshold]
+        assert found["precision"] == (pytest.approx(np.mean(good)) if good else None)
+
+
 @pytest.mark.parametrize("by", ["class", "pixels", "image"])
 def test_who_checks_a_part_of_a_mask_says_whether_that_part_is_right(scenes, tmp_path, by):
     """What was left out is not missed: whoever looked at right parts called them bad, and they were dropped."""
