@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,9 +18,10 @@ from safetensors.torch import load_file
 from vlm_itl.core.checks import ConfigError, DataError, RunError
 from vlm_itl.core.files import project_root
 from vlm_itl.core.seeds import make_rng
-from vlm_itl.data.masks import MaskStore
+from vlm_itl.data.masks import DecodeRows, MaskStore, make_rows, raw_rows, truth_reader
 from vlm_itl.data.scenes import make_scenes
 from vlm_itl.data.sources import load_data, toy_images
+from vlm_itl.experiment.acceptance import _audit
 from vlm_itl.experiment.annotator import Oracle, training_rows
 from vlm_itl.experiment.config import Config, make_config, run_path
 from vlm_itl.experiment.human_turn import choose
@@ -514,6 +517,68 @@ def certified(scenes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("certified") / "whole"
     run(scenes, folder, **CERTIFIED)
     return folder
+
+
+@pytest.mark.parametrize("by", ["image", "class"])
+@pytest.mark.parametrize("threshold", [0.0, 1.0])
+def test_rates_are_those_of_what_was_accepted(scenes, tmp_path, by, threshold):
+    """Reports call them good masks accepted, and good among the accepted; they followed verdicts that did not count."""
+    more = {
+        "proposer": "simulated",
+        "acceptance": "threshold",
+        "judge_threshold": threshold,
+        "tau": 0.6,
+        "preflight": 0,
+    }
+    if by == "class" and threshold:
+        more["judge_options"] = {"accuracy": 0.8}
+    (record,) = run(scenes, tmp_path / "run", mode="vlm", accept_by=by, initial=5, max_labelled=5, **more)
+    found = record.judge
+    if not threshold:  # everything is accepted
+        assert found["sensitivity"] == 1.0 and found["specificity"] == 0.0 and found["acceptance"] == 1.0
+        assert found["precision"] == found["base_rate"] < 1
+    lines = (tmp_path / "run/round_000/judgements.jsonl").read_text().splitlines()
+    told = [entry for entry in map(json.loads, lines) if entry["iou"] is not None]
+    assert {entry["verdict"] for entry in told} >= {"yes", "no"} or by == "class"  # what was said stays as it was said
+    if by == "image":
+        good = [entry["iou"] >= 0.6 for entry in told if entry["p_yes"] >= threshold]
+        assert found["precision"] == (pytest.approx(np.mean(good)) if good else None)
+
+
+@pytest.mark.parametrize("by", ["class", "pixels", "image"])
+def test_who_checks_a_part_of_a_mask_says_whether_that_part_is_right(scenes, tmp_path, by):
+    """What was left out is not missed: whoever looked at right parts called them bad, and they were dropped."""
+    more = {"proposer": "simulated", "judge_options": {"accuracy": 1.0}, "tau": 0.6, "initial": 5, "increment": 3}
+    more |= {"proposer": "own", "tau": 0.08, "confident": 0.3} if by == "pixels" else {}
+    rounds = run(scenes, tmp_path / "run", mode="vlm", accept_by=by, audit=1.0, max_labelled=8, **more)
+    audited, tau = rounds[1].judge["audited"], more["tau"]
+    data = load_data(str(scenes))
+    kept, truth = MaskStore(tmp_path / "run/round_000/accepted", data.labels), truth_reader(data.train)
+    wrong = {}
+    for name in audited["checked"]:
+        mask, true = kept[name], truth(name)
+        said = (mask != 255) & (true != 255) if by != "image" else true != 255
+        pairs = [
+            ((mask == c) & (true == c) & said, ((mask == c) | (true == c)) & said) for c in range(len(data.labels))
+        ]
+        wrong[name] = np.mean([both.sum() / any_.sum() for both, any_ in pairs if any_.any()]) < tau
+    assert len(wrong) > 3 and [i for i in wrong if wrong[i]] == audited["bad"]
+
+
+def test_nothing_is_wrong_where_all_of_the_truth_is_void(tmp_path):
+    """Neither a look at it nor the audit of a certificate calls it bad, as the goal dataset does not."""
+    toy = toy_images()
+    pixels, size = BytesIO(), toy.train[1]["mask"].shape
+    Image.fromarray(np.full(size, 255, np.uint8)).save(pixels, "PNG")
+    rows = [{**row, "mask": {"bytes": pixels.getvalue(), "path": None}} for row in raw_rows(toy.train)]
+    void = make_rows([row["id"] for row in rows], *([row[name] for row in rows] for name in ("image", "mask")))
+    oracle = Oracle(replace(toy, train=void.with_transform(DecodeRows(toy.labels))), Ledger())
+    shown = {"toy-1": toy.train[1]["mask"]}
+    assert oracle.check("toy-1", shown, 0.9) and oracle.check("toy-1", shown, 0.9, partly=True)
+    assert oracle.ledger.checks == 2
+    team = SimpleNamespace(config=SimpleNamespace(seed=0, tau=0.9))
+    found = _audit(team, SimpleNamespace(rounds=[], ledger=oracle.ledger), ["toy-1"], {"toy-1": float("nan")})
+    assert found == {"checked": ["toy-1"], "bad": []} and oracle.ledger.checks == 3
 
 
 def test_certified_acceptance_is_paid_for_and_recorded(scenes, certified):

@@ -24,7 +24,7 @@ from vlm_itl.core.checks import ConfigError, DataError, RunError, VlmItlError
 from vlm_itl.data.labels import VOID, LabelSpace
 from vlm_itl.data.masks import MaskStore
 from vlm_itl.data.sources import load_data, toy_images
-from vlm_itl.experiment import export_run, make_config, run_al, run_masks
+from vlm_itl.experiment import export_run, make_config, run_al, run_baseline, run_masks
 from vlm_itl.formats import MaskFormat, MaskRow, MaskSet, push_masks, read_masks, register_format, write_masks
 from vlm_itl.formats.formats import FORMATS
 from vlm_itl.formats.label_studio import brush_results, mask_of_results
@@ -629,6 +629,34 @@ def test_a_run_whose_goal_was_the_data_set_is_exported(judged_run: Path, tmp_pat
     assert read["toy-0"].provenance == {"by": "human", "seconds": 0.0}
     assert read["toy-1"].provenance == {"by": "judge", "who": "mock", "p_yes": 0.75, "seconds": 2.0}
     assert read["toy-3"].provenance == {"by": "corrected", "seconds": 6.0}
+
+
+def test_a_run_on_pictures_that_repeat_is_exported(tmp_path: Path) -> None:
+    """Copies of a picture stay in one split, so what looks for them decides which images are the pool."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "masks"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    (tmp_path / "data" / "classes.txt").write_text("background\nthing\n")
+    for number in range(8):
+        pixels, mask = rng.integers(0, 255, (24, 32, 3), np.uint8), np.zeros((24, 32), np.uint8)
+        mask[number : number + 9, 3:20] = 1
+        for copy in ("a", "b"):
+            Image.fromarray(pixels).save(tmp_path / "data" / "images" / f"{copy}{number}.png")
+            Image.fromarray(mask).save(tmp_path / "data" / "masks" / f"{copy}{number}.png")
+    plan: dict[str, Any] = {
+        "steps": 1,
+        "batch_size": 2,
+        "image_size": 32,
+        "gallery": 0,
+        "test_share": 4,
+        "val_share": 4,
+    }
+    for seed in range(3):
+        run = tmp_path / f"run-{seed}"
+        settings = make_config(plan, dataset=str(tmp_path / "data"), seed=seed, output_dir=str(run), mode="baseline")
+        (record,) = run_baseline(settings)
+        found = {row.id: row.mask[int(row.id[1]), 3] for row in run_masks(run)}
+        assert found == dict.fromkeys(record.start_ids, 1) and len(found) == 8
 
 
 def test_what_cannot_be_exported_is_told(judged_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

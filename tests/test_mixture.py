@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from PIL import Image
 
 from vlm_itl.core.checks import ConfigError
 from vlm_itl.core.seeds import make_rng
+from vlm_itl.data.labels import LabelSpace
+from vlm_itl.data.masks import make_rows
 from vlm_itl.data.sources import toy_images
 from vlm_itl.data.transforms import TrainingSet, collate
 from vlm_itl.experiment.config import make_config
-from vlm_itl.model.mixture import Draws, Mixture, capped_rates, deal, draws_of, mixed_order, read_mixture
+from vlm_itl.model.mixture import (
+    Draws,
+    Mixture,
+    capped_rates,
+    classes_shown,
+    deal,
+    draws_of,
+    mixed_order,
+    read_mixture,
+)
 from vlm_itl.model.predict import Inference
 from vlm_itl.model.recipe import TrainSettings, pixel_loss, train_transform
 from vlm_itl.model.segmenter import load_model
@@ -92,6 +105,31 @@ def test_a_cap_that_cannot_hold_leaves_the_classes_even():
     three = np.eye(3, dtype=bool)[[0] * 20 + [1] * 5 + [2]]
     rates = capped_rates(np.ones(26), three, 0.1)
     assert np.abs(rates @ three / rates.sum() - 1 / 3).max() < 0.02
+
+
+def test_a_class_in_every_image_does_not_lift_the_cap_of_others():
+    """It is in all draws, whatever the rates; they sank together, and nothing was capped."""
+    both = np.stack([np.ones(20, dtype=bool), np.arange(20) < 16], axis=1)
+    rates = capped_rates(np.ones(20), both, 0.5)
+    assert abs(rates[:16].sum() / rates.sum() - 0.5) < 0.01
+    assert (rates == capped_rates(np.ones(20), both[:, 1:], 0.5)).all()
+    order = mixed_order(np.zeros(20, bool), np.ones(20), both, 40, 5, make_rng(0), class_cap=0.5)
+    assert (order < 16).mean() <= 0.51
+
+
+@pytest.mark.parametrize(
+    "names", [("background", "red", "blue"), ("red", "background", "blue"), ("red", "blue", "sky")]
+)
+def test_the_background_is_the_class_of_that_name_else_the_first(names: tuple[str, ...]):
+    labels, cells = LabelSpace(names), []
+    for held in ([0], [0, 1], [1, 2]):
+        buffer = BytesIO()
+        Image.fromarray(np.array([held], np.uint8)).save(buffer, "PNG")
+        cells.append({"bytes": buffer.getvalue(), "path": None})
+    full = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 1]], bool)
+    wanted = [place for place, name in enumerate(names) if place != (1 if names[1] == "background" else 0)]
+    rows = make_rows(["a", "b", "c"], cells, cells)
+    assert (classes_shown(rows, labels) == full[:, wanted]).all()
 
 
 def test_rare_classes_come_more_often():

@@ -41,6 +41,7 @@ from vlm_itl.experiment.judge_turn import (
     Answered,
     Journal,
     accepts,
+    as_decided,
     ask_about,
     asked_question,
     bind_payer,
@@ -590,7 +591,7 @@ def _audit(team: Team, state: State, accepted: Sequence[str], ious: dict[str, fl
     "A simulated human looks at some accepted masks: those checked, and those of them that are bad."
     checked = _to_audit(team, state, accepted)
     state.ledger.pay_checks(len(checked))
-    return {"checked": checked, "bad": [i for i in checked if not ious[i] >= team.config.tau]}
+    return {"checked": checked, "bad": [i for i in checked if ious[i] < team.config.tau]}
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-turn
 @dataclass
@@ -657,6 +658,15 @@ def _takes(team: Team, told: Told, judgement: Judgement, threshold: float | None
     return accepts(judgement, team.config, threshold)
 
 # %% ../../nbs/experiment/06_acceptance.ipynb #acceptance-judge
+def _as_decided(team: Team, made: Decision) -> tuple[list[Judgement], dict[str, list[Answered]] | None]:
+    "The answers about images, and about their classes where these are asked about, with the run's decisions."
+    threshold, config = (made.certified or {}).get("threshold"), team.config
+    if config.accept_by != "class":
+        return [as_decided(told.judgement, config, threshold) for told in made.told.values()], None
+    answers = {i: [(a, as_decided(j, config)) for a, j in told.answers] for i, told in made.told.items()}
+    return [told.judgement for told in made.told.values()], answers
+
+
 def judge(
     team: Team,
     state: State,
@@ -674,8 +684,8 @@ def judge(
     pay_judge(state.ledger, [], journal)
     _keep_answers(team, here, [journal])
     chosen = ChosenMasks(team.data.labels, {i: told.shown.masks for i, told in made.told.items()})
-    answers = {i: told.answers for i, told in made.told.items()} if config.accept_by == "class" else None
-    measures, ious = measure_judge(judgements, made.said_yes, team.annotator, chosen, config.tau, made.kept, answers)
+    decided, answers = _as_decided(team, made)
+    measures, ious = measure_judge(decided, made.said_yes, team.annotator, chosen, config.tau, made.kept, answers)
     parts = {i: made.told[i].p_kept for i in made.said_yes if made.told[i].classes}
     _write_answers(here / "judgements.jsonl", judgements, [ious.get(j.id) for j in judgements], parts)
     measures["empty_dropped"] = made.empty

@@ -29,6 +29,7 @@ from ..model.metrics import image_iou
 from ..people.desk import Desk, Photographs, question_id
 from ..people.requests import make_annotator
 from ..proposals.correction import CorrectionCost
+from ..proposals.partial import kept_quality
 from ..sampler.regions import Regions, count_clicks, region_id, region_label, split_region
 
 # %% ../../nbs/experiment/03_annotator.ipynb #pool-oracle
@@ -200,8 +201,9 @@ class Oracle:
         image_id: str,
         proposals: Any,  # image -> (H, W) mask that the human is shown
         tau: float = 0.7,  # simulation: a mask is good from this mean IoU
+        partly: bool = False,  # is only a part of each mask proposed? Then what is void in it was not said, not missed
     ) -> bool:
-        "Pay for a human's yes or no to a proposed mask."
+        "Pay for a human's yes or no to a proposed mask. Simulation: where all of the truth is void, nothing is wrong."
         row = self.rows([image_id])[0]
         if self.desk is not None and self._by_people([image_id]):
             self.summon({"verify": [image_id]}, proposals)
@@ -210,7 +212,9 @@ class Oracle:
             return self.desk.verdict(question) == "accepted"
         truth = self._truths[row]["mask"]
         self.ledger.pay_checks(1)
-        return bool(image_iou(proposals[image_id], truth, len(self.labels)) >= tau)
+        shown, count = proposals[image_id], len(self.labels)
+        found = kept_quality(shown, truth, count)[0] if partly else image_iou(shown, truth, count)
+        return math.isnan(found) or found >= tau
 
     def put_right(
         self,

@@ -25,6 +25,11 @@ from ..people.desk import question_id
 from ..people.requests import WITH_MASK, AnswerStore
 
 # %% ../../nbs/experiment/11_export.ipynb #export-data
+def _leaks_again(config: Mapping[str, Any]) -> str:
+    "The run's own splits are found again only where pictures are looked at as they were then."
+    return "off" if config.get("leaks") == "off" else "warn"
+
+
 def data_of_run(
     config: Mapping[str, Any],  # the run's config.json
 ) -> SegData:
@@ -38,7 +43,7 @@ def data_of_run(
         unlabelled=config.get("annotator", "truth") != "truth",
         binary=config.get("binary", False),
         options=config.get("data_options"),
-        leaks="off",  # it was looked for when the run began
+        leaks=_leaks_again(config),
     )
 
 # %% ../../nbs/experiment/11_export.ipynb #export-photographs

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['JUDGE_CHUNK', 'FILE_CHUNK', 'Answered', 'COVERS', 'LABELLED_PARTS', 'JUDGE_SETTINGS', 'Journal', 'query_key',
-           'ask_once', 'judge_masks', 'ask_about', 'accepts', 'would_accept', 'asked_question', 'doubts',
+           'ask_once', 'judge_masks', 'ask_about', 'accepts', 'would_accept', 'asked_question', 'as_decided', 'doubts',
            'measure_judge', 'certify_answers', 'check_certifiable', 'foresee', 'bind_payer', 'labelled_parts', 'teach',
            'check_enough', 'questions_to_come', 'examine']
 
@@ -296,6 +296,17 @@ def asked_question(
 ) -> str:
     "What the judge is asked about a mask, or about each class of it."
     return "label" if config.accept_by == "class" else config.question
+
+
+def as_decided(
+    judgement: Judgement,  # an answer
+    config: Config,  # acceptance and judge_threshold
+    certified: float | None = None,  # for acceptance certified: the round's threshold
+) -> Judgement:
+    "The answer with what the run made of it as its verdict: by a threshold, a yes may be refused and a no accepted."
+    if judgement.verdict == "abstain" or config.acceptance == "verdict":
+        return judgement
+    return replace(judgement, verdict="yes" if accepts(judgement, config, certified) else "no")
 
 # %% ../../nbs/experiment/05_judge_turn.ipynb #turns-judge-doubts
 def doubts(

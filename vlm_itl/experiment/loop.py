@@ -373,7 +373,8 @@ class Loop:
         _refuse_blind_stop(config, data)
         check_enough(self.team)
         cost = CorrectionCost(**config.fix_options)
-        self.state = State(self.folder, annotator, self.team.regions, config.region_labels, cost, config.tau)
+        partly = config.accept_by != "image"
+        self.state = State(self.folder, annotator, self.team.regions, config.region_labels, cost, config.tau, partly)
         if handler is not None and handler.needs_truth:
             handler.bind_truth(_truth_for_simulation(data, annotator))
         for part in self.team.guessing:

@@ -49,7 +49,7 @@ from vlm_itl.experiment.human_turn import (
     write_asked,
     write_gallery,
 )
-from .judge_turn import doubts, examine
+from .judge_turn import as_decided, doubts, examine
 from .pool import Ledger, budget_schedule
 from vlm_itl.experiment.state import (
     FIXED,
@@ -496,6 +496,9 @@ def measure_answered(team: Team, state: State) -> dict[str, Any] | None:
     judged = [j for j in _read_judgements(here / "judgements.jsonl") if j.id in chosen and j.id in store]
     truths = {row["id"]: row["mask"] for row in team.annotator.labelled([str(j.id) for j in judged])}
     ious = [image_iou(store[str(j.id)], truths[j.id], len(team.data.labels)) for j in judged]
+    if team.config.accept_by != "class":  # where classes are asked about, the verdict is what was made of their answers
+        threshold = ((last.judge or {}).get("certified") or {}).get("threshold")
+        judged = [as_decided(j, team.config, threshold) for j in judged]
     return {"round": last.index, **verdict_metrics(judged, ious, team.config.tau)}
 
 

@@ -260,8 +260,9 @@ class State:
         region_labels: str = "precise",  # how the human answers for a region: precise, dominant
         cost: CorrectionCost | None = None,  # of a correction (policy fix); None: the usual one
         tau: float = 0.7,  # simulation: whoever checks a mask finds it good from this mean IoU
+        partly: bool = False,  # are parts of masks accepted? Then who checks one looks at what is left of it
     ):
-        self.tau = tau
+        self.tau, self.partly = tau, partly
         self.folder, self.annotator = folder, annotator
         self.regions, self.region_labels = regions, region_labels
         self.cost = cost or CorrectionCost()
@@ -327,7 +328,7 @@ class State:
         if self.annotator.desk is not None:
             self._summon(record, proposals, {i: accepted.path(i) for i in audited}, again)
         self.label(record.selection["ids"], record.fix_ids, proposals)
-        bad = [i for i in audited if not self.annotator.check(i, accepted, self.tau)]
+        bad = [i for i in audited if not self.annotator.check(i, accepted, self.tau, self.partly)]
         for image_id in bad:
             self.pool.drop_pseudo(image_id)
         whole = [] if self.regions else bad  # where parts of images are asked for, nobody draws the rest of one

@@ -52,6 +52,7 @@ def capped_rates(
 ) -> np.ndarray:  # (N,) not above `rates`
     "Lower the rates of images of classes that are in too many draws."
     rates = np.asarray(rates, dtype=float).copy()
+    classes = classes[:, ~classes.all(axis=0)]  # a class in all images is in all draws, and would hide the others
     for _ in range(200):
         share = rates @ classes / rates.sum()
         if (share <= cap + 1e-3).all():
@@ -165,13 +166,14 @@ def mixed_order(
 def classes_shown(
     rows: datasets.Dataset,  # columns id, mask
     labels: LabelSpace,  # what the masks mean
-) -> np.ndarray:  # bool (N, C - 1): the classes but the first, which is the background
+) -> np.ndarray:  # bool (N, C - 1): the classes but the background (the class of that name, else the first)
     "Which classes each mask holds."
+    background = labels.names.index("background") if "background" in labels.names else 0
     shown = np.zeros((len(rows), len(labels)), dtype=bool)
     for place, row in enumerate(raw_rows(rows).select_columns(["id", "mask"])):
         held = np.unique(read_mask(row["mask"], labels, name=row["id"]))
         shown[place, held[held < len(labels)]] = True
-    return shown[:, 1:]
+    return np.delete(shown, background, axis=1)
 
 # %% ../../nbs/model/07_mixture.ipynb #mixture-draws
 @dataclass(frozen=True)
