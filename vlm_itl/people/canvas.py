@@ -248,8 +248,13 @@ class _Held:
     def _elsewhere(self, path: Path) -> bool:
         "Does another kernel have it open?"
         note = self._note(path)
-        old = note and path.is_file() and path.stat().st_mtime < time.time() - self.patience
-        return bool(note) and note != self.note and not old and is_running(note)
+        if not note or note == self.note:
+            return False
+        try:
+            young = path.stat().st_mtime > time.time() - self.patience
+        except OSError:  # gone meanwhile
+            return False
+        return young and is_running(note)
 
     def _note(self, path: Path) -> dict[str, Any]:
         "Which process has it; nothing where it is gone meanwhile."
